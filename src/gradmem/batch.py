@@ -1,0 +1,78 @@
+"""Token batches: what tasks make and methods read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Tokens:
+    """Token ids, padded on the right.
+
+    Attributes
+    ----------
+    ids : Tensor, int64, shape (batch, length)
+    mask : Tensor, bool, shape (batch, length)
+        True at real tokens; the real tokens of a row come first.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    @classmethod
+    def from_lists(cls, rows: Sequence[Sequence[int]], pad_id: int = 0) -> Tokens:
+        """Pad lists of ids on the right with `pad_id`."""
+        length = max((len(row) for row in rows), default=0)
+        ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        return cls(ids, torch.arange(length)[None] < lengths[:, None])
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of real tokens in each row, shape (batch,)."""
+        return self.mask.sum(1)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tokens:
+        return Tokens(self.ids[rows], self.mask[rows])
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """Move to a device."""
+        return Tokens(self.ids.to(device), self.mask.to(device))
+
+
+@dataclass
+class Batch:
+    """Contexts to write, and queries with their targets to read.
+
+    A context may have any number of queries: `rows` says which context each one asks.
+
+    Attributes
+    ----------
+    context : Tokens, shape (contexts, length)
+    queries : Tokens, shape (queries, length)
+        Query and target tokens in one row.
+    labels : Tensor, int64, shape (queries, length)
+        The target tokens at their own positions (not shifted), -100 elsewhere.
+    rows : Tensor, int64, shape (queries,)
+        Index of the context that each query belongs to.
+    """
+
+    context: Tokens
+    queries: Tokens
+    labels: Tensor
+    rows: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move to a device."""
+        return Batch(
+            self.context.to(device), self.queries.to(device), self.labels.to(device), self.rows.to(device)
+        )

@@ -1,0 +1,18 @@
+"""The one exception type for mistakes that a user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GradmemError(Exception):
+    """A problem that the caller can fix; its message says how. The command line prints it and exits with 2."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> GradmemError:
+    """Build the error for a name that does not exist, with the nearest existing one."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return GradmemError(f"unknown {kind} '{name}': {hint}known: {', '.join(names) or 'none'}")

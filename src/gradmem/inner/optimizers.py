@@ -1,0 +1,72 @@
+"""Inner optimisers: pure update functions, differentiable in everything they take.
+
+An update maps (tensors, gradients, state, learning rates) to new tensors and a new state and changes nothing in
+place, so that a meta-gradient can pass through any number of them. The first dimension of every tensor is the
+batch; samples never mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Rates = Mapping[str, float | Tensor]
+Update = Callable[[Tensors, Tensors, Any, Rates], tuple[Tensors, Any]]
+
+
+def clip(grad: Tensor, value: float | None, norm: float | None) -> Tensor:
+    """Clip by value, then by norm, each sample on its own.
+
+    Parameters
+    ----------
+    grad : Tensor, shape (batch, ...)
+    value : float or None
+        Largest absolute value of an element.
+    norm : float or None
+        Largest 2-norm of a sample; beyond it `grad * norm / (||grad|| + 1e-6)`.
+    """
+    if value is not None:
+        grad = grad.clamp(-value, value)
+    if norm is not None:
+        size = torch.linalg.vector_norm(grad.flatten(1), dim=1).view(-1, *[1] * (grad.dim() - 1))
+        grad = torch.where(size > norm, grad * (norm / (size + 1e-6)), grad)
+    return grad
+
+
+def sgd(tensors: Tensors, grads: Tensors, state: None, rates: Rates) -> tuple[Tensors, None]:
+    """M <- M - lr * g (paper, equation of the WRITE step)."""
+    return {name: tensor - rates[name] * grads[name] for name, tensor in tensors.items()}, None
+
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPS = 1e-8
+
+
+def adam(tensors: Tensors, grads: Tensors, state: Any, rates: Rates) -> tuple[Tensors, Any]:
+    """One Adam step whose derivatives exist everywhere.
+
+    The denominator is sqrt(v + eps^2) instead of sqrt(v) + eps: equal to within eps, but differentiable where a
+    second moment is zero, where the square root alone has an infinite slope and second order gives NaN.
+    """
+    beta1, beta2 = ADAM_BETAS
+    count, first, second = state or (
+        0,
+        {name: torch.zeros_like(tensor) for name, tensor in tensors.items()},
+        {name: torch.zeros_like(tensor) for name, tensor in tensors.items()},
+    )
+    count += 1
+    first = {name: beta1 * m + (1 - beta1) * grads[name] for name, m in first.items()}
+    second = {name: beta2 * v + (1 - beta2) * grads[name] ** 2 for name, v in second.items()}
+    updated = {}
+    for name, tensor in tensors.items():
+        mean = first[name] / (1 - beta1**count)
+        scale = (second[name] / (1 - beta2**count) + ADAM_EPS**2).sqrt()
+        updated[name] = tensor - rates[name] * mean / scale
+    return updated, (count, first, second)
+
+
+OPTIMIZERS: dict[str, Update] = {"sgd": sgd, "adam": adam}

@@ -1,0 +1,6 @@
+"""Memory methods, one file each; the file's name is the method's name."""
+
+from .base import Method, Written
+from .gradmem import GradMem
+
+__all__ = ["GradMem", "Method", "Written"]

@@ -1,0 +1,148 @@
+"""What a memory method is: WRITE a context into a memory, READ answers from the memory alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import Backbone, Prefix, generate
+from ..batch import Tokens
+from ..memory import Memory
+
+
+@dataclass
+class Written:
+    """What a WRITE returns.
+
+    Attributes
+    ----------
+    memory : Memory, one row for each context
+    losses : Tensor, shape (steps, batch)
+        Write loss of each sample before each step, differentiable in training. Empty for methods without one.
+    taken : Tensor, int64, shape (batch,)
+        Steps that each sample took.
+    """
+
+    memory: Memory
+    losses: Tensor
+    taken: Tensor
+
+
+class Method(nn.Module, ABC):
+    """Base of all memory methods.
+
+    A method is one file in `gradmem/methods/` with one subclass of this. It implements `trajectory`, `prefix` and
+    `token_losses`; writing, reading and generating are built on these.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    """
+
+    write_steps: int
+    """Number of write steps when the caller does not say."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    @abstractmethod
+    def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
+        """Yield the memory before the first write step and after every step.
+
+        Gradients flow as the method defines while `torch.is_grad_enabled()`; otherwise nothing is kept for them.
+
+        Parameters
+        ----------
+        context : Tokens, shape (batch, length)
+        steps : int
+        until : float, optional
+            A sample whose write loss is at most this takes no further step.
+        """
+
+    @abstractmethod
+    def prefix(self, memory: Memory) -> Prefix:
+        """Run what READ puts before a query, once for each row of the memory."""
+
+    @abstractmethod
+    def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
+        """Loss of each context token when the context is reconstructed from the memory, shape (batch, length)."""
+
+    @property
+    @abstractmethod
+    def max_context(self) -> int:
+        """Longest context in tokens."""
+
+    @property
+    @abstractmethod
+    def n_mem(self) -> int:
+        """Number of memory vectors."""
+
+    def write(self, context: Tokens, steps: int | None = None, *, until: float | None = None) -> Written:
+        """Write contexts into memories; the arguments are those of `trajectory`."""
+        *_, last = self.trajectory(context, self.write_steps if steps is None else steps, until=until)
+        return last
+
+    def read_hidden(self, prefix: Prefix, queries: Tokens) -> Tensor:
+        """Hidden states that predict: row t predicts query token t, the last row what follows.
+
+        Parameters
+        ----------
+        prefix : Prefix
+            One row for each query.
+        queries : Tokens, shape (queries, length)
+
+        Returns
+        -------
+        Tensor, shape (queries, length + 1, d)
+        """
+        hidden = self.backbone.hidden(self.backbone.embed(queries.ids), prefix.cache)
+        return torch.cat([prefix.last[:, None], hidden], dim=1)
+
+    def read(self, memory: Memory, queries: Tokens, rows: Tensor | None = None) -> Tensor:
+        """Logits of query tokens given the memory: row t predicts query token t, the last row what follows.
+
+        Parameters
+        ----------
+        memory : Memory
+        queries : Tokens, shape (queries, length)
+        rows : Tensor, int64, shape (queries,), optional
+            Memory row that each query asks; by default query i asks row i.
+
+        Returns
+        -------
+        Tensor, shape (queries, length + 1, vocabulary)
+        """
+        return self.backbone.head(self.read_hidden(self._prefix_rows(memory, rows), queries))
+
+    def read_targets(self, memory: Memory, queries: Tokens, labels: Tensor, rows: Tensor) -> Tensor:
+        """Logits at the target tokens only: the rows of `labels` that are not -100, in order.
+
+        Returns
+        -------
+        Tensor, shape (targets, vocabulary)
+        """
+        hidden = self.read_hidden(self._prefix_rows(memory, rows), queries)
+        return self.backbone.head(hidden[:, :-1][labels != -100])
+
+    def generate(
+        self,
+        memory: Memory,
+        queries: list[list[int]],
+        rows: Tensor | None = None,
+        *,
+        pad_id: int = 0,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Generate the continuation of each query; `options` are those of Hugging Face's `generate`."""
+        with torch.no_grad():
+            return generate(self.backbone, self._prefix_rows(memory, rows), queries, pad_id, **options)
+
+    def _prefix_rows(self, memory: Memory, rows: Tensor | None) -> Prefix:
+        prefix = self.prefix(memory)
+        return prefix if rows is None else prefix.select(rows)

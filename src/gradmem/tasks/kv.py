@@ -1,0 +1,229 @@
+"""Associative retrieval of key-value pairs (paper, section 4.1)."""
+
+from __future__ import annotations
+
+import string
+from functools import lru_cache
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from ..batch import Batch, Tokens
+from ..errors import GradmemError
+from .base import Split, Task
+
+ALPHANUMERIC = string.ascii_letters + string.digits
+# Latin, Greek and Cyrillic letters that have a code point of their own: none is built by combining others.
+LETTERS = ALPHANUMERIC + "".join(
+    chr(code) for code in range(0x00C0, 0x0500) if chr(code).isalpha() and not 0x01C0 <= code <= 0x01CC
+)
+SPECIAL = ["[PAD]", "[UNK]"]
+MARKS = "|!:?"
+BLOCK = 256
+"""Samples generated at once; a sample is a function of split, seed and its index alone."""
+SPLITS = {"train": 0, "valid": 1, "test": 2}
+
+
+class KV(Task):
+    """N pairs `!kk:vv!` and a closing `|`; query `?!kk:`, target `vv!|`.
+
+    Parameters
+    ----------
+    pairs : int
+        Pairs N in a context; keys are unique, values may repeat.
+    key_length, value_length : int
+        Characters of a key and of a value.
+    vocabulary : {62, 512}
+        Characters that the tokenizer knows: alphanumerics, or 450 other letters too.
+    alphabet : int, optional
+        Draw keys and values from the first this many characters; by default from all.
+    noise : float
+        Fraction of the context that is random characters between the pairs, 0 to below 1.
+    queries : int, optional
+        Queries for each context, drawn without repetition; by default all N.
+    """
+
+    def __init__(
+        self,
+        pairs: int = 32,
+        key_length: int = 2,
+        value_length: int = 2,
+        vocabulary: int = 62,
+        alphabet: int | None = None,
+        noise: float = 0.0,
+        queries: int | None = None,
+    ) -> None:
+        alphabet = vocabulary if alphabet is None else alphabet
+        if vocabulary not in (62, 512):
+            raise GradmemError(f"vocabulary must be 62 or 512, not {vocabulary}")
+        if not 2 <= alphabet <= vocabulary:
+            raise GradmemError(f"alphabet must be from 2 to {vocabulary}, not {alphabet}")
+        if min(key_length, value_length) < 1:
+            raise GradmemError("key_length and value_length must be at least 1")
+        if not 1 <= pairs <= alphabet**key_length // 2:
+            raise GradmemError(f"pairs must be from 1 to {alphabet**key_length // 2}, not {pairs}")
+        if not 0 <= noise < 1:
+            raise GradmemError(f"noise must be from 0 to below 1, not {noise}")
+        if queries is not None and not 1 <= queries <= pairs:
+            raise GradmemError(f"queries must be from 1 to {pairs}, not {queries}")
+        self.pairs, self.alphabet, self.queries = pairs, alphabet, queries
+        self.key_length, self.value_length, self.noise = key_length, value_length, noise
+        self.tokenizer = character_tokenizer(vocabulary)
+        self.answer_length = value_length + 2
+        self.first = self._id(LETTERS[0])
+        self._block = lru_cache(maxsize=4)(self._make_block)
+
+    def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
+        """Samples `start` to `start + size`; see `Task.batch`."""
+        wanted = np.arange(start, start + size)
+        contexts, keys, values = (
+            np.concatenate(parts)
+            for parts in zip(
+                *(
+                    tuple(part[wanted[wanted // BLOCK == block] % BLOCK] for part in self._block(split, seed, block))
+                    for block in range(start // BLOCK, (start + size - 1) // BLOCK + 1)
+                ),
+                strict=True,
+            )
+        )
+        asked = keys.shape[1]
+        rows = np.concatenate(
+            [
+                self._fill((size, asked, 2), "?!"),
+                keys,
+                self._fill((size, asked, 1), ":"),
+                values,
+                self._fill((size, asked, 2), "!|"),
+            ],
+            axis=2,
+        ).reshape(size * asked, -1)
+        queries = torch.from_numpy(rows)
+        labels = queries.clone()
+        labels[:, : self.key_length + 3] = -100
+        ids = torch.from_numpy(contexts)
+        return Batch(
+            Tokens(ids, torch.ones_like(ids, dtype=torch.bool)),
+            Tokens(queries, torch.ones_like(queries, dtype=torch.bool)),
+            labels,
+            torch.arange(size).repeat_interleave(asked),
+        )
+
+    def scored(self, labels: Tensor) -> Tensor:
+        """Exact match ignores `!` and `|`."""
+        return (labels != -100) & (labels != self._id("!")) & (labels != self._id("|"))
+
+    def context_text(self, text: str) -> str:
+        """Accept the exact format, or lines `key:value`."""
+        if text.lstrip().startswith("!"):
+            return text.strip()
+        return "".join(f"!{key}:{value}!" for key, value in self._lines(text)) + "|"
+
+    def query_text(self, text: str) -> str:
+        """Accept a key, or the exact format `?!kk:`."""
+        key = text[2:-1] if text.startswith("?!") and text.endswith(":") else text
+        if len(key) != self.key_length or not set(key) <= set(LETTERS):
+            raise GradmemError(
+                f"query {text!r} has no answer format: ask a key of {self.key_length} letters or digits, "
+                f"as '{LETTERS[: self.key_length]}' or '?!{LETTERS[: self.key_length]}:'"
+            )
+        return f"?!{key}:"
+
+    def answer_text(self, text: str) -> str:
+        """The value: everything but `!` and `|`."""
+        return text.replace("!", "").replace("|", "")
+
+    def examples(self, text: str) -> list[tuple[str, str]]:
+        """Every key with its value."""
+        if text.lstrip().startswith("!"):
+            parts = text.strip().strip("|").replace("!!", "!").strip("!").split("!")
+            text = "\n".join(part for part in parts if part.count(":") == 1)
+        return self._lines(text)
+
+    def _lines(self, text: str) -> list[tuple[str, str]]:
+        pairs: dict[str, str] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            key, colon, value = line.strip().partition(":")
+            key, value = key.strip(), value.strip()
+            good = bool(colon) and len(key) == self.key_length and len(value) == self.value_length
+            if not good or not set(key + value) <= set(LETTERS):
+                raise GradmemError(
+                    f"line {number} {line.strip()[:40]!r} is no pair: write key:value with {self.key_length} and "
+                    f"{self.value_length} letters or digits, as 'a7:Qz'"
+                )
+            if key in pairs:
+                raise GradmemError(f"line {number}: the key '{key}' stands twice")
+            pairs[key] = value
+        return list(pairs.items())
+
+    def _id(self, token: str) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(token))
+
+    def _fill(self, shape: tuple[int, int, int], text: str) -> np.ndarray:
+        return np.broadcast_to(np.array([self._id(c) for c in text], dtype=np.int64), shape)
+
+    def _characters(self, numbers: np.ndarray, length: int) -> np.ndarray:
+        """Numbers below alphabet^length -> token ids, one more axis of `length`."""
+        digits = numbers[..., None] // self.alphabet ** np.arange(length)[::-1] % self.alphabet
+        return digits + self.first
+
+    def _make_block(self, split: Split, seed: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """256 samples: context ids (256, S), queried keys (256, Q, key_length) and their values."""
+        random = np.random.default_rng([SPLITS[split], seed, block])
+        keys = self._characters(distinct(random, BLOCK, self.pairs, self.alphabet**self.key_length), self.key_length)
+        values = random.integers(self.alphabet, size=(BLOCK, self.pairs, self.value_length)) + self.first
+        one = (BLOCK, self.pairs, 1)
+        pairs = np.concatenate(
+            [self._fill(one, "!"), keys, self._fill(one, ":"), values, self._fill(one, "!")], axis=2
+        )
+        contexts = np.concatenate(
+            [self._add_noise(random, pairs.reshape(BLOCK, -1)), self._fill((BLOCK, 1, 1), "|")[..., 0]], axis=1
+        )
+        if self.queries is not None:
+            asked = random.random((BLOCK, self.pairs)).argsort(1)[:, : self.queries, None]
+            keys, values = np.take_along_axis(keys, asked, 1), np.take_along_axis(values, asked, 1)
+        return contexts, keys, values
+
+    def _add_noise(self, random: np.random.Generator, pairs: np.ndarray) -> np.ndarray:
+        """Put random characters between whole pairs so that they are a fraction `noise` of the context."""
+        length = pairs.shape[1]
+        count = round(length * self.noise / (1 - self.noise))
+        if not count:
+            return pairs
+        gaps = random.integers(self.pairs + 1, size=(BLOCK, count))
+        # Sort positions: pair p keeps its characters together at 2p + 1, noise of gap g stands at 2g.
+        place = np.concatenate([np.arange(length) // (length // self.pairs) * 2 + 1 + np.zeros_like(pairs), gaps * 2], 1)
+        noise = random.integers(self.alphabet, size=(BLOCK, count)) + self.first
+        order = place.argsort(axis=1, kind="stable")
+        return np.take_along_axis(np.concatenate([pairs, noise], axis=1), order, 1)
+
+
+def distinct(random: np.random.Generator, rows: int, count: int, below: int) -> np.ndarray:
+    """Rows of `count` distinct numbers below `below`, uniform.
+
+    Draws freely and draws the repeats again: no number is preferred to another, so every set is equally likely.
+    """
+    numbers = random.integers(below, size=(rows, count))
+    while True:
+        order = numbers.argsort(axis=1, kind="stable")
+        ranked = np.take_along_axis(numbers, order, 1)
+        repeats = np.zeros_like(numbers, dtype=bool)
+        np.put_along_axis(repeats, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], 1)
+        if not repeats.any():
+            return numbers
+        numbers[repeats] = random.integers(below, size=int(repeats.sum()))
+
+
+def character_tokenizer(characters: int) -> PreTrainedTokenizerFast:
+    """One token for each of the first `characters` letters and the marks `|!:?`."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *MARKS, *LETTERS[:characters]])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="|"
+    )

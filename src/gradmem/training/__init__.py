@@ -1,0 +1,5 @@
+"""Meta-training: recipes, one step of it, and the loop."""
+
+from .recipe import Recipe, Stage, Training
+
+__all__ = ["Recipe", "Stage", "Training"]

@@ -1,0 +1,294 @@
+"""The meta-training loop, on Accelerate."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import GradmemError
+from ..model import MemoryModel, build_task
+from .optim import build_optimizers
+from .recipe import Recipe, Stage
+from .state import load_state, save_state, states
+from .step import MetaStep
+
+WINDOW = 10
+"""Steps over which exact match is averaged."""
+FIELDS = ["step", "stage", "loss", "write_loss", "exact_match", "write_steps", "lr", "grad_norm", "samples", "seconds"]
+
+
+@dataclass
+class Place:
+    """Where a run stands; all that a resumed run needs beside weights and optimisers."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    best: float = 0.0
+    best_at: int = 0
+    halvings: int = 0
+    decay_from: int | None = None
+
+    def next_stage(self) -> None:
+        """Move to the beginning of the next stage."""
+        self.stage, self.stage_step, self.recent = self.stage + 1, 0, []
+        self.best, self.best_at, self.halvings, self.decay_from = 0.0, 0, 0, None
+
+
+class Trainer:
+    """Train a recipe.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    output : Path
+        Directory of the run: recipe, log, resumable states and the checkpoint.
+    resume : {"auto", "never"}
+        Continue from the newest state where there is one, or start anew.
+    """
+
+    def __init__(self, recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto") -> None:
+        training = recipe.training
+        self.recipe, self.output = recipe, output
+        self.accelerator = Accelerator(
+            cpu=training.device == "cpu" or (training.device == "auto" and not torch.accelerator.is_available()),
+            mixed_precision="no" if training.precision == "fp32" else training.precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        set_seed(training.seed)
+        self.model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method)
+        if recipe.init_from:
+            self.model.take_weights(recipe.init_from)
+        self.optimizers = build_optimizers(self.model.method, training)
+        if not self.optimizers:
+            raise GradmemError("this recipe leaves nothing to train")
+        self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self.place = Place()
+        found = states(output / "states")
+        if resume == "auto" and found:
+            self.place = Place(**load_state(found[-1], self.model.method, self.optimizers))
+        elif found:
+            raise GradmemError(f"{output} holds a run: resume it with --resume auto, or give another --output")
+        self.step_module = self.accelerator.prepare(MetaStep(self.model.method))
+        self.parameters = [p for p in self.model.method.parameters() if p.requires_grad]
+
+    def run(self) -> MemoryModel:
+        """Train to the end of the last stage and return the model; its checkpoint is in `output/checkpoint`.
+
+        Raises
+        ------
+        GradmemError
+            When loss or gradient are not finite; the newest state and checkpoint stay as they are.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        if self.main:
+            (self.output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False))
+        with self._log() as log, self._progress() as progress:
+            while self.place.stage < len(self.recipe.stages):
+                self._run_stage(self.recipe.stages[self.place.stage], log, progress)
+        return self.model
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return bool(self.accelerator.is_main_process)
+
+    def _run_stage(self, stage: Stage, log: Any, progress: Report) -> None:
+        place, task = self.place, build_task({**self.recipe.task, **stage.task})
+        progress.begin(self.place.stage, stage)
+        while not self._finished(stage):
+            started = time.monotonic()
+            row = self._step(stage, task)
+            place.seconds += time.monotonic() - started
+            row |= {"step": place.step, "stage": place.stage, "samples": place.samples, "seconds": place.seconds}
+            log(row)
+            progress.show(row, place)
+            if place.step % self.recipe.training.save_every == 0:
+                self._save()
+        progress.end(place)
+        place.next_stage()
+        self._save()
+        if self.main:
+            self.model.task = task
+            self.model.spec["task"] = {**self.recipe.task, **stage.task}
+            self.model.save_pretrained(self.output / "checkpoint")
+
+    def _finished(self, stage: Stage) -> bool:
+        """Whether the stage is over; also starts its decay and halves stalled learning rates."""
+        place = self.place
+        mean = sum(place.recent) / WINDOW if len(place.recent) == WINDOW else 0.0
+        if mean > place.best + 1e-3:
+            place.best, place.best_at = mean, place.stage_step
+        elif stage.patience and place.stage_step - place.best_at >= stage.patience:
+            place.halvings, place.best_at = place.halvings + 1, place.stage_step
+        reached = stage.until is not None and mean >= stage.until
+        if place.decay_from is None and (reached or place.stage_step >= stage.max_steps - stage.decay):
+            place.decay_from = place.stage_step
+        return place.decay_from is not None and place.stage_step >= place.decay_from + stage.decay
+
+    def _lr(self, stage: Stage) -> float:
+        """Factor on the learning rates at this step."""
+        place = self.place
+        factor = stage.lr * 0.5**place.halvings * min(1.0, (place.stage_step + 1) / max(stage.warmup, 1))
+        if place.decay_from is not None:
+            factor *= 1 - (place.stage_step - place.decay_from) / stage.decay
+        return factor
+
+    def _step(self, stage: Stage, task: Any) -> dict[str, Any]:
+        place, training, world = self.place, self.recipe.training, self.accelerator.num_processes
+        if stage.batch_size % world:
+            raise GradmemError(f"batch_size {stage.batch_size} is not a multiple of {world} processes")
+        share = stage.batch_size // world
+        start = place.samples + share * self.accelerator.process_index
+        batch = task.batch("train", start, share, training.seed)
+        steps = random.Random(f"{training.seed} {place.step}").choice(stage.write_steps)
+        scored = task.scored(batch.labels)
+        device = self.accelerator.device
+        loss, write_loss, correct = self.step_module(batch.to(device), steps, scored.to(device))
+        # The mean over the target tokens of all processes, whose gradients are averaged.
+        tokens = torch.tensor(float((batch.labels != -100).sum()), device=device)
+        loss = loss * world / self.accelerator.reduce(tokens, "sum")
+        total = loss + training.inner_loss_weight * write_loss
+        self.accelerator.backward(total)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, training.clip_norm)
+        factor = self._lr(stage)
+        shown = torch.stack([loss.detach(), write_loss.detach(), correct.float().mean()])
+        mean_loss, mean_write_loss, match = self.accelerator.reduce(shown, "mean").tolist()
+        if not (math.isfinite(float(norm)) and math.isfinite(mean_loss)):
+            raise GradmemError(
+                f"training diverged at step {place.step} (loss {mean_loss}, gradient norm {float(norm)}); the last "
+                f"good state is kept in {self.output / 'states'}: lower the learning rates and resume"
+            )
+        for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        place.step, place.stage_step = place.step + 1, place.stage_step + 1
+        place.samples += stage.batch_size
+        place.recent = [*place.recent, match][-WINDOW:]
+        return {
+            "loss": mean_loss,
+            "write_loss": mean_write_loss,
+            "exact_match": match,
+            "write_steps": steps,
+            "lr": factor,
+            "grad_norm": float(norm),
+        }
+
+    def _save(self) -> None:
+        if self.main:
+            save_state(
+                self.output / "states",
+                self.place.step,
+                self.model.method,
+                self.optimizers,
+                dataclasses.asdict(self.place),
+            )
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _log(self) -> Iterator[Any]:
+        """Open `log.csv` and TensorBoard; rows after the resumed step are dropped first."""
+        if not self.main:
+            yield lambda row: None
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self.output / "log.csv"
+        kept = []
+        if path.exists() and self.place.step:
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= self.place.step]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(kept)
+            board = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.place.step)
+
+            def log(row: dict[str, Any]) -> None:
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+                file.flush()
+                for name in ("loss", "write_loss", "exact_match", "lr", "grad_norm"):
+                    board.add_scalar(name, row[name], row["step"])
+
+            try:
+                yield log
+            finally:
+                board.close()
+
+    @contextmanager
+    def _progress(self) -> Iterator[Report]:
+        with Report(Console(stderr=True, quiet=not self.main), len(self.recipe.stages)) as report:
+            yield report
+
+
+class Report:
+    """Progress of a run: a live bar on a terminal, a line now and then elsewhere."""
+
+    EVERY = 25
+
+    def __init__(self, console: Console, stages: int) -> None:
+        self.console, self.stages = console, stages
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=1, numbers="")
+
+    def __enter__(self) -> Report:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def begin(self, index: int, stage: Stage) -> None:
+        """Start the bar of a stage."""
+        what = ", ".join(f"{value} {key}" for key, value in stage.task.items())
+        self.title = f"stage {index + 1}/{self.stages} {what} K={'/'.join(map(str, stage.write_steps))}"
+        self.bar.reset(self.task, total=stage.max_steps, description=self.title)
+
+    def show(self, row: dict[str, Any], place: Place) -> None:
+        """Show a step."""
+        numbers = self._numbers(row["loss"], place)
+        self.bar.update(self.task, completed=place.stage_step, numbers=numbers)
+        if not self.console.is_terminal and place.stage_step % self.EVERY == 0:
+            self.console.print(f"{self.title}: step {place.stage_step} {numbers} lr x{row['lr']:.3g}", highlight=False)
+
+    def end(self, place: Place) -> None:
+        """Leave a line behind for a stage that is done."""
+        match = sum(place.recent) / max(len(place.recent), 1)
+        self.console.print(
+            f"{self.title}: done after {place.stage_step} steps, EM {match:.2%}, "
+            f"{place.seconds / 60:.1f} min in all",
+            highlight=False,
+        )
+
+    def _numbers(self, loss: float, place: Place) -> str:
+        match = sum(place.recent) / len(place.recent)
+        return f"loss {loss:.3f} EM {match:.1%} {place.step / place.seconds:.2f} steps/s"

@@ -1,0 +1,41 @@
+"""Optimisers of meta-training."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..methods.base import Method
+from .recipe import Training
+
+
+def build_optimizers(method: Method, training: Training) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything else that is trained."""
+    matrices = [p for p in _block_matrices(method) if p.requires_grad] if training.optimizer == "muon" else []
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in method.parameters() if p.requires_grad and id(p) not in chosen]
+    if not matrices and not rest:
+        return []
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=training.muon_lr, momentum=0.95, weight_decay=training.weight_decay)
+        )
+    if rest:
+        beta1, beta2 = training.betas
+        optimizers.append(
+            torch.optim.AdamW(
+                rest, lr=training.adamw_lr, betas=(beta1, beta2), weight_decay=training.weight_decay
+            )
+        )
+    return optimizers
+
+
+def _block_matrices(method: Method) -> list[nn.Parameter]:
+    """2-d weights of the backbone that are neither embeddings nor the output layer (nor adapters)."""
+    body = method.backbone.model.base_model
+    outside = {id(method.backbone.head.weight)}
+    outside |= {id(m.weight) for m in body.modules() if isinstance(m, nn.Embedding)}
+    return [
+        p for name, p in body.named_parameters() if p.dim() == 2 and id(p) not in outside and "lora_" not in name
+    ]

@@ -1,0 +1,118 @@
+"""What a training run is, as typed data: one source for YAML files, the command line and Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import GradmemError, unknown
+
+
+@dataclass
+class Stage:
+    """One stage of the curriculum."""
+
+    max_steps: int
+    """Optimiser steps after which the stage ends (its decay included)."""
+    write_steps: list[int]
+    """Number of write steps K, drawn anew from this list for every optimiser step."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """Task options that differ from the recipe's, as `{pairs: 4}`."""
+    batch_size: int = 32
+    """Contexts in a batch, over all processes."""
+    lr: float = 1.0
+    """Factor on all learning rates."""
+    until: float | None = None
+    """Exact match on fresh training samples, mean over the last 10 steps, that ends the stage."""
+    warmup: int = 30
+    """Steps over which the learning rates rise from zero."""
+    patience: int = 0
+    """Halve the learning rates when exact match has not risen for this many steps; 0: never."""
+    decay: int = 0
+    """Steps at the end over which the learning rates fall linearly to zero."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 or self.batch_size < 1 or not self.write_steps or min(self.write_steps) < 0:
+            raise GradmemError("a stage needs max_steps >= 1, batch_size >= 1 and write_steps like [3, 4, 5]")
+        if self.until is not None and not 0 < self.until <= 1:
+            raise GradmemError(f"a stage's `until` is an exact match from 0 to 1, not {self.until}")
+        if self.decay > self.max_steps:
+            raise GradmemError(f"a stage's decay ({self.decay}) must not be longer than max_steps ({self.max_steps})")
+
+
+@dataclass
+class Training:
+    """How to train."""
+
+    seed: int = 0
+    """Seed of weights, samples and draws of K."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of matrix products (autocast); weights stay float32."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto (an accelerator where there is one)."""
+    processes: int = 1
+    """Data-parallel processes on the CPU, one thread each; on GPUs use `accelerate launch`."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Optimiser of the blocks' matrices; everything else takes AdamW."""
+    muon_lr: float = 0.01
+    """Learning rate of Muon."""
+    adamw_lr: float = 1e-3
+    """Learning rate of AdamW."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    """Betas of AdamW."""
+    weight_decay: float = 0.0
+    """Weight decay of both optimisers."""
+    clip_norm: float = 1.0
+    """Largest norm of the meta-gradient."""
+    inner_loss_weight: float = 0.0
+    """Weight of the last write loss in the outer loss."""
+    save_every: int = 50
+    """Optimiser steps between resumable states."""
+    valid_samples: int = 128
+    """Validation contexts at the end of every stage."""
+
+
+@dataclass
+class Recipe:
+    """A training run from beginning to end."""
+
+    task: dict[str, Any]
+    """Task `name` and its options."""
+    backbone: dict[str, Any]
+    """`pretrained: NAME`, or `model_type` and fields of its Hugging Face config for random weights."""
+    method: dict[str, Any]
+    """Method `name` and its options."""
+    stages: list[Stage]
+    """The curriculum, one stage after the other."""
+    training: Training = field(default_factory=Training)
+    """How to train."""
+    init_from: str | None = None
+    """Checkpoint to start from (name or directory); weights of equal shape are taken over."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise GradmemError("a recipe needs at least one stage")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package."""
+    files = resources.files("gradmem") / "recipes"
+    return sorted(file.name.removesuffix(".yaml") for file in files.iterdir() if file.name.endswith(".yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """Find a recipe by the name of a packaged one or by path.
+
+    Raises
+    ------
+    GradmemError
+        When there is neither.
+    """
+    if name in recipe_names():
+        return Path(str(resources.files("gradmem") / "recipes" / f"{name}.yaml"))
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    raise unknown("recipe", name, recipe_names())

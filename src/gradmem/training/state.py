@@ -1,0 +1,85 @@
+"""Resumable states: weights, optimisers and progress, in safetensors and JSON, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from ..errors import GradmemError
+
+PATTERN = re.compile(r"step-(\d{8})")
+
+
+def save_state(
+    directory: Path, step: int, module: nn.Module, optimizers: list[torch.optim.Optimizer], progress: dict[str, Any]
+) -> None:
+    """Save under a temporary name, then rename: a state that is there is complete. Older states go."""
+    target, temporary = directory / f"step-{step:08d}", directory / "incomplete.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_model(module, str(temporary / "weights.safetensors"))
+    tensors, settings = _flatten(optimizers)
+    save_file(tensors, temporary / "optimizers.safetensors")
+    (temporary / "progress.json").write_text(json.dumps({**progress, "optimizers": settings}))
+    for file in temporary.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+    for old in states(directory)[:-1]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def states(directory: Path) -> list[Path]:
+    """Complete states, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if PATTERN.fullmatch(path.name))
+
+
+def load_state(path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Load a state in place and return its progress.
+
+    Raises
+    ------
+    GradmemError
+        When the state does not fit the recipe or cannot be read.
+    """
+    try:
+        load_model(module, str(path / "weights.safetensors"))
+        progress = json.loads((path / "progress.json").read_text())
+        _restore(optimizers, load_file(path / "optimizers.safetensors"), progress.pop("optimizers"))
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        raise GradmemError(f"cannot resume from {path}: {error}; start anew with --resume never") from error
+    return progress
+
+
+def _flatten(optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:
+    """Tensors of the optimisers under names `optimizer.parameter.entry`, and their settings as plain data."""
+    tensors, settings = {}, []
+    for index, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        for parameter, entries in state["state"].items():
+            for name, value in entries.items():
+                tensors[f"{index}.{parameter}.{name}"] = torch.as_tensor(value).contiguous()
+        settings.append(state["param_groups"])
+    return tensors, settings
+
+
+def _restore(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor], settings: list[Any]) -> None:
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for key, tensor in tensors.items():
+        index, parameter, name = key.split(".")
+        states[int(index)].setdefault(int(parameter), {})[name] = tensor
+    for optimizer, state, groups in zip(optimizers, states, settings, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,47 @@
+"""One step of meta-training: write, read, and the outer loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..methods.base import Method
+
+
+def exact_match(predicted: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
+    """Whether every scored target token of a query is predicted.
+
+    Parameters
+    ----------
+    predicted : Tensor, int64, shape (targets,)
+        Predictions at the positions where labels are not -100, in order.
+    labels : Tensor, int64, shape (queries, length)
+    scored : Tensor, bool, shape (queries, length)
+
+    Returns
+    -------
+    Tensor, bool, shape (queries,)
+    """
+    right = torch.ones_like(scored)
+    right[labels != -100] = predicted == labels[labels != -100]
+    return (right | ~scored).all(1)
+
+
+class MetaStep(nn.Module):
+    """Write a batch and read its targets; a module, so that data parallelism can wrap it."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch: Batch, steps: int, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return read loss summed over target tokens, last write loss averaged, and exact match by query."""
+        written = self.method.write(batch.context, steps)
+        logits = self.method.read_targets(written.memory, batch.queries, batch.labels, batch.rows)
+        targets = batch.labels[batch.labels != -100]
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        auxiliary = written.losses[-1].mean() if len(written.losses) else loss.new_zeros(())
+        correct = exact_match(logits.detach().argmax(-1), batch.labels, scored)
+        return loss, auxiliary, correct
