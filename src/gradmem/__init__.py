@@ -1,0 +1,34 @@
+"""Memory for language models that is written once, by gradient descent, and asked many times.
+
+>>> import gradmem
+>>> memory = gradmem.load("kv-32").write("a7:Qz\\nk2:9f")
+>>> memory.ask("a7")
+'Qz'
+"""
+
+from .backbone import Backbone
+from .batch import Batch, Tokens
+from .checkpoints import checkpoint_names, load
+from .checkpoints import open_memory as open
+from .errors import GradmemError
+from .memory import Memory, Record
+from .methods import GradMem, Method, Written
+from .model import MemoryModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backbone",
+    "Batch",
+    "GradMem",
+    "GradmemError",
+    "Memory",
+    "MemoryModel",
+    "Method",
+    "Record",
+    "Tokens",
+    "Written",
+    "checkpoint_names",
+    "load",
+    "open",
+]

@@ -65,9 +65,10 @@ class Backbone(nn.Module):
         return int(getattr(self.model.config, "max_position_embeddings", 2**31 - 1))
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """The output layer, hidden states -> logits."""
-        return self.model.get_output_embeddings()
+        head: nn.Linear = self.model.get_output_embeddings()
+        return head
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (batch, length) -> input embeddings (batch, length, d)."""

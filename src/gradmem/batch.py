@@ -73,6 +73,4 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device."""
-        return Batch(
-            self.context.to(device), self.queries.to(device), self.labels.to(device), self.rows.to(device)
-        )
+        return Batch(self.context.to(device), self.queries.to(device), self.labels.to(device), self.rows.to(device))

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 import tempfile
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from . import methods, tasks
 from .backbone import Backbone
+from .batch import Tokens
 from .errors import GradmemError
-from .methods.base import Method
+from .memory import Memory, Record, digest
+from .methods.base import Method, Written
 from .plugins import check_options, find
 from .tasks.base import Task
 
@@ -66,30 +71,270 @@ class MemoryModel(ModelHubMixin):
     task : Task
     spec : dict
         `task`, `backbone` and `method` as plain data, from which the same objects are built again.
+    name : str
+        Name or path by which `gradmem.load` finds it again.
     """
 
-    def __init__(self, method: Method, task: Task, spec: dict[str, Spec]) -> None:
-        self.method, self.task, self.spec = method, task, spec
+    def __init__(self, method: Method, task: Task, spec: dict[str, Spec], name: str = "unnamed") -> None:
+        self.method, self.task, self.spec, self.name = method, task, spec, name
 
     @classmethod
     def from_spec(cls, task: Spec, backbone: Spec, method: Spec, *, trusted: bool = True) -> MemoryModel:
         """Build a model with fresh (or pretrained) weights."""
         built_task = build_task(task, trusted=trusted)
         built = build_backbone(backbone, built_task)
-        spec = {"task": dict(task), "backbone": built.model.config.to_diff_dict(), "method": dict(method)}
-        spec["backbone"]["model_type"] = built.model.config.model_type
+        config = built.model.config
+        spec = {
+            "task": dict(task),
+            "backbone": {**config.to_diff_dict(), "model_type": config.model_type},
+            "method": dict(method),
+        }
         return cls(build_method(method, built, trusted=trusted), built_task, copy.deepcopy(spec))
 
-    def take_weights(self, checkpoint: str) -> None:
-        """Warm start: take over every weight of a checkpoint that has the same name and shape."""
-        raise NotImplementedError
+    # Checkpoints
+
+    def take_weights(self, other: MemoryModel) -> list[str]:
+        """Warm start: take over every weight of another model that has the same name and shape.
+
+        Returns
+        -------
+        list of str
+            Names of the weights that stay as they were.
+        """
+        theirs = other.method.state_dict()
+        kept = []
+        with torch.no_grad():
+            for name, weight in self.method.state_dict().items():
+                if name in theirs and theirs[name].shape == weight.shape:
+                    weight.copy_(theirs[name])
+                else:
+                    kept.append(name)
+        return kept
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write config, weights and tokenizer; each file appears whole or not at all."""
-        config = json.dumps({"format": FORMAT, **self.spec}, indent=1)
         with tempfile.TemporaryDirectory(dir=save_directory) as temporary:
             save_model(self.method, str(Path(temporary) / WEIGHTS))
-            (Path(temporary) / CONFIG).write_text(config)
+            (Path(temporary) / CONFIG).write_text(json.dumps({"format": FORMAT, **self.spec}, indent=1))
             self.task.tokenizer.save_pretrained(temporary)
             for file in Path(temporary).iterdir():
                 os.replace(file, save_directory / file.name)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **download: Any) -> MemoryModel:
+        """Load from a directory or, by its hub name, from the hub. Executes nothing that the files contain."""
+        directory = Path(model_id)
+        if not directory.is_dir():
+            directory = Path(snapshot_download(model_id, **_known(snapshot_download, download)))
+        try:
+            config = json.loads((directory / CONFIG).read_text())
+            if config["format"] != FORMAT:
+                raise GradmemError(f"{model_id} has format {config['format']}, this gradmem reads {FORMAT}")
+            model = cls.from_spec(config["task"], config["backbone"], config["method"], trusted=False)
+            load_model(model.method, str(directory / WEIGHTS))
+        except FileNotFoundError as error:
+            raise GradmemError(f"{model_id} is no checkpoint: it has no {Path(error.filename).name}") from error
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise GradmemError(f"{model_id} is damaged or no checkpoint: {reason}") from error
+        model.name = model_id
+        model.method.eval()
+        return model
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the `backbone` weights, the whole `checkpoint` (weights and settings) and the `tokenizer`."""
+        tokenizer = hashlib.sha256(self.task.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        settings = json.dumps(self.spec["method"], sort_keys=True) + tokenizer
+        weights = digest(self.method.state_dict())
+        return {
+            "backbone": digest(self.method.backbone.state_dict()),
+            "checkpoint": hashlib.sha256((settings + weights).encode()).hexdigest(),
+            "tokenizer": tokenizer,
+        }
+
+    # Text
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.method.parameters()).device
+
+    def to(self, device: str | torch.device) -> MemoryModel:
+        """Move to a device."""
+        self.method.to(device)
+        return self
+
+    def encode(self, text: str, what: str, limit: int) -> list[int]:
+        """Tokenize a text.
+
+        Raises
+        ------
+        GradmemError
+            When it is empty, longer than `limit` tokens, or has characters that the tokenizer lacks.
+        """
+        ids: list[int] = self.task.tokenizer(text, add_special_tokens=False).input_ids
+        if not ids:
+            raise GradmemError(f"the {what} is empty")
+        if len(ids) > limit:
+            raise GradmemError(f"the {what} has {len(ids)} tokens; the limit of '{self.name}' is {limit}")
+        unknown_id = self.task.tokenizer.unk_token_id
+        if unknown_id is not None and unknown_id in ids:
+            alien = sorted({text[i] for i in range(len(text)) if self._lacks(text[i])})
+            raise GradmemError(f"the {what} has characters that '{self.name}' does not know: {alien[:20]}")
+        return ids
+
+    def _lacks(self, character: str) -> bool:
+        return self.task.tokenizer.unk_token_id in self.task.tokenizer(character, add_special_tokens=False).input_ids
+
+    def write(
+        self,
+        text: str | Sequence[str],
+        steps: int | None = None,
+        *,
+        until: float | None = None,
+        max_steps: int = 30,
+    ) -> Memory:
+        """Write one text, or several at once, into a memory each.
+
+        Parameters
+        ----------
+        text : str or sequence of str
+        steps : int, optional
+            Write steps; by default as many as the checkpoint was trained for.
+        until : float, optional
+            Instead of a number of steps: each text stops at this write loss (mean nats per token), after
+            `max_steps` at the latest.
+
+        Returns
+        -------
+        Memory
+            One row for each text, with a `Record` each: provenance and write receipt.
+
+        Raises
+        ------
+        GradmemError
+            When a text is empty, too long or has unknown characters, or steps are negative.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise GradmemError("nothing to write")
+        if until is not None:
+            if steps is not None:
+                raise GradmemError("give `steps` or `until`, not both")
+            if not until > 0:
+                raise GradmemError(f"`until` is a loss above 0, not {until}")
+            steps = max_steps
+        ids = [self.encode(self.task.context_text(t), "context", self.method.max_context) for t in texts]
+        context = Tokens.from_lists(ids, self.task.pad_id).to(self.device)
+        with torch.no_grad():
+            written = self.method.write(context, steps, until=until)
+            token_losses = self.method.token_losses(written.memory, context)
+        records = [
+            self._record(texts[row], written, token_losses[row, : len(ids[row])].tolist(), row)
+            for row in range(len(texts))
+        ]
+        return Memory(written.memory.tensors, records, self)
+
+    def _record(self, text: str, written: Written, token_losses: list[float], row: int) -> Record:
+        taken = int(written.taken[row])
+        losses = [*written.losses[:taken, row].tolist(), sum(token_losses) / len(token_losses)]
+        return Record(
+            method=self.spec["method"]["name"],
+            model=self.name,
+            **self.fingerprints,
+            context_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            context_tokens=len(token_losses),
+            steps=taken,
+            inner_lr=[round(rate, 6) for rate in self.method.inner_lrs()],
+            losses=[round(loss, 6) for loss in losses],
+            token_losses=[round(loss, 3) for loss in token_losses],
+        )
+
+    def open(self, path: str | os.PathLike[str]) -> Memory:
+        """Load a memory file that this model wrote.
+
+        Raises
+        ------
+        GradmemError
+            When the file is damaged or another model wrote it.
+        """
+        return self.bind(Memory.load(path), str(path))
+
+    def bind(self, memory: Memory, what: str = "the memory") -> Memory:
+        """Bind a loaded memory to this model; refuse one that another model wrote."""
+        mine = self.fingerprints["checkpoint"]
+        if not memory.records:
+            raise GradmemError(f"{what} does not say which model wrote it")
+        for record in memory.records:
+            if record.checkpoint != mine:
+                raise GradmemError(
+                    f"{what} was written by the checkpoint {record.checkpoint[:16]} ('{record.model}'), "
+                    f"not by {mine[:16]} ('{self.name}'): a memory answers only through the model that wrote it"
+                )
+        self.method.check(memory, what)
+        tensors = {name: tensor.to(self.device) for name, tensor in memory.tensors.items()}
+        return Memory(tensors, memory.records, self)
+
+    def ask(self, memory: Memory, query: Any, **options: Any) -> Any:
+        """Answer queries from a memory alone.
+
+        Parameters
+        ----------
+        memory : Memory
+        query : str, list of str, or list of lists of str
+            One query; several for a memory of one row; or for each row a list of its own.
+        options
+            Arguments of Hugging Face's `generate`, as `max_new_tokens` or `do_sample`.
+
+        Returns
+        -------
+        str, list of str, or list of lists of str
+            Answers in the shape of the queries.
+
+        Raises
+        ------
+        GradmemError
+            When a query is empty, too long or has no answer format, or rows and queries do not fit.
+        """
+        if isinstance(query, str):
+            return self.ask(memory, [query], **options)[0]
+        if query and isinstance(query[0], str):
+            if len(memory) != 1:
+                raise GradmemError(f"this memory has {len(memory)} rows: give a list of queries for each, or pick one")
+            return self.ask(memory, [query], **options)[0]
+        if len(query) != len(memory):
+            raise GradmemError(f"{len(query)} lists of queries for {len(memory)} memories")
+        flat = [(row, text) for row, texts in enumerate(query) for text in texts]
+        if not flat:
+            return [[] for _ in query]
+        settings = {
+            "max_new_tokens": self.task.answer_length,
+            "do_sample": False,
+            "eos_token_id": self.task.end_id,
+        }
+        settings |= options
+        limit = self.method.max_query - int(settings["max_new_tokens"])
+        ids = [self.encode(self.task.query_text(text), "query", limit) for _, text in flat]
+        rows = torch.tensor([row for row, _ in flat], device=self.device)
+        generated = self.method.generate(memory, ids, rows, pad_id=self.task.pad_id, **settings)
+        texts = iter(self.task.answer_text(t) for t in self._decode(generated))
+        return [[next(texts) for _ in queries] for queries in query]
+
+    def _decode(self, generated: list[list[int]]) -> list[str]:
+        pad, end = self.task.pad_id, self.task.end_id
+        cut = [row[: row.index(end)] if end in row else row for row in generated]
+        return list(self.task.tokenizer.batch_decode([[i for i in row if i != pad] for row in cut]))
+
+
+def _known(function: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a function takes."""
+    return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}

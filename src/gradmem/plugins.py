@@ -6,11 +6,9 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from typing import Any, TypeVar
+from typing import Any
 
 from .errors import GradmemError, unknown
-
-T = TypeVar("T")
 
 
 def names(package: str) -> list[str]:
@@ -19,7 +17,7 @@ def names(package: str) -> list[str]:
     return sorted(info.name for info in pkgutil.iter_modules(path) if info.name != "base")
 
 
-def find(base: type[T], package: str, kind: str, name: str, *, trusted: bool = True) -> type[T]:
+def find(base: Any, package: str, kind: str, name: str, *, trusted: bool = True) -> Any:
     """Return the subclass of `base` that the file `name` defines.
 
     Parameters

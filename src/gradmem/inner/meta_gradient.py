@@ -90,9 +90,7 @@ def descend(
                 for name, tensor in now.tensors.items()
             }
             losses = loss(points)
-            grads = torch.autograd.grad(
-                losses.sum(), list(points.values()), create_graph=second, retain_graph=training
-            )
+            grads = torch.autograd.grad(losses.sum(), list(points.values()), create_graph=second, retain_graph=training)
         active = None if until is None else losses.detach() > until
         if active is not None and not bool(active.any()):
             return

@@ -79,6 +79,19 @@ class Method(nn.Module, ABC):
         """Longest context in tokens."""
 
     @property
+    def max_query(self) -> int:
+        """Longest query and answer in tokens."""
+        return self.max_context
+
+    def inner_lrs(self) -> list[float]:
+        """Inner learning rates for the record; empty for methods without."""
+        return []
+
+    @abstractmethod
+    def check(self, memory: Memory, what: str) -> None:
+        """Raise `GradmemError` when the tensors of a memory are not what this method writes."""
+
+    @property
     @abstractmethod
     def n_mem(self) -> int:
         """Number of memory vectors."""

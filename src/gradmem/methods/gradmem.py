@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,9 +101,7 @@ class GradMem(Method):
 
         self.initial_memory = vectors(n_mem)
         self.control = nn.ParameterDict(
-            {name: vectors(n_ctrl) for name in ("write_start", "write_end", "read_start", "read_end")}
-            if n_ctrl
-            else {}
+            {name: vectors(n_ctrl) for name in ("write_start", "write_end", "read_start", "read_end")} if n_ctrl else {}
         )
         self.log_inner_lr = (
             nn.Parameter(torch.full((n_mem, 1), math.log(inner_lr), dtype=torch.float32, device=like.device))
@@ -116,12 +113,12 @@ class GradMem(Method):
             self.proj = nn.Linear(d, d, dtype=like.dtype, device=like.device)
             nn.init.eye_(self.proj.weight)
             nn.init.zeros_(self.proj.bias)
-        self.write_head: nn.Module | None = None
+        self.write_head: nn.Linear | None = None
         if write_head != "none":
             vocabulary = backbone.head.weight.shape[0]
             self.write_head = nn.Linear(d, vocabulary, bias=False, dtype=like.dtype, device=like.device)
             if write_head == "copy":
-                self.write_head.weight = nn.Parameter(copy.deepcopy(backbone.head.weight.detach()))
+                self.write_head.weight = nn.Parameter(backbone.head.weight.detach().clone())
             else:
                 nn.init.normal_(self.write_head.weight, std=std)
         self.adapters = _add_lora(backbone, write_lora) if write_lora else []
@@ -170,12 +167,24 @@ class GradMem(Method):
         """Loss of each context token under a memory, shape (batch, length), nats."""
         return self._losses(memory.tensors, context, self._embed_context(context))
 
+    def inner_lrs(self) -> list[float]:
+        """Inner learning rate of each memory vector, or the one that all share."""
+        rate = self._rates()["memory"]
+        return rate.flatten().tolist() if isinstance(rate, Tensor) else [rate]
+
+    def check(self, memory: Memory, what: str) -> None:
+        """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
+        wanted = {name: tuple(tensor.shape[1:]) for name, tensor in self._start(1).items()}
+        found = {name: tuple(tensor.shape[1:]) for name, tensor in memory.tensors.items()}
+        if wanted != found:
+            raise GradmemError(f"{what} holds {found}, this method writes {wanted}")
+
     def prefix(self, memory: Memory) -> Prefix:
         """Run `[read_start ; P(M) ; read_end]` once for each row."""
         return self.backbone.prefix(self._surround("read", memory.tensors))
 
     def _start(self, batch: int) -> Tensors:
-        tensors = {"memory": self.initial_memory}
+        tensors: Tensors = {"memory": self.initial_memory}
         if self.projection == "per_sample" and self.proj is not None:
             tensors |= {"proj_weight": self.proj.weight, "proj_bias": self.proj.bias}
         return {name: tensor.expand(batch, *tensor.shape) for name, tensor in tensors.items()}
@@ -238,7 +247,7 @@ def _add_lora(backbone: Backbone, rank: int) -> list[nn.Module]:
 def _switch(layers: list[nn.Module], on: bool) -> None:
     # Not enable_adapters(), which also clears requires_grad of the adapter weights.
     for layer in layers:
-        layer._disable_adapters = not on
+        layer._disable_adapters = not on  # type: ignore[assignment]
 
 
 @contextmanager

@@ -177,11 +177,10 @@ class KV(Task):
         keys = self._characters(distinct(random, BLOCK, self.pairs, self.alphabet**self.key_length), self.key_length)
         values = random.integers(self.alphabet, size=(BLOCK, self.pairs, self.value_length)) + self.first
         one = (BLOCK, self.pairs, 1)
-        pairs = np.concatenate(
-            [self._fill(one, "!"), keys, self._fill(one, ":"), values, self._fill(one, "!")], axis=2
-        )
+        pairs = np.concatenate([self._fill(one, "!"), keys, self._fill(one, ":"), values, self._fill(one, "!")], axis=2)
         contexts = np.concatenate(
-            [self._add_noise(random, pairs.reshape(BLOCK, -1)), self._fill((BLOCK, 1, 1), "|")[..., 0]], axis=1
+            [self._add_noise(random, pairs.reshape(BLOCK, -1)), self._fill((BLOCK, 1, 1), "|")[..., 0]],
+            axis=1,
         )
         if self.queries is not None:
             asked = random.random((BLOCK, self.pairs)).argsort(1)[:, : self.queries, None]
@@ -196,7 +195,9 @@ class KV(Task):
             return pairs
         gaps = random.integers(self.pairs + 1, size=(BLOCK, count))
         # Sort positions: pair p keeps its characters together at 2p + 1, noise of gap g stands at 2g.
-        place = np.concatenate([np.arange(length) // (length // self.pairs) * 2 + 1 + np.zeros_like(pairs), gaps * 2], 1)
+        place = np.concatenate(
+            [np.arange(length) // (length // self.pairs) * 2 + 1 + np.zeros_like(pairs), gaps * 2], 1
+        )
         noise = random.integers(self.alphabet, size=(BLOCK, count)) + self.first
         order = place.argsort(axis=1, kind="stable")
         return np.take_along_axis(np.concatenate([pairs, noise], axis=1), order, 1)
@@ -224,6 +225,4 @@ def character_tokenizer(characters: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="|"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="|")

@@ -1,5 +1,5 @@
 """Meta-training: recipes, one step of it, and the loop."""
 
-from .recipe import Recipe, Stage, Training
+from .recipe import Recipe, Stage
 
-__all__ = ["Recipe", "Stage", "Training"]
+__all__ = ["Recipe", "Stage"]

@@ -18,8 +18,16 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
+from ..checkpoints import load
 from ..errors import GradmemError
 from ..model import MemoryModel, build_task
 from .optim import build_optimizers
@@ -29,7 +37,18 @@ from .step import MetaStep
 
 WINDOW = 10
 """Steps over which exact match is averaged."""
-FIELDS = ["step", "stage", "loss", "write_loss", "exact_match", "write_steps", "lr", "grad_norm", "samples", "seconds"]
+FIELDS = [
+    "step",
+    "stage",
+    "loss",
+    "write_loss",
+    "exact_match",
+    "write_steps",
+    "lr",
+    "grad_norm",
+    "samples",
+    "seconds",
+]
 
 
 @dataclass
@@ -66,18 +85,17 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto") -> None:
-        training = recipe.training
         self.recipe, self.output = recipe, output
         self.accelerator = Accelerator(
-            cpu=training.device == "cpu" or (training.device == "auto" and not torch.accelerator.is_available()),
-            mixed_precision="no" if training.precision == "fp32" else training.precision,
+            cpu=recipe.device == "cpu" or (recipe.device == "auto" and not torch.accelerator.is_available()),
+            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        set_seed(training.seed)
+        set_seed(recipe.seed)
         self.model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method)
         if recipe.init_from:
-            self.model.take_weights(recipe.init_from)
-        self.optimizers = build_optimizers(self.model.method, training)
+            self.model.take_weights(load(recipe.init_from))
+        self.optimizers = build_optimizers(self.model.method, recipe)
         if not self.optimizers:
             raise GradmemError("this recipe leaves nothing to train")
         self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
@@ -118,10 +136,15 @@ class Trainer:
             started = time.monotonic()
             row = self._step(stage, task)
             place.seconds += time.monotonic() - started
-            row |= {"step": place.step, "stage": place.stage, "samples": place.samples, "seconds": place.seconds}
+            row |= {
+                "step": place.step,
+                "stage": place.stage,
+                "samples": place.samples,
+                "seconds": place.seconds,
+            }
             log(row)
             progress.show(row, place)
-            if place.step % self.recipe.training.save_every == 0:
+            if place.step % self.recipe.save_every == 0:
                 self._save()
         progress.end(place)
         place.next_stage()
@@ -153,22 +176,22 @@ class Trainer:
         return factor
 
     def _step(self, stage: Stage, task: Any) -> dict[str, Any]:
-        place, training, world = self.place, self.recipe.training, self.accelerator.num_processes
+        place, recipe, world = self.place, self.recipe, self.accelerator.num_processes
         if stage.batch_size % world:
             raise GradmemError(f"batch_size {stage.batch_size} is not a multiple of {world} processes")
         share = stage.batch_size // world
         start = place.samples + share * self.accelerator.process_index
-        batch = task.batch("train", start, share, training.seed)
-        steps = random.Random(f"{training.seed} {place.step}").choice(stage.write_steps)
+        batch = task.batch("train", start, share, recipe.seed)
+        steps = random.Random(f"{recipe.seed} {place.step}").choice(stage.write_steps)
         scored = task.scored(batch.labels)
         device = self.accelerator.device
         loss, write_loss, correct = self.step_module(batch.to(device), steps, scored.to(device))
         # The mean over the target tokens of all processes, whose gradients are averaged.
         tokens = torch.tensor(float((batch.labels != -100).sum()), device=device)
         loss = loss * world / self.accelerator.reduce(tokens, "sum")
-        total = loss + training.inner_loss_weight * write_loss
+        total = loss + recipe.inner_loss_weight * write_loss
         self.accelerator.backward(total)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, training.clip_norm)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, recipe.clip_norm)
         factor = self._lr(stage)
         shown = torch.stack([loss.detach(), write_loss.detach(), correct.float().mean()])
         mean_loss, mean_write_loss, match = self.accelerator.reduce(shown, "mean").tolist()
@@ -284,8 +307,7 @@ class Report:
         """Leave a line behind for a stage that is done."""
         match = sum(place.recent) / max(len(place.recent), 1)
         self.console.print(
-            f"{self.title}: done after {place.stage_step} steps, EM {match:.2%}, "
-            f"{place.seconds / 60:.1f} min in all",
+            f"{self.title}: done after {place.stage_step} steps, EM {match:.2%}, {place.seconds / 60:.1f} min in all",
             highlight=False,
         )
 

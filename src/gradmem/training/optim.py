@@ -1,4 +1,4 @@
-"""Optimisers of meta-training."""
+"""Optimisers of meta-recipe."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from ..methods.base import Method
-from .recipe import Training
+from .recipe import Recipe
 
 
-def build_optimizers(method: Method, training: Training) -> list[torch.optim.Optimizer]:
+def build_optimizers(method: Method, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else that is trained."""
-    matrices = [p for p in _block_matrices(method) if p.requires_grad] if training.optimizer == "muon" else []
+    matrices = [p for p in _block_matrices(method) if p.requires_grad] if recipe.optimizer == "muon" else []
     chosen = {id(p) for p in matrices}
     rest = [p for p in method.parameters() if p.requires_grad and id(p) not in chosen]
     if not matrices and not rest:
@@ -19,14 +19,12 @@ def build_optimizers(method: Method, training: Training) -> list[torch.optim.Opt
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(
-            torch.optim.Muon(matrices, lr=training.muon_lr, momentum=0.95, weight_decay=training.weight_decay)
+            torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.weight_decay)
         )
     if rest:
-        beta1, beta2 = training.betas
+        beta1, beta2 = recipe.betas
         optimizers.append(
-            torch.optim.AdamW(
-                rest, lr=training.adamw_lr, betas=(beta1, beta2), weight_decay=training.weight_decay
-            )
+            torch.optim.AdamW(rest, lr=recipe.adamw_lr, betas=(beta1, beta2), weight_decay=recipe.weight_decay)
         )
     return optimizers
 
@@ -36,6 +34,4 @@ def _block_matrices(method: Method) -> list[nn.Parameter]:
     body = method.backbone.model.base_model
     outside = {id(method.backbone.head.weight)}
     outside |= {id(m.weight) for m in body.modules() if isinstance(m, nn.Embedding)}
-    return [
-        p for name, p in body.named_parameters() if p.dim() == 2 and id(p) not in outside and "lora_" not in name
-    ]
+    return [p for name, p in body.named_parameters() if p.dim() == 2 and id(p) not in outside and "lora_" not in name]

@@ -43,17 +43,25 @@ class Stage:
 
 
 @dataclass
-class Training:
-    """How to train."""
+class Recipe:
+    """A training run from beginning to end."""
 
+    task: dict[str, Any]
+    """Task `name` and its options."""
+    backbone: dict[str, Any]
+    """`pretrained: NAME`, or `model_type` and fields of its Hugging Face config for random weights."""
+    method: dict[str, Any]
+    """Method `name` and its options."""
+    stages: list[Stage]
+    """The curriculum, one stage after the other."""
+    init_from: str | None = None
+    """Checkpoint to start from; weights of equal name and shape are taken over."""
     seed: int = 0
     """Seed of weights, samples and draws of K."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of matrix products (autocast); weights stay float32."""
     device: str = "auto"
     """cpu, cuda, mps or auto (an accelerator where there is one)."""
-    processes: int = 1
-    """Data-parallel processes on the CPU, one thread each; on GPUs use `accelerate launch`."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Optimiser of the blocks' matrices; everything else takes AdamW."""
     muon_lr: float = 0.01
@@ -73,27 +81,12 @@ class Training:
     valid_samples: int = 128
     """Validation contexts at the end of every stage."""
 
-
-@dataclass
-class Recipe:
-    """A training run from beginning to end."""
-
-    task: dict[str, Any]
-    """Task `name` and its options."""
-    backbone: dict[str, Any]
-    """`pretrained: NAME`, or `model_type` and fields of its Hugging Face config for random weights."""
-    method: dict[str, Any]
-    """Method `name` and its options."""
-    stages: list[Stage]
-    """The curriculum, one stage after the other."""
-    training: Training = field(default_factory=Training)
-    """How to train."""
-    init_from: str | None = None
-    """Checkpoint to start from (name or directory); weights of equal shape are taken over."""
-
     def __post_init__(self) -> None:
         if not self.stages:
             raise GradmemError("a recipe needs at least one stage")
+        for part in ("task", "method"):
+            if "name" not in getattr(self, part):
+                raise GradmemError(f"a recipe's {part} needs a name")
 
 
 def recipe_names() -> list[str]:

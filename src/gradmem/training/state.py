@@ -20,7 +20,11 @@ PATTERN = re.compile(r"step-(\d{8})")
 
 
 def save_state(
-    directory: Path, step: int, module: nn.Module, optimizers: list[torch.optim.Optimizer], progress: dict[str, Any]
+    directory: Path,
+    step: int,
+    module: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    progress: dict[str, Any],
 ) -> None:
     """Save under a temporary name, then rename: a state that is there is complete. Older states go."""
     target, temporary = directory / f"step-{step:08d}", directory / "incomplete.tmp"

@@ -1,0 +1,7 @@
+"""`python -m gradmem`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,162 @@
+"""The command line: options, defaults and help come from the signatures in `gradmem.commands`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import register_type
+
+from . import __version__, commands
+from .demo import demo
+from .errors import GradmemError
+from .training.recipe import Recipe, recipe_names, recipe_path
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+register_type(commands.Ints, lambda numbers: ",".join(map(str, numbers)), commands.Ints.parse)
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "eval": commands.evaluate,
+    "write": commands.write,
+    "ask": commands.ask,
+    "inspect": commands.inspect,
+    "demo": demo,
+    "list": commands.show_list,
+}
+QUERIES_HELP = "queries; without any, one a line from standard input, answered as JSON lines"
+BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
+    commands.ask: {
+        "queries": {"nargs": "*", "help": QUERIES_HELP},
+        "--jsonl": {"action": "store_true", "help": "print JSON lines also for queries given as arguments"},
+    },
+    commands.inspect: {"--json": {"action": "store_true", "help": "print the records as JSON"}},
+}
+SHORT = {"-o": "--output"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; return 0, or 2 after one line that says what was wrong."""
+    arguments = [_long(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    try:
+        _run(arguments)
+    except GradmemError as error:
+        return _refuse(str(error))
+    except ArgumentError as error:
+        return _refuse(f"{error} (see gradmem {' '.join(arguments[:1])} --help)")
+    except BrokenPipeError:
+        # The reader of our output has left (as `head` does): nothing more to say, and no traceback at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _refuse(reason: str) -> int:
+    print("gradmem: error: " + " ".join(reason.split()), file=sys.stderr)
+    return 2
+
+
+def _long(argument: str) -> str:
+    """`-o` as `--output`, and `--max-steps` as the parameter `--max_steps`."""
+    name, equals, value = argument.partition("=")
+    return (
+        SHORT.get(name, name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name)
+        + equals
+        + value
+    )
+
+
+def _run(arguments: list[str]) -> None:
+    parser = ArgumentParser(
+        prog="gradmem",
+        description="Memory for language models: write once, ask many.",
+        version=__version__,
+        exit_on_error=False,
+    )
+    subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
+    recipe = _given_recipe(arguments)
+    subcommands.add_subcommand("train", _train_parser(recipe), help="train a recipe")
+    for name, function in FUNCTIONS.items():
+        subcommands.add_subcommand(name, _function_parser(function), help=_summary(function))
+    parsed = parser.parse_args(arguments)
+    chosen = parsed[parsed.subcommand]
+    if parsed.subcommand == "train":
+        _train(parser.instantiate(parsed)["train"], arguments)
+    else:
+        FUNCTIONS[parsed.subcommand](**chosen.as_dict())
+
+
+def _function_parser(function: Callable[..., Any]) -> ArgumentParser:
+    """Options of a command. Flags and the rest of the line are told by hand: signatures do not know them."""
+    parser = ArgumentParser(description=_summary(function))
+    by_hand = BY_HAND.get(function, {})
+    for name, settings in by_hand.items():
+        if not name.startswith("-"):
+            parser.add_argument("memory", type=Path, help="memory file")
+        parser.add_argument(name, **settings)
+    skip: set[Any] = {name.lstrip("-") for name in by_hand} | ({"memory"} if "queries" in by_hand else set())
+    parser.add_function_arguments(function, as_positional=True, skip=skip, fail_untyped=True)
+    return parser
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").splitlines()[0]
+
+
+def _given_recipe(arguments: list[str]) -> str | None:
+    given = arguments[1:2] if arguments[:1] == ["train"] else []
+    return given[0] if given and not given[0].startswith("-") else None
+
+
+def _train_parser(recipe: str | None) -> ArgumentParser:
+    """Options of `train`: the fields of a recipe, with the values of the recipe that was named as defaults."""
+    parser = ArgumentParser(
+        description=f"{_summary(commands.train)} Recipes in the package: {', '.join(recipe_names())}."
+    )
+    parser.add_argument("recipe", help="name of a packaged recipe, or a YAML file")
+    parser.add_argument("--output", type=Path | None, default=None, help="directory of the run (default: runs/RECIPE)")
+    parser.add_argument("--processes", type=int, default=1, help="data-parallel CPU processes, one thread each")
+    parser.add_function_arguments(commands.train, skip={"recipe", "output"})
+    parser.add_class_arguments(Recipe)
+    if recipe is not None:
+        parser.set_defaults(_read_recipe(recipe_path(recipe)))
+    return parser
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise GradmemError(f"cannot read the recipe {path}: {error}") from error
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    if not isinstance(values, dict) or not set(values) <= known:
+        extra = sorted(set(values) - known) if isinstance(values, dict) else []
+        raise GradmemError(f"{path} is no recipe: unknown {extra}; known: {', '.join(sorted(known))}")
+    return values
+
+
+def _train(options: Namespace, arguments: list[str]) -> None:
+    if options.processes > 1 and "RANK" not in os.environ:
+        _launch(options.processes, arguments)
+        return
+    fields = {field.name: options[field.name] for field in dataclasses.fields(Recipe)}
+    output = options.output or Path("runs") / Path(options.recipe).stem
+    commands.train(Recipe(**fields), output, options.resume)
+
+
+def _launch(processes: int, arguments: list[str]) -> None:
+    """Run the same command in several processes; two with one thread each beat one with two threads on a CPU."""
+    import torch.distributed.run as launcher
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    launcher.main(["--standalone", f"--nproc-per-node={processes}", "-m", "gradmem", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

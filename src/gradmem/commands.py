@@ -1,0 +1,338 @@
+"""The commands, as plain functions: the command line derives its options and help from these signatures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from .checkpoints import checkpoint_names, load, open_memory
+from .errors import GradmemError
+from .evaluation.evaluate import Result
+from .evaluation.evaluate import evaluate as measure
+from .evaluation.report import save_json, steps_figure, table
+from .memory import Memory, Precision, Record
+from .tasks.base import Split
+from .training.recipe import Recipe, recipe_names
+
+console = Console()
+
+
+class Ints(list[int]):
+    """Whole numbers, written as `0,1,5` or `0..5`."""
+
+    @classmethod
+    def parse(cls, text: str | int | Sequence[int]) -> Ints:
+        """Parse `0,1,5`, `0..5` or a mixture.
+
+        Raises
+        ------
+        ValueError
+            When it is neither.
+        """
+        if isinstance(text, int):
+            return cls([text])
+        if not isinstance(text, str):
+            return cls(text)
+        numbers: list[int] = []
+        for part in text.split(","):
+            first, dots, last = part.partition("..")
+            numbers.extend(range(int(first), int(last) + 1) if dots else [int(first)])
+        return cls(numbers)
+
+
+def train(recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto") -> None:
+    """Train a recipe; the checkpoint is saved in OUTPUT/checkpoint after every stage.
+
+    Parameters
+    ----------
+    recipe
+        What to train.
+    output
+        Directory of the run: recipe, log (CSV and TensorBoard), resumable states, checkpoint.
+    resume
+        auto: continue from the newest state where there is one; never: refuse to.
+    """
+    try:
+        from .training.loop import Trainer
+    except ImportError as error:
+        raise GradmemError(f"training needs more packages ({error.name}): pip install 'gradmem[train]'") from error
+    trainer = Trainer(recipe, output, resume)
+    try:
+        trainer.run()
+    except KeyboardInterrupt:
+        raise GradmemError(f"interrupted; the same command continues from the last state in {output}") from None
+    if trainer.main:
+        console.print(f"checkpoint: {output / 'checkpoint'}")
+
+
+def evaluate(
+    checkpoint: str,
+    pairs: Ints | None = None,
+    steps: Ints | None = None,
+    samples: int = 1000,
+    seed: int = 1,
+    split: Split = "test",
+    precision: Precision = "float32",
+    device: str = "cpu",
+    json: Path | None = None,
+    figure: Path | None = None,
+) -> list[Result]:
+    """Measure exact match on fresh contexts, with control rows.
+
+    Parameters
+    ----------
+    checkpoint
+        Name of a packaged checkpoint, directory, or hub name.
+    pairs
+        Numbers of pairs, as 32,64; default: the checkpoint's own.
+    steps
+        Numbers of write steps, as 0,1,5 or 0..5, all read off one trajectory; default: the checkpoint's own.
+    samples
+        Contexts; all of their queries are asked.
+    seed
+        Seed of the contexts.
+    split
+        Split that the contexts are of.
+    precision
+        Precision that memories are stored in before they are read.
+    device
+        Device to run on.
+    json
+        Also save the results to this file, as a list of rows.
+    figure
+        Also draw exact match and write loss by step to this file (one number of pairs only).
+    """
+    model = load(checkpoint).to(_device(device))
+    tasks: list[dict[str, Any]] = [{"pairs": n} for n in pairs] if pairs else [{}]
+    if figure and len(tasks) > 1:
+        raise GradmemError("a figure by step shows one number of pairs: give one")
+    results: list[Result] = []
+    for task in tasks:
+        results += measure(
+            model,
+            steps,
+            samples,
+            seed,
+            split,
+            task,
+            convert=lambda memory: memory.rounded(precision),
+            progress=_progress,
+        )
+    console.print(table(results))
+    if json:
+        console.print(f"saved {save_json(results, json)}")
+    if figure:
+        title = f"{checkpoint}: {results[0].samples} fresh contexts, seed {seed}"
+        console.print(f"saved {steps_figure(results, figure, title)}")
+    return results
+
+
+def write(
+    checkpoint: str,
+    file: Path,
+    output: Path = Path("memory.safetensors"),
+    steps: int | None = None,
+    until: float | None = None,
+    max_steps: int = 30,
+    precision: Precision = "float32",
+    device: str = "cpu",
+) -> Memory:
+    """Write a text file into a memory file and print the receipt.
+
+    Parameters
+    ----------
+    checkpoint
+        Name of a packaged checkpoint, directory, or hub name.
+    file
+        Text to write; - for standard input.
+    output
+        Memory file (short: -o).
+    steps
+        Write steps; default: as many as the checkpoint was trained for.
+    until
+        Instead of steps: stop at this write loss, in mean nats per token.
+    max_steps
+        Most steps that `until` may take.
+    precision
+        Precision of the memory file.
+    device
+        Device to run on.
+    """
+    model = load(checkpoint).to(_device(device))
+    text = read_text(file)
+    memory = model.write(text, steps, until=until, max_steps=max_steps)
+    memory.save(output, precision)
+    console.print(receipt(memory.records[0], tokens_of(memory, text)))
+    console.print(f"saved {output}: {output.stat().st_size} bytes for {len(text.encode())} bytes of text")
+    return memory
+
+
+def ask(memory: Path, queries: list[str], jsonl: bool = False, device: str = "cpu") -> list[str]:
+    """Answer queries from a memory file alone.
+
+    Parameters
+    ----------
+    memory
+        Memory file.
+    queries
+        Queries; without any, one a line from standard input, answered as JSON lines.
+    jsonl
+        Print JSON lines also for queries given as arguments.
+    device
+        Device to run on.
+    """
+    opened = open_memory(memory)
+    if opened.model is None or len(opened) != 1:
+        raise GradmemError(f"{memory} holds {len(opened)} memories; ask them from Python")
+    opened = opened.model.to(_device(device)).bind(opened)
+    if not queries:
+        queries, jsonl = [line for line in _stdin().splitlines() if line.strip()], True
+    if not queries:
+        raise GradmemError("no query: give one as an argument or one a line on standard input")
+    answers: list[str] = opened.ask(queries)
+    for query, answer in zip(queries, answers, strict=True):
+        print(json.dumps({"query": query, "answer": answer}, ensure_ascii=False) if jsonl else answer)
+    return answers
+
+
+def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Memory:
+    """Show where a memory comes from and what it kept.
+
+    Parameters
+    ----------
+    memory
+        Memory file.
+    context
+        The text that was written: shows which of its tokens were lost. The memory itself holds no text.
+    json
+        Print the records as JSON.
+    """
+    loaded = Memory.load(memory)
+    if json:
+        print(_dumps([vars(record) for record in loaded.records]))
+        return loaded
+    for record in loaded.records:
+        console.print(provenance(record, loaded, memory))
+        tokens = None
+        if context:
+            text = read_text(context)
+            opened = open_memory(memory)
+            tokens = tokens_of(opened, text)
+            if len(tokens) != record.context_tokens or _sha256(text) != record.context_sha256:
+                raise GradmemError(f"{context} is not the text that was written into {memory}")
+        console.print(receipt(record, tokens))
+    return loaded
+
+
+def show_list() -> None:
+    """List the checkpoints and recipes in the package."""
+    console.print("checkpoints: " + (", ".join(checkpoint_names()) or "none"), highlight=False)
+    console.print("recipes: " + (", ".join(recipe_names()) or "none"), highlight=False)
+
+
+def provenance(record: Record, memory: Memory, path: Path) -> Table:
+    """Where a memory comes from, as a table."""
+    built = Table(title=str(path), show_header=False)
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in memory.tensors.items())
+    lr = f"{min(record.inner_lr):.4g} to {max(record.inner_lr):.4g}" if record.inner_lr else "none"
+    rows = {
+        "written by": f"{record.method}, checkpoint '{record.model}'",
+        "checkpoint": record.checkpoint,
+        "backbone": record.backbone,
+        "tokenizer": record.tokenizer,
+        "context SHA-256": record.context_sha256,
+        "context": f"{record.context_tokens} tokens",
+        "tensors": f"{shapes}; {path.stat().st_size} bytes in the file",
+        "steps": f"{record.steps}, inner learning rate {lr}",
+        "write loss": f"{record.loss_before:.4f} before, {record.loss_after:.4f} after",
+    }
+    for name, value in rows.items():
+        built.add_row(name, value)
+    return built
+
+
+def receipt(record: Record, tokens: Sequence[str] | None = None) -> Table:
+    """A write receipt as a table: loss by step, and what was lost (with its tokens where they are at hand)."""
+    built = Table(title="write receipt", show_header=False)
+    built.add_row("write loss by step", "  ".join(f"{loss:.4f}" for loss in record.losses))
+    kept = record.context_tokens - len(record.lost)
+    built.add_row("tokens kept", f"{kept} of {record.context_tokens} (loss below ln 2 = 0.693)")
+    if tokens is None:
+        lost = Text(", ".join(map(str, record.lost)) or "none")
+        built.add_row("positions lost", lost)
+        return built
+    text = Text()
+    lost_at = set(record.lost)
+    for position, token in enumerate(tokens):
+        text.append(token, style="bold white on red" if position in lost_at else "green")
+    built.add_row("text (lost in red)", text)
+    if lost_at:
+        built.add_row("lost", " ".join(f"{tokens[i]!r}@{i}" for i in record.lost))
+    return built
+
+
+def tokens_of(memory: Memory, text: str) -> list[str]:
+    """The tokens of a context as its model reads them."""
+    if memory.model is None:
+        raise GradmemError("this memory is bound to no model")
+    task = memory.model.task
+    ids = task.tokenizer(task.context_text(text), add_special_tokens=False).input_ids
+    return [task.tokenizer.decode([i]) for i in ids]
+
+
+def read_text(path: Path) -> str:
+    """Read a text file, or standard input for `-`.
+
+    Raises
+    ------
+    GradmemError
+        When it cannot be read or is not UTF-8.
+    """
+    if str(path) == "-":
+        return _stdin()
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise GradmemError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise GradmemError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise GradmemError(f"standard input is not UTF-8 text: {error.reason}") from error
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise GradmemError(f"no device '{name}' here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _progress(batches: Iterable[Any], title: str) -> Iterable[Any]:
+    quiet = Console(stderr=True)
+    return track(batches, title, console=quiet, transient=True, disable=not quiet.is_terminal)
+
+
+def _sha256(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, indent=1)

@@ -1,0 +1,116 @@
+"""The demonstration: write pairs, delete them, answer from the memory."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .checkpoints import load, open_memory
+from .errors import GradmemError
+from .evaluation.evaluate import evaluate
+from .evaluation.report import steps_figure, table
+from .model import MemoryModel
+
+console = Console()
+
+
+def demo(
+    checkpoint: str = "kv-32",
+    pairs: Path | None = None,
+    output: Path = Path("demo-out"),
+    samples: int = 200,
+    seed: int = 7,
+) -> None:
+    """Write key-value pairs into a few vectors, delete them, and answer every query.
+
+    Parameters
+    ----------
+    checkpoint
+        Name of a packaged checkpoint, or directory.
+    pairs
+        File of lines key:value to use instead of drawn ones.
+    output
+        Directory for the memory file and the figure.
+    samples
+        Contexts for the table of exact match by write steps.
+    seed
+        Seed of the drawn pairs.
+    """
+    model = load(checkpoint)
+    text = _text(model, pairs, seed)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GradmemError(f"cannot write to {output}: {error.strerror}") from error
+    truth = model.task.examples(text)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "pairs.txt"
+        source.write_text(text, encoding="utf-8")
+        written = model.write(source.read_text(encoding="utf-8"))
+        file = written.save(output / "memory.safetensors")
+        source.unlink()
+    console.print(f"wrote {len(truth)} pairs into {file} in {written.records[0].steps} steps and deleted them")
+    del written
+
+    memory = open_memory(file)
+    answers = memory.ask([query for query, _ in truth])
+    console.print(_answers(truth, answers))
+    right = sum(answer == value for answer, (_, value) in zip(answers, truth, strict=True))
+    console.print(f"{right} of {len(truth)} right, from {file} alone\n")
+    console.print(_sizes(model, text, memory.nbytes, file.stat().st_size))
+
+    steps = list(range(model.method.write_steps + 1))
+    results = evaluate(model, steps, samples=samples, seed=seed)
+    console.print(table(results))
+    title = f"{checkpoint}: {samples} fresh contexts, seed {seed}"
+    console.print(f"figure: {steps_figure(results, output / 'steps.png', title)}")
+
+
+def _text(model: MemoryModel, pairs: Path | None, seed: int) -> str:
+    if pairs is not None:
+        from .commands import read_text
+
+        return read_text(pairs)
+    drawn = model.task.batch("test", 0, 1, seed).context.ids[0]
+    examples = model.task.examples(model.task.tokenizer.decode(drawn))
+    return "\n".join(f"{key}:{value}" for key, value in examples)
+
+
+def _answers(truth: list[tuple[str, str]], answers: list[str]) -> Table:
+    built = Table(title="asked of the memory")
+    columns = 2 if len(truth) > 16 else 1
+    for _ in range(columns):
+        for heading in ("query", "answer", "truth", ""):
+            built.add_column(heading)
+    rows = [
+        (query, answer, value, "[green]✓[/]" if answer == value else "[red]✗[/]")
+        for (query, value), answer in zip(truth, answers, strict=True)
+    ]
+    half = -(-len(rows) // columns)
+    for left in range(half):
+        cells = [cell for column in range(columns) for cell in (rows[left + column * half :] or [("",) * 4])[0]]
+        built.add_row(*cells)
+    return built
+
+
+def _sizes(model: MemoryModel, text: str, memory: int, file: int) -> Table:
+    """Bytes of the memory beside what it replaces."""
+    ids = torch.tensor([model.encode(model.task.context_text(text), "context", 10**9)], device=model.device)
+    with torch.no_grad():
+        prefix = model.method.backbone.prefix(model.method.backbone.embed(ids))
+    cache = sum(t.numel() * t.element_size() for layer in prefix.cache.layers for t in (layer.keys, layer.values))
+    built = Table(title="bytes")
+    built.add_column("what")
+    built.add_column("bytes", justify="right")
+    for what, size in [
+        ("raw text", len(text.encode())),
+        (f"memory: {model.method.n_mem} vectors of {model.method.backbone.width}, float32", memory),
+        ("memory file, with provenance and receipt", file),
+        (f"KV-cache of the {ids.shape[1]} tokens it replaces, float32", cache),
+    ]:
+        built.add_row(what, f"{size:,}")
+    return built
