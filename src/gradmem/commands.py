@@ -285,8 +285,7 @@ def tokens_of(memory: Memory, text: str) -> list[str]:
     if memory.model is None:
         raise GradmemError("this memory is bound to no model")
     task = memory.model.task
-    ids = task.tokenizer(task.context_text(text), add_special_tokens=False).input_ids
-    return [task.tokenizer.decode([i]) for i in ids]
+    return [task.tokenizer.decode([i]) for i in task.encode(task.context_text(text))]
 
 
 def read_text(path: Path) -> str:

@@ -176,7 +176,7 @@ class Memory:
                     raise GradmemError(f"{path} is no memory file")
                 if header.get("version") != str(VERSION):
                     raise GradmemError(
-                        f"{path} has format version {header.get('version')}, this gradmem reads {VERSION}: update gradmem"
+                        f"{path} has format version {header.get('version')}, this gradmem reads {VERSION}"
                     )
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 records = [Record(**record) for record in json.loads(header["records"])]

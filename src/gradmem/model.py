@@ -181,19 +181,16 @@ class MemoryModel(ModelHubMixin):
         GradmemError
             When it is empty, longer than `limit` tokens, or has characters that the tokenizer lacks.
         """
-        ids: list[int] = self.task.tokenizer(text, add_special_tokens=False).input_ids
+        ids = self.task.encode(text)
         if not ids:
             raise GradmemError(f"the {what} is empty")
         if len(ids) > limit:
             raise GradmemError(f"the {what} has {len(ids)} tokens; the limit of '{self.name}' is {limit}")
         unknown_id = self.task.tokenizer.unk_token_id
         if unknown_id is not None and unknown_id in ids:
-            alien = sorted({text[i] for i in range(len(text)) if self._lacks(text[i])})
+            alien = sorted(c for c in set(text) if unknown_id in self.task.encode(c))
             raise GradmemError(f"the {what} has characters that '{self.name}' does not know: {alien[:20]}")
         return ids
-
-    def _lacks(self, character: str) -> bool:
-        return self.task.tokenizer.unk_token_id in self.task.tokenizer(character, add_special_tokens=False).input_ids
 
     def write(
         self,

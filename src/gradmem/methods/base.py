@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone, Prefix, generate
 from ..batch import Tokens
+from ..errors import GradmemError
 from ..memory import Memory
 
 
@@ -152,7 +153,17 @@ class Method(nn.Module, ABC):
         pad_id: int = 0,
         **options: Any,
     ) -> list[list[int]]:
-        """Generate the continuation of each query; `options` are those of Hugging Face's `generate`."""
+        """Generate the continuation of each query; `options` are those of Hugging Face's `generate`.
+
+        Raises
+        ------
+        GradmemError
+            When a query is empty.
+        """
+        if not all(queries):
+            raise GradmemError("a query is empty")
+        if not queries:
+            return []
         with torch.no_grad():
             return generate(self.backbone, self._prefix_rows(memory, rows), queries, pad_id, **options)
 

@@ -83,6 +83,9 @@ class GradMem(Method):
         _check("n_ctrl", n_ctrl, n_ctrl >= 0, "at least 0")
         _check("projection", projection, projection in ("none", "proj", "per_sample"), "none, proj or per_sample")
         _check("write_head", write_head, write_head in ("none", "copy", "random"), "none, copy or random")
+        _check("clip_value", clip_value, clip_value is None or clip_value > 0, "positive")
+        _check("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "positive")
+        _check("write_lora", write_lora, write_lora >= 0, "at least 0")
         self.write_steps = write_steps
         self.inner_lr = inner_lr
         self.update = OPTIMIZERS[inner_optimizer]
@@ -142,6 +145,10 @@ class GradMem(Method):
         """Yield the memory before the first write step and after every step; see `Method.trajectory`."""
         if steps < 0:
             raise GradmemError(f"write steps must be at least 0, not {steps}")
+        if context.ids.shape[1] > self.max_context:
+            raise GradmemError(f"a context has {context.ids.shape[1]} tokens; the limit is {self.max_context}")
+        if not context.mask[:, :1].all() or not context.mask.numel():
+            raise GradmemError("a context is empty")
         embeds = self._embed_context(context)
 
         def loss(tensors: Tensors) -> Tensor:

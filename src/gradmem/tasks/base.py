@@ -34,6 +34,11 @@ class Task(ABC):
         """Id of the token that ends an answer."""
         return int(self.tokenizer.eos_token_id)
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, in which the names of special tokens mean nothing special."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return ids
+
     @abstractmethod
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
         """Samples `start` to `start + size` of a split.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from functools import lru_cache
 
@@ -72,6 +73,8 @@ class KV(Task):
         self.pairs, self.alphabet, self.queries = pairs, alphabet, queries
         self.key_length, self.value_length, self.noise = key_length, value_length, noise
         self.tokenizer = character_tokenizer(vocabulary)
+        self.letters = LETTERS[:vocabulary]
+        self._pair = re.compile(rf"!([{self.letters}]{{{key_length}}}):([{self.letters}]{{{value_length}}})!")
         self.answer_length = value_length + 2
         self.first = self._id(LETTERS[0])
         self._block = lru_cache(maxsize=4)(self._make_block)
@@ -117,14 +120,15 @@ class KV(Task):
 
     def context_text(self, text: str) -> str:
         """Accept the exact format, or lines `key:value`."""
-        if text.lstrip().startswith("!"):
-            return text.strip()
-        return "".join(f"!{key}:{value}!" for key, value in self._lines(text)) + "|"
+        if self._pair.search(text):
+            return text.strip().removesuffix("|") + "|"
+        pairs = "".join(f"!{key}:{value}!" for key, value in self._lines(text))
+        return pairs + "|" if pairs else ""
 
     def query_text(self, text: str) -> str:
         """Accept a key, or the exact format `?!kk:`."""
         key = text[2:-1] if text.startswith("?!") and text.endswith(":") else text
-        if len(key) != self.key_length or not set(key) <= set(LETTERS):
+        if len(key) != self.key_length or not set(key) <= set(self.letters):
             raise GradmemError(
                 f"query {text!r} has no answer format: ask a key of {self.key_length} letters or digits, "
                 f"as '{LETTERS[: self.key_length]}' or '?!{LETTERS[: self.key_length]}:'"
@@ -137,20 +141,16 @@ class KV(Task):
 
     def examples(self, text: str) -> list[tuple[str, str]]:
         """Every key with its value."""
-        if text.lstrip().startswith("!"):
-            parts = text.strip().strip("|").replace("!!", "!").strip("!").split("!")
-            text = "\n".join(part for part in parts if part.count(":") == 1)
-        return self._lines(text)
+        return self._pair.findall(text) or self._lines(text)
 
     def _lines(self, text: str) -> list[tuple[str, str]]:
         pairs: dict[str, str] = {}
         for number, line in enumerate(text.splitlines(), 1):
             if not line.strip():
                 continue
-            key, colon, value = line.strip().partition(":")
-            key, value = key.strip(), value.strip()
+            key, colon, value = (part.strip() for part in line.partition(":"))
             good = bool(colon) and len(key) == self.key_length and len(value) == self.value_length
-            if not good or not set(key + value) <= set(LETTERS):
+            if not good or not set(key + value) <= set(self.letters):
                 raise GradmemError(
                     f"line {number} {line.strip()[:40]!r} is no pair: write key:value with {self.key_length} and "
                     f"{self.value_length} letters or digits, as 'a7:Qz'"

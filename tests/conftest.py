@@ -1,0 +1,108 @@
+"""Tiny float64 models and random batches that the tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradmem.backbone import Backbone
+from gradmem.batch import Batch, Tokens
+from gradmem.methods import GradMem
+from gradmem.model import MemoryModel
+
+torch.set_num_threads(1)
+
+VOCABULARY = 23
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "initializer_range": 0.3,
+}
+WIDE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 40}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 2, "n_positions": 40}
+    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    "gpt_neox": WIDE | {"num_attention_heads": 2},
+    # Grouped-query heads, and tied and untied output layers.
+    "llama": WIDE | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen2": WIDE | {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
+}
+KINDS = list(CONFIGS)
+TOLERANCE = {"gpt2": 1e-9, "gpt_neox": 1e-5, "llama": 1e-5, "qwen2": 1e-5}
+"""Transformers computes softmax, and norms where they are RMS, in float32 even in a float64 model; not in GPT-2."""
+
+
+def make_gradmem(kind: str = "gpt2", *, config: dict[str, Any] | None = None, **options: Any) -> GradMem:
+    """Build a GradMem in float64, always the same; no parameter is zero or the identity."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = Backbone.from_config({"model_type": kind} | COMMON | CONFIGS[kind] | (config or {}))
+        method = GradMem(backbone, **{"n_mem": 3, "inner_lr": 0.3, "write_steps": 2} | options).double()
+        with torch.no_grad():
+            for parameter in method.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return method.eval()
+
+
+def random_tokens(lengths: list[int], seed: int = 0) -> Tokens:
+    """Rows of random tokens, padded with random tokens too: only the mask tells them apart."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    return Tokens(ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
+
+
+def make_batch(seed: int = 0) -> Batch:
+    """Three contexts of different lengths; five queries to them that end in one to five target tokens."""
+    queries = random_tokens([4, 6, 3, 5, 4], seed + 1)
+    labels = queries.ids.masked_fill(~queries.mask, -100)
+    for row, begin in enumerate([2, 3, 2, 0, 3]):
+        labels[row, :begin] = -100
+    return Batch(random_tokens([7, 5, 8], seed), queries, labels, torch.tensor([2, 0, 0, 1, 2]))
+
+
+def real(tokens: Tokens, row: int) -> Tensor:
+    """The tokens of a row without its pads."""
+    return tokens.ids[row, tokens.mask[row]]
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """Distance relative to the norm of the wanted tensor."""
+    assert got.shape == wanted.shape
+    got, wanted = got.detach(), wanted.detach()
+    return float((got - wanted).norm() / wanted.norm().clamp_min(1e-300))
+
+
+def tiny_model(seed: int) -> MemoryModel:
+    """Build an untrained KV model in float32 with 8 memory vectors of width 16."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MemoryModel.from_spec(
+            {"name": "kv", "pairs": 3},
+            {
+                "model_type": "llama",
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 512,
+                "initializer_range": 0.25,
+            },
+            {"name": "gradmem", "n_mem": 8, "write_steps": 2, "write_head": "random"},
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny() -> MemoryModel:
+    """An untrained KV model."""
+    return tiny_model(0)
+
+
+@pytest.fixture(scope="session")
+def other() -> MemoryModel:
+    """The same architecture with other weights."""
+    return tiny_model(1)

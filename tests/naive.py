@@ -1,0 +1,127 @@
+"""GradMem, slow and obvious: METHOD.md line by line, one sample and one step at a time.
+
+Every forward pass is the whole model on the whole unpadded input. Only the parameters come from the method
+under test: no line of `gradmem.inner` or `gradmem.methods` runs here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradmem.batch import Batch
+
+
+@dataclass
+class Naive:
+    """The options carry the names that `GradMem` gives them; `method` is where the parameters live."""
+
+    method: Any
+    write_steps: int
+    inner_lr: float
+    n_mem: int = 3
+    learn_inner_lr: bool = False
+    inner_optimizer: str = "sgd"
+    clip_value: float | None = None
+    clip_norm: float | None = None
+    order: str = "second"
+    last_k: int | None = None
+    n_ctrl: int = 0
+    projection: str = "none"
+    write_head: str = "none"
+
+    def write(self, context: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Context ids (S,) -> what was written, without a batch dimension, and the loss before each step."""
+        written = {"memory": self.method.initial_memory}
+        if self.projection == "per_sample":
+            written["proj_weight"] = self.method.proj.weight
+            written["proj_bias"] = self.method.proj.bias
+        mean = dict.fromkeys(written, 0.0)
+        square = dict.fromkeys(written, 0.0)
+        losses = []
+        for step in range(1, self.write_steps + 1):
+            if self.order == "none":
+                written = {name: tensor.detach().requires_grad_() for name, tensor in written.items()}
+            loss = self.context_loss(written, context)
+            grads = torch.autograd.grad(loss, list(written.values()), create_graph=True)
+            full = self.order == "second" and (self.last_k is None or step > self.write_steps - self.last_k)
+            after = {}
+            for (name, tensor), grad in zip(written.items(), grads, strict=True):
+                direction = self.clipped(grad if full else grad.detach())
+                if self.inner_optimizer == "adam":
+                    mean[name] = 0.9 * mean[name] + 0.1 * direction
+                    square[name] = 0.999 * square[name] + 0.001 * direction**2
+                    scale = (square[name] / (1 - 0.999**step) + 1e-16).sqrt()
+                    direction = mean[name] / (1 - 0.9**step) / scale
+                after[name] = tensor - self.rate(name) * direction
+            written = after
+            losses.append(loss)
+        if self.order == "none":
+            written = {name: tensor.detach() for name, tensor in written.items()}
+        return written, losses
+
+    def context_loss(self, written: dict[str, Tensor], context: Tensor) -> Tensor:
+        """Mean cross-entropy of the context tokens; the last prefix vector predicts the first one."""
+        logits = self.forward("write", written, context)
+        return sum(-F.log_softmax(logits[t], 0)[token] for t, token in enumerate(context)) / len(context)
+
+    def read(self, written: dict[str, Tensor], query: Tensor) -> Tensor:
+        """Query ids (Q,) -> logits (Q + 1, V): row t predicts token t, the last row what follows."""
+        return self.forward("read", written, query)
+
+    def loss(self, batch: Batch, auxiliary: float = 0.0) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Outer loss of a batch, and what was written for each context."""
+        memories, last = [], []
+        for ids, mask in zip(batch.context.ids, batch.context.mask, strict=True):
+            written, losses = self.write(ids[mask])
+            memories.append(written)
+            last += losses[-1:]
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for ids, mask, labels, row in zip(batch.queries.ids, batch.queries.mask, batch.labels, batch.rows, strict=True):
+            logits = self.read(memories[row], ids[mask])
+            for t, label in enumerate(labels[mask]):
+                if label != -100:
+                    total, count = total - F.log_softmax(logits[t], 0)[label], count + 1
+        loss = total / count
+        if last:
+            loss = loss + auxiliary * sum(last) / len(last)
+        return loss, memories
+
+    def forward(self, phase: str, written: dict[str, Tensor], ids: Tensor) -> Tensor:
+        """Logits that count, (len(ids) + 1, V), of `[start ; P(M) ; end ; E(ids)]`."""
+        model = self.method.backbone.model
+        memory = written["memory"]
+        if self.projection == "proj":
+            memory = memory @ self.method.proj.weight.T + self.method.proj.bias
+        if self.projection == "per_sample":
+            memory = memory @ written["proj_weight"].T + written["proj_bias"]
+        parts = [memory, model.get_input_embeddings()(ids)]
+        if self.n_ctrl:
+            parts.insert(0, self.method.control[f"{phase}_start"])
+            parts.insert(2, self.method.control[f"{phase}_end"])
+        output = model(inputs_embeds=torch.cat(parts)[None], use_cache=False, output_hidden_states=True)
+        logits = output.logits[0]
+        if phase == "write" and self.write_head != "none":
+            logits = output.hidden_states[-1][0] @ self.method.write_head.weight.T
+        return logits[self.n_mem + 2 * self.n_ctrl - 1 :]
+
+    def clipped(self, grad: Tensor) -> Tensor:
+        """Clip each element, then the norm."""
+        if self.clip_value is not None:
+            grad = torch.where(grad.abs() > self.clip_value, self.clip_value * grad.sign(), grad)
+        if self.clip_norm is not None:
+            norm = (grad**2).sum().sqrt()
+            if norm > self.clip_norm:
+                grad = grad * self.clip_norm / (norm + 1e-6)
+        return grad
+
+    def rate(self, name: str) -> float | Tensor:
+        """Inner learning rate; the learned ones are one for each memory vector, as logarithms."""
+        if self.learn_inner_lr and name == "memory":
+            return math.e**self.method.log_inner_lr
+        return self.inner_lr

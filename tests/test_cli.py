@@ -1,0 +1,200 @@
+"""The command line: every command, and one clear line with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradmem import MemoryModel
+from gradmem.cli import main
+from gradmem.commands import Ints
+
+PAIRS = "a7:Qz\nk2:9f\nzz:aa\n"
+
+
+@pytest.fixture(scope="module")
+def place(tiny: MemoryModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, a text, and a memory of it."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny.save_pretrained(folder / "checkpoint")
+    (folder / "pairs.txt").write_text(PAIRS)
+    assert main(["write", f"{folder}/checkpoint", f"{folder}/pairs.txt", "-o", f"{folder}/m.safetensors"]) == 0
+    return folder
+
+
+def test_ask_arguments_stdin_and_python_agree(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    assert main(["ask", f"{place}/m.safetensors", "a7", "zz"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a7\n\nzz\n"))
+    assert main(["ask", f"{place}/m.safetensors"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [{"query": "a7", "answer": lines[0]}, {"query": "zz", "answer": lines[1]}]
+
+
+def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", f"{place}/m.safetensors", "--json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["context_tokens"] == 22
+    assert main(["inspect", f"{place}/m.safetensors"]) == 0
+    without = capsys.readouterr().out
+    assert "Qz" not in without
+    assert main(["inspect", f"{place}/m.safetensors", "--context", f"{place}/pairs.txt"]) == 0
+    assert "!a7:Qz!!k2:9f!!zz:aa!|" in capsys.readouterr().out
+
+
+def test_inspect_refuses_another_text(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.txt").write_text(PAIRS.replace("Qz", "Qy"))
+    assert main(["inspect", f"{place}/m.safetensors", "--context", f"{tmp_path}/other.txt"]) == 2
+    assert "is not the text" in capsys.readouterr().err
+
+
+def test_eval(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--pairs", "2,3", "--steps", "0,2", "--samples", "4", "--seed", "9", "--json", f"{tmp_path}/e.json"]
+    assert main(["eval", f"{place}/checkpoint", *arguments]) == 0
+    rows = json.loads((tmp_path / "e.json").read_text())
+    assert [(row["pairs"], row["steps"]) for row in rows] == [(2, 0), (2, 2), (3, 0), (3, 2)]
+    assert {(row["samples"], row["seed"]) for row in rows} == {(4, 9)}
+    shown = capsys.readouterr().out
+    assert shown.count("control: unwritten") == shown.count("control: swapped") == 2
+
+
+def test_figure(place: Path, tmp_path: Path) -> None:
+    assert (
+        main(["eval", f"{place}/checkpoint", "--steps", "0..2", "--samples", "2", "--figure", f"{tmp_path}/f.png"]) == 0
+    )
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_with_own_pairs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--pairs", f"{place}/pairs.txt", "--output", f"{tmp_path}/out", "--samples", "2"]
+    assert main(["demo", f"--checkpoint={place}/checkpoint", *options]) == 0
+    shown = capsys.readouterr().out
+    for key, value in (line.split(":") for line in PAIRS.split()):
+        assert key in shown
+        assert value in shown
+    assert (tmp_path / "out" / "steps.png").exists()
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert "kv-32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "write", "ask", "inspect", "demo"])
+def test_help_shows_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert "default: " in capsys.readouterr().out
+
+
+def test_train_help_shows_the_values_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "kv-32", "--help"])
+    assert "'pairs': 32" in " ".join(capsys.readouterr().out.split()).replace('"', "'")
+
+
+BAD = {
+    "unknown command": (["remember"], "invalid choice"),
+    "no command": ([], "COMMAND|subcommand"),
+    "unknown recipe": (["train", "kv-33"], "did you mean 'kv-32'"),
+    "unknown option": (["train", "kv-32", "--sed", "1"], "--sed"),
+    "unknown method": (["train", "kv-32", "--method.name", "gradmen", "--output", "{t}/r"], "did you mean 'gradmem'"),
+    "unknown method option": (["train", "kv-32", "--method.n_men", "3", "--output", "{t}/r"], "'n_mem'"),
+    "bad method option": (["train", "kv-32", "--method.n_mem", "0", "--output", "{t}/r"], "n_mem must be at least 1"),
+    "unknown task": (["train", "kv-32", "--task.name", "kw", "--output", "{t}/r"], "known: kv"),
+    "bad value": (["train", "kv-32", "--precision", "int4"], "int4"),
+    "bad stage": (["train", "kv-32", "--stages", "[{{max_steps: 0, write_steps: [1]}}]"], "max_steps"),
+    "unknown checkpoint": (["eval", "kv-31"], "unknown checkpoint"),
+    "not a checkpoint": (["eval", "{t}"], "no checkpoint"),
+    "damaged checkpoint": (["eval", "{t}/broken"], "damaged"),
+    "negative steps": (["eval", "{p}/checkpoint", "--steps", "-1"], "at least 0"),
+    "steps in words": (["eval", "{p}/checkpoint", "--steps", "five"], "five"),
+    "too many pairs": (["eval", "{p}/checkpoint", "--pairs", "200", "--samples", "2"], "limit"),
+    "negative pairs": (["eval", "{p}/checkpoint", "--pairs", "-4", "--samples", "2"], "pairs must be"),
+    "one sample": (["eval", "{p}/checkpoint", "--samples", "1"], "at least 2"),
+    "no device": (["eval", "{p}/checkpoint", "--device", "gpu"], "device"),
+    "two figures": (["eval", "{p}/checkpoint", "--pairs", "2,3", "--figure", "{t}/f.png"], "one number of pairs"),
+    "json to nowhere": (["eval", "{p}/checkpoint", "--samples", "2", "--json", "{t}/no/e.json"], "cannot write"),
+    "missing text": (["write", "{p}/checkpoint", "{t}/none.txt"], "cannot read"),
+    "text is a folder": (["write", "{p}/checkpoint", "{t}"], "cannot read"),
+    "empty text": (["write", "{p}/checkpoint", "{t}/empty.txt"], "empty"),
+    "binary text": (["write", "{p}/checkpoint", "{t}/binary.txt"], "UTF-8"),
+    "bad pairs": (["write", "{p}/checkpoint", "{t}/words.txt"], "line 2"),
+    "negative write steps": (["write", "{p}/checkpoint", "{p}/pairs.txt", "--steps", "-1"], "at least 0"),
+    "steps and until": (["write", "{p}/checkpoint", "{p}/pairs.txt", "--steps", "1", "--until", "1"], "not both"),
+    "unwritable output": (["write", "{p}/checkpoint", "{p}/pairs.txt", "-o", "{t}/no/m"], "cannot write"),
+    "output is a folder": (["write", "{p}/checkpoint", "{p}/pairs.txt", "-o", "{t}"], "cannot write"),
+    "missing memory": (["ask", "{t}/none", "a7"], "no memory file"),
+    "memory is a folder": (["ask", "{t}", "a7"], "damaged or no memory file"),
+    "memory is text": (["inspect", "{p}/pairs.txt"], "damaged or no memory file"),
+    "query without format": (["ask", "{p}/m.safetensors", "hello"], "no answer format"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
+    (tmp_path / "words.txt").write_text("a7:Qz\nonce upon a time\n")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_bytes((place / "checkpoint" / "config.json").read_bytes())
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    before = sorted(os.listdir(tmp_path))
+    arguments, message = BAD[case]
+    assert main([argument.format(p=place, t=tmp_path) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("gradmem: error: ")
+    import re
+
+    assert re.search(message, line), line
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_checkpoint_cannot_name_code_to_import(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    for file in (place / "checkpoint").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["method"]["name"] = "evil_package.module"
+    (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil_package").mkdir()
+    (tmp_path / "evil_package" / "module.py").write_text("raise SystemExit('executed')")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        assert main(["eval", str(folder)]) == 2
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "import that module first" in capsys.readouterr().err
+
+
+def test_output_into_a_closed_pipe(place: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradmem", "inspect", f"{place}/m.safetensors"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, error = process.communicate()
+    assert b"Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("0,1,5", [0, 1, 5]), ("0..3", [0, 1, 2, 3]), ("8", [8]), ("0..2,7", [0, 1, 2, 7])]
+)
+def test_ints(text: str, numbers: list[int]) -> None:
+    assert Ints.parse(text) == numbers

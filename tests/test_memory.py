@@ -1,0 +1,220 @@
+"""Memory files: what is in them, what survives, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradmem
+from gradmem import GradmemError, Memory, MemoryModel
+
+TEXT = "a7:Qz\nk2:9f\nzz:aa"
+FLOATS = 8 * 16
+
+
+def header(path: Path) -> tuple[dict, int]:
+    """Parse the header by hand; return it with the number of bytes that follow."""
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + size]), len(data) - 8 - size
+
+
+def test_round_trip(tiny: MemoryModel, tmp_path: Path) -> None:
+    memory = tiny.write(TEXT, 2)
+    opened = tiny.open(memory.save(tmp_path / "m.safetensors"))
+    assert torch.equal(opened.tensors["memory"], memory.tensors["memory"])
+    assert opened.records == memory.records
+    assert opened.ask(["a7", "zz"]) == memory.ask(["a7", "zz"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "bytes_each", "extra"), [("float32", 4, 0), ("float16", 2, 0), ("int8", 1, 8 * 4)]
+)
+def test_file_holds_the_vectors_and_the_header_only(
+    tiny: MemoryModel, tmp_path: Path, precision: str, bytes_each: int, extra: int
+) -> None:
+    path = tiny.write(TEXT, 1).save(tmp_path / "m.safetensors", precision)
+    found, payload = header(path)
+    assert payload == FLOATS * bytes_each + extra
+    said = json.dumps(found)
+    for secret in ("a7", "Qz", "9f", "!k2"):
+        assert f'"{secret}' not in said
+        assert f":{secret}" not in said
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_no_text_hides_in_the_record(tiny: MemoryModel) -> None:
+    """Everything in a record but hashes and numbers is the same for any two texts of one length."""
+    one, other = (tiny.write(text, 1).records[0] for text in ("a7:Qz", "b9:xY"))
+    assert {k: v for k, v in vars(one).items() if isinstance(v, str) and k != "context_sha256"} == {
+        k: v for k, v in vars(other).items() if isinstance(v, str) and k != "context_sha256"
+    }
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 0.0), ("float16", 1e-3), ("int8", 1e-2)])
+def test_precision(tiny: MemoryModel, tmp_path: Path, precision: str, tolerance: float) -> None:
+    memory = tiny.write(TEXT, 2)
+    opened = tiny.open(memory.save(tmp_path / "m.safetensors", precision)).tensors["memory"]
+    wanted = memory.tensors["memory"]
+    assert float((opened - wanted).abs().max() / wanted.abs().max()) <= tolerance
+    assert torch.equal(opened, memory.rounded(precision).tensors["memory"])
+
+
+def test_record(tiny: MemoryModel) -> None:
+    import hashlib
+
+    record = tiny.write(TEXT, 2).records[0]
+    ids = tiny.task.tokenizer("!a7:Qz!!k2:9f!!zz:aa!|").input_ids
+    assert record.context_tokens == len(ids) == len(record.token_losses)
+    assert record.context_sha256 == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert record.steps == 2
+    assert len(record.losses) == 3
+    assert record.loss_after == pytest.approx(sum(record.token_losses) / len(ids), abs=1e-3)
+    assert (record.loss_before, record.loss_after) == (record.losses[0], record.losses[-1])
+    assert record.lost == [i for i, loss in enumerate(record.token_losses) if loss > 0.6931472]
+    assert record.method == "gradmem"
+
+
+def test_until_stops_each_text_by_its_own_loss(tiny: MemoryModel) -> None:
+    texts = ["a7:Qz", TEXT]
+    alone = [tiny.write(text, 6).records[0].losses for text in texts]
+    until = (min(alone[0]) + max(alone[0])) / 2
+    expected = [next((i for i, loss in enumerate(losses) if loss <= until), 6) for losses in alone]
+    together = tiny.write(texts, until=until, max_steps=6).records
+    assert [record.steps for record in together] == expected
+    assert together[0].loss_after <= until
+    for record, losses, steps in zip(together, alone, expected, strict=True):
+        assert record.losses == pytest.approx(losses[: steps + 1], abs=1e-4)
+
+
+def test_batch_of_texts_is_each_text_alone(tiny: MemoryModel) -> None:
+    texts = ["a7:Qz", TEXT, "11:22\n33:44"]
+    batch = tiny.write(texts, 2)
+    for row, text in enumerate(texts):
+        assert torch.allclose(batch[row].tensors["memory"], tiny.write(text, 2).tensors["memory"], atol=1e-5)
+    answers = batch.ask([["a7"], ["k2", "zz"], []])
+    assert [len(row) for row in answers] == [1, 2, 0]
+    assert answers[1] == batch[1].ask(["k2", "zz"])
+
+
+def test_generate_takes_hugging_face_arguments(tiny: MemoryModel) -> None:
+    memory = tiny.write(TEXT)
+    torch.manual_seed(0)
+    sampled = {memory.ask("a7", do_sample=True, temperature=5.0, max_new_tokens=8) for _ in range(5)}
+    assert len(sampled) > 1
+
+
+def test_another_model_refuses(tiny: MemoryModel, other: MemoryModel, tmp_path: Path) -> None:
+    path = tiny.write(TEXT).save(tmp_path / "m.safetensors")
+    with pytest.raises(GradmemError) as refused:
+        other.open(path)
+    for model in (tiny, other):
+        assert model.fingerprints["checkpoint"][:16] in str(refused.value)
+
+
+def test_unbound_memory_says_so(tiny: MemoryModel, tmp_path: Path) -> None:
+    path = tiny.write(TEXT).save(tmp_path / "m.safetensors")
+    with pytest.raises(GradmemError, match=r"gradmem\.open"):
+        Memory.load(path).ask("a7")
+
+
+def damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "truncated":
+        data = data[:-5]
+    elif how == "empty":
+        data = b""
+    elif how == "bit flipped":
+        data = data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+    elif how == "header too long":
+        data = struct.pack("<Q", 2**60) + data[8:]
+    elif how == "text":
+        data = b"hello, this is not a memory"
+    elif how == "newer":
+        data = data.replace(b'"version":"1"', b'"version":"9"')
+    elif how == "foreign":
+        data = data.replace(b"gradmem-memory", b"gradmem-mamory")
+    elif how == "no record":
+        data = data.replace(b'\\"method\\"', b'\\"mothod\\"')
+    assert data != path.read_bytes()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "empty", "bit flipped", "header too long", "text", "newer", "foreign", "no record"]
+)
+def test_damaged_file(tiny: MemoryModel, tmp_path: Path, how: str) -> None:
+    path = tiny.write(TEXT).save(tmp_path / "m.safetensors")
+    damage(path, how)
+    with pytest.raises(GradmemError, match=str(path)):
+        tiny.open(path)
+
+
+def test_failed_save_keeps_the_old_file(tiny: MemoryModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny.write(TEXT).save(tmp_path / "m.safetensors")
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(GradmemError, match="No space left"):
+        tiny.write("11:22").save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_reads_in_a_new_process_from_the_file_alone(tiny: MemoryModel, tmp_path: Path) -> None:
+    tiny.save_pretrained(tmp_path / "checkpoint")
+    model = gradmem.load(tmp_path / "checkpoint")
+    memory = model.write(TEXT)
+    path = memory.save(tmp_path / "m.safetensors")
+    code = f"import gradmem; print(gradmem.open({str(path)!r}).ask(['a7', 'k2', 'zz']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(memory.ask(["a7", "k2", "zz"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("a7:Q", "line 1"),
+        ("a7:Qz\na7:xx", "twice"),
+        ("!aé:Qz!|", "é"),
+        ("!a7:Qz!" * 200 + "|", "limit"),
+        ("just words", "line 1"),
+    ],
+)
+def test_contexts_refused(tiny: MemoryModel, text: str, message: str) -> None:
+    with pytest.raises(GradmemError, match=message):
+        tiny.write(text)
+
+
+def test_over_long_context_says_limit_and_length(tiny: MemoryModel) -> None:
+    with pytest.raises(GradmemError, match=rf"701 tokens.*{tiny.method.max_context}"):
+        tiny.write("!a7:Qz!" * 100 + "|")
+
+
+@pytest.mark.parametrize(
+    ("query", "message"), [("", "no answer format"), ("abc", "no answer format"), ("é7", "no answer format")]
+)
+def test_queries_refused(tiny: MemoryModel, query: str, message: str) -> None:
+    with pytest.raises(GradmemError, match=message):
+        tiny.write(TEXT).ask(query)
+
+
+def test_negative_steps(tiny: MemoryModel) -> None:
+    with pytest.raises(GradmemError, match="at least 0"):
+        tiny.write(TEXT, -1)
+
+
+def test_steps_and_until_exclude_each_other(tiny: MemoryModel) -> None:
+    with pytest.raises(GradmemError, match="not both"):
+        tiny.write(TEXT, 2, until=0.1)

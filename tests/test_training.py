@@ -1,0 +1,245 @@
+"""Training: what it learns, resuming, data parallelism, divergence."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import gradmem
+from gradmem import GradmemError
+from gradmem.commands import train
+from gradmem.evaluation import evaluate
+from gradmem.model import MemoryModel
+from gradmem.training import Recipe, Stage
+from gradmem.training.optim import build_optimizers
+from gradmem.training.recipe import recipe_names, recipe_path
+from gradmem.training.state import load_state, save_state, states
+
+TASK = {"name": "kv", "pairs": 2, "key_length": 1, "value_length": 1, "alphabet": 8}
+BACKBONE = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+}
+METHOD = {"name": "gradmem", "n_mem": 2, "write_steps": 1, "learn_inner_lr": True, "write_head": "random"}
+
+
+def recipe(steps: int = 12, **changes: object) -> Recipe:
+    stages = [
+        Stage(max_steps=steps // 2, write_steps=[1], batch_size=4, warmup=2),
+        Stage(max_steps=steps // 2, write_steps=[1, 2], batch_size=4, warmup=2, decay=steps // 4),
+    ]
+    fields = {"task": TASK, "backbone": BACKBONE, "method": METHOD, "stages": stages, "save_every": 3, "device": "cpu"}
+    return Recipe(**{**copy.deepcopy(fields), **changes})
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "checkpoint" / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def command(recipe: Recipe, folder: Path, *options: str) -> list[str]:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    return [sys.executable, "-m", "gradmem", "train", str(file), *options]
+
+
+def test_log_and_checkpoint(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "run")
+    with (tmp_path / "run" / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    assert {row["stage"] for row in rows} == {"0", "1"}
+    assert {row["write_steps"] for row in rows[6:]} <= {"1", "2"}
+    assert [float(row["lr"]) for row in rows[:3]] == [0.5, 1, 1]
+    assert [float(row["lr"]) for row in rows[-3:]] == pytest.approx([1, 2 / 3, 1 / 3], abs=1e-5)
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert gradmem.load(tmp_path / "run" / "checkpoint").write("a:b").ask("a") is not None
+
+
+def test_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "whole")
+    from gradmem.training.loop import Trainer
+
+    class Stop(Exception):
+        pass
+
+    for stop_at in (4, 7, 10):
+        trainer = Trainer(recipe(), tmp_path / "cut")
+        step = trainer._step
+
+        def interrupted(*given: object, step=step, trainer=trainer, stop_at=stop_at) -> dict:
+            if trainer.place.step == stop_at:
+                raise Stop
+            return step(*given)
+
+        trainer._step = interrupted
+        with pytest.raises(Stop):
+            trainer.run()
+    train(recipe(), tmp_path / "cut")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    with (tmp_path / "cut" / "log.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 13))
+
+
+def test_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    long = recipe(40)
+    train(long, tmp_path / "whole")
+    run = command(long, tmp_path, "--output", str(tmp_path / "cut"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not states(tmp_path / "cut" / "states"):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    subprocess.run(run, env=environment, check=True, capture_output=True)
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_two_processes_learn_what_one_with_the_joint_batch_learns(tmp_path: Path) -> None:
+    """Same weights after some steps means the same gradients at each of them."""
+    small = recipe(4, optimizer="adamw", seed=3)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for processes in ("1", "2"):
+        run = command(small, tmp_path, "--output", str(tmp_path / processes), "--processes", processes)
+        subprocess.run(run, env=environment, check=True, capture_output=True)
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-5), name
+    fresh = MemoryModel.from_spec(small.task, small.backbone, small.method).method.state_dict()
+    assert any(not torch.allclose(fresh[name], one[name], atol=1e-3) for name in one)
+
+
+def test_state_round_trip_includes_the_optimisers(tmp_path: Path) -> None:
+    def build() -> tuple[MemoryModel, list[torch.optim.Optimizer]]:
+        torch.manual_seed(1)
+        model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
+        return model, build_optimizers(model.method, recipe())
+
+    def step(model: MemoryModel, optimizers: list[torch.optim.Optimizer]) -> None:
+        batch = model.task.batch("train", 0, 4)
+        model.method.write(batch.context).losses.sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizers = build()
+    assert {type(optimizer).__name__ for optimizer in optimizers} == {"Muon", "AdamW"}
+    step(model, optimizers)
+    save_state(tmp_path, 1, model.method, optimizers, {"note": 7})
+    step(model, optimizers)
+    again, their_optimizers = build()
+    assert load_state(states(tmp_path)[-1], again.method, their_optimizers) == {"note": 7}
+    step(again, their_optimizers)
+    assert same(model.method.state_dict(), again.method.state_dict())
+
+
+def test_half_written_state_is_not_taken_for_one(tmp_path: Path) -> None:
+    model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
+    save_state(tmp_path, 3, model.method, [], {})
+    (tmp_path / "incomplete.tmp").mkdir()
+    (tmp_path / "incomplete.tmp" / "weights.safetensors").write_bytes(b"half")
+    assert [path.name for path in states(tmp_path)] == ["step-00000003"]
+    save_state(tmp_path, 6, model.method, [], {})
+    assert [path.name for path in states(tmp_path)] == ["step-00000006"]
+
+
+def test_divergence_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    calm = Stage(max_steps=4, write_steps=[1], batch_size=4)
+    wild = Stage(max_steps=40, write_steps=[1], batch_size=4, lr=1e38)
+    with pytest.raises(GradmemError, match="diverged at step"):
+        train(recipe(stages=[calm, wild]), tmp_path / "run")
+    (state,) = states(tmp_path / "run" / "states")
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(state / "weights.safetensors").values())
+    train(recipe(stages=[calm]), tmp_path / "calm")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "calm"))
+
+
+def test_warm_start_takes_over_equal_weights(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "one")
+    one = gradmem.load(tmp_path / "one" / "checkpoint")
+    model = MemoryModel.from_spec(TASK, BACKBONE, {**METHOD, "n_mem": 5})
+    kept = model.take_weights(one)
+    assert kept == ["initial_memory", "log_inner_lr"]
+    mine, theirs = model.method.state_dict(), one.method.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine if name not in kept)
+
+
+def test_until_ends_a_stage(tmp_path: Path) -> None:
+    easy = {**TASK, "pairs": 1, "alphabet": 2}
+    stage = Stage(max_steps=300, write_steps=[1], batch_size=32, until=0.3, warmup=1)
+    train(recipe(task=easy, stages=[stage]), tmp_path / "run")
+    with (tmp_path / "run" / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    means = [sum(float(row["exact_match"]) for row in rows[i : i + 10]) / 10 for i in range(len(rows) - 9)]
+    assert means[-1] >= 0.3 or len(rows) == 300
+    assert all(mean < 0.3 for mean in means[:-1])
+    assert len(rows) < 300
+
+
+def test_frozen_model_has_nothing_to_train() -> None:
+    model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
+    model.method.requires_grad_(False)
+    assert build_optimizers(model.method, recipe()) == []
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_build(name: str) -> None:
+    values = yaml.safe_load(recipe_path(name).read_text())
+    stages = [Stage(**stage) for stage in values.pop("stages")]
+    built = Recipe(stages=stages, **values)
+    for stage in stages:
+        MemoryModel.from_spec({**built.task, **stage.task}, built.backbone, built.method)
+
+
+def test_evaluate_agrees_with_asking_one_by_one(tmp_path: Path) -> None:
+    """Teacher-forced exact match is the exact match of greedy generation, counted by hand."""
+    train(recipe(60), tmp_path / "run")
+    model = gradmem.load(tmp_path / "run" / "checkpoint")
+    result = evaluate(model, [1], samples=20, seed=5)[0]
+    batch = model.task.batch("test", 0, 20, 5)
+    right = []
+    for ids in batch.context.ids:
+        text = model.task.tokenizer.decode(ids)
+        memory = model.write(text, 1)
+        truth = model.task.examples(text)
+        answers = memory.ask([key for key, _ in truth])
+        right.append(sum(a == v for a, (_, v) in zip(answers, truth, strict=True)) / len(truth))
+    assert result.exact_match == pytest.approx(sum(right) / len(right))
+    assert result.ci95[0] <= result.exact_match <= result.ci95[1]
+    assert result.exact_match > 0
+
+
+def test_evaluate_controls_and_steps(tmp_path: Path) -> None:
+    model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
+    results = evaluate(model, [2, 0, 1], samples=6, seed=2)
+    assert [result.steps for result in results] == [0, 1, 2]
+    assert {result.unwritten for result in results} == {results[0].exact_match}
+    row = results[2].row()
+    assert {"pairs", "steps", "exact_match", "ci95", "samples", "seed", "parameters", "n_mem", "d", "bytes"} <= set(row)
+    assert row["bytes"] == 2 * 16 * 4
+    with pytest.raises(GradmemError, match="limit"):
+        evaluate(model, [1], samples=2, task={"pairs": 32, "key_length": 2})
