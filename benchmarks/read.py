@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+import gradmem
 from common import Row, machine, measure, paper_model, parser, plain_model, report, seconds
 from gradmem.backbone import Backbone, Prefix, generate
 from gradmem.batch import Tokens
@@ -138,12 +139,7 @@ def size(tensor: Tensor) -> int:
 
 def load(checkpoint: str | None, pairs: int) -> MemoryModel:
     """Load a checkpoint, or build the paper's model with random weights, which answer just as fast."""
-    if checkpoint is None:
-        return paper_model(pairs)
-    import gradmem
-
-    model: MemoryModel = getattr(gradmem, "load")(checkpoint)  # noqa: B009
-    return model
+    return paper_model(pairs) if checkpoint is None else gradmem.load(checkpoint)
 
 
 def prompts(model: MemoryModel) -> tuple[Tokens, Ids]:

@@ -23,11 +23,35 @@ class Backbone(nn.Module):
     model : PreTrainedModel
         Any `AutoModelForCausalLM`; second-order training needs its eager attention, since fused attention has no
         second derivative.
+
+    Raises
+    ------
+    GradmemError
+        When the logits of the model are not its output layer applied to its last hidden states (some models scale or
+        cap them), or when it does not take `inputs_embeds`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self._check_head()
+
+    def _check_head(self) -> None:
+        """Compare the model's own logits with ours on one vector: a wrong head would go unnoticed."""
+        kind = self.model.config.model_type
+        probe = self.model.get_input_embeddings().weight[-1].detach()[None, None]
+        mode = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                wanted = self.model(inputs_embeds=probe, use_cache=False).logits
+                found = self.head(self.hidden(probe))
+        except (TypeError, AttributeError, ValueError) as error:
+            raise GradmemError(f"'{kind}' cannot serve as a backbone: {error}") from error
+        finally:
+            self.model.train(mode)
+        if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
+            raise GradmemError(f"'{kind}' cannot serve as a backbone: it changes its logits after the output layer")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Backbone:

@@ -151,11 +151,15 @@ def _train(options: Namespace, arguments: list[str]) -> None:
 def _launch(processes: int, arguments: list[str]) -> None:
     """Run the same command in several processes; two with one thread each beat one with two threads on a CPU."""
     import torch.distributed.run as launcher
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    launcher.main(["--standalone", f"--nproc-per-node={processes}", "-m", "gradmem", *arguments])
+    try:
+        launcher.main(["--standalone", f"--nproc-per-node={processes}", "-m", "gradmem", *arguments])
+    except ChildFailedError as error:
+        raise GradmemError(f"one of {processes} training processes failed: its own message is above") from error
 
 
 if __name__ == "__main__":

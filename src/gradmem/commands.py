@@ -65,9 +65,11 @@ def train(recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto
         from .training.loop import Trainer
     except ImportError as error:
         raise GradmemError(f"training needs more packages ({error.name}): pip install 'gradmem[train]'") from error
-    trainer = Trainer(recipe, output, resume)
     try:
+        trainer = Trainer(recipe, output, resume)
         trainer.run()
+    except OSError as error:
+        raise GradmemError(f"cannot write to {output}: {error.strerror or error}; the last state is kept") from error
     except KeyboardInterrupt:
         raise GradmemError(f"interrupted; the same command continues from the last state in {output}") from None
     if trainer.main:

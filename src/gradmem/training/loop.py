@@ -29,6 +29,8 @@ from rich.progress import (
 
 from ..checkpoints import load
 from ..errors import GradmemError
+from ..evaluation.evaluate import evaluate
+from ..evaluation.report import save_json
 from ..model import MemoryModel, build_task
 from .optim import build_optimizers
 from .recipe import Recipe, Stage
@@ -147,12 +149,25 @@ class Trainer:
             if place.step % self.recipe.save_every == 0:
                 self._save()
         progress.end(place)
-        place.next_stage()
-        self._save()
+        # The checkpoint first: a run that is killed between the two repeats some steps and saves it again.
         if self.main:
             self.model.task = task
             self.model.spec["task"] = {**self.recipe.task, **stage.task}
             self.model.save_pretrained(self.output / "checkpoint")
+            self._validate(stage, progress)
+        place.next_stage()
+        self._save()
+
+    def _validate(self, stage: Stage, progress: Report) -> None:
+        """Measure the stage's model on contexts that training never sees, with control rows."""
+        self.model.method.eval()
+        steps = sorted(set(stage.write_steps))
+        results = evaluate(self.model, steps, self.recipe.valid_samples, self.recipe.seed, split="valid")
+        self.model.method.train()
+        save_json(results, self.output / f"valid-{self.place.stage + 1}.json")
+        shown = ", ".join(f"{r.exact_match:.2%} after {r.steps} steps" for r in results)
+        last = results[-1]
+        progress.say(f"validation EM {shown}; unwritten {last.unwritten:.2%}, swapped {last.swapped:.2%}")
 
     def _finished(self, stage: Stage) -> bool:
         """Whether the stage is over; also starts its decay and halves stalled learning rates."""
@@ -310,6 +325,10 @@ class Report:
             f"{self.title}: done after {place.stage_step} steps, EM {match:.2%}, {place.seconds / 60:.1f} min in all",
             highlight=False,
         )
+
+    def say(self, text: str) -> None:
+        """Leave a line behind."""
+        self.console.print(f"{self.title}: {text}", highlight=False)
 
     def _numbers(self, loss: float, place: Place) -> str:
         match = sum(place.recent) / len(place.recent)
