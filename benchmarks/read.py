@@ -137,11 +137,6 @@ def size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def load(checkpoint: str | None, pairs: int) -> MemoryModel:
-    """Load a checkpoint, or build the paper's model with random weights, which answer just as fast."""
-    return paper_model(pairs) if checkpoint is None else gradmem.load(checkpoint)
-
-
 def prompts(model: MemoryModel) -> tuple[Tokens, Ids]:
     """One test context and its queries without their targets."""
     batch = model.task.batch("test", 0, 1)
@@ -176,14 +171,17 @@ def agreement(one: Way, other: Way, queries: Ids) -> float:
 def main() -> None:
     """Command line."""
     command = parser(__doc__)
-    command.add_argument("--checkpoint", default=None, metavar="NAME", help="model, else random weights")
+    command.add_argument("--checkpoint", default=None, metavar="NAME", help="model; without it random weights")
     command.add_argument("--pairs", type=int, default=32, metavar="N", help="pairs, for random weights")
     command.add_argument("--queries", type=int, nargs="+", default=[1, 10, 100, 1000], metavar="Q", help="numbers")
     command.add_argument("--new-tokens", type=int, default=4, metavar="N", help="tokens of an answer")
     options = command.parse_args()
     torch.set_num_threads(options.threads)
     where = machine(options.threads, "fp32")
-    model = load(options.checkpoint, options.pairs)
+    try:
+        model = paper_model(options.pairs) if options.checkpoint is None else gradmem.load(options.checkpoint)
+    except gradmem.GradmemError as error:
+        command.error(str(error))
     model.method.eval()
     context, queries = prompts(model)
     backbone = Backbone(plain_model(model.method, "sdpa"))

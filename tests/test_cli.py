@@ -124,6 +124,7 @@ BAD = {
     "negative pairs": (["eval", "{p}/checkpoint", "--pairs", "-4", "--samples", "2"], "pairs must be"),
     "one sample": (["eval", "{p}/checkpoint", "--samples", "1"], "at least 2"),
     "no device": (["eval", "{p}/checkpoint", "--device", "gpu"], "device"),
+    "no training device": (["train", "kv-32", "--device", "tpu", "--output", "{t}/r"], "no device 'tpu'"),
     "two figures": (["eval", "{p}/checkpoint", "--pairs", "2,3", "--figure", "{t}/f.png"], "one number of pairs"),
     "json to nowhere": (["eval", "{p}/checkpoint", "--samples", "2", "--json", "{t}/no/e.json"], "cannot write"),
     "missing text": (["write", "{p}/checkpoint", "{t}/none.txt"], "cannot read"),

@@ -22,6 +22,7 @@ from gradmem import GradmemError
 from gradmem.commands import train
 from gradmem.evaluation import evaluate
 from gradmem.model import MemoryModel
+from gradmem.tasks.kv import KV
 from gradmem.training import Recipe, Stage
 from gradmem.training.optim import build_optimizers
 from gradmem.training.recipe import recipe_names, recipe_path
@@ -43,7 +44,7 @@ METHOD = {"name": "gradmem", "n_mem": 2, "write_steps": 1, "learn_inner_lr": Tru
 def recipe(steps: int = 12, **changes: object) -> Recipe:
     stages = [
         Stage(max_steps=steps // 2, write_steps=[1], batch_size=4, warmup=2),
-        Stage(max_steps=steps // 2, write_steps=[1, 2], batch_size=4, warmup=2, decay=steps // 4),
+        Stage(max_steps=steps - steps // 2, write_steps=[1, 2], batch_size=4, warmup=2, decay=steps // 4),
     ]
     fields = {"task": TASK, "backbone": BACKBONE, "method": METHOD, "stages": stages, "save_every": 3, "device": "cpu"}
     return Recipe(**{**copy.deepcopy(fields), **changes})
@@ -157,6 +158,17 @@ def test_state_round_trip_includes_the_optimisers(tmp_path: Path) -> None:
     assert same(model.method.state_dict(), again.method.state_dict())
 
 
+def test_bf16_trains_as_fp32_does(tmp_path: Path) -> None:
+    """The first loss agrees to the precision of bf16; also, one process may train in both."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        train(recipe(2, precision=precision), tmp_path / precision)
+        with (tmp_path / precision / "log.csv").open() as file:
+            losses.append(float(next(csv.DictReader(file))["loss"]))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_half_written_state_is_not_taken_for_one(tmp_path: Path) -> None:
     model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
     save_state(tmp_path, 3, model.method, [], {})
@@ -200,6 +212,17 @@ def test_until_ends_a_stage(tmp_path: Path) -> None:
     assert len(rows) < 300
 
 
+def test_tasks_of_a_stage_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both tasks are seen; the checkpoint keeps the first."""
+    seen = []
+    monkeypatch.setattr(
+        KV, "batch", lambda self, *a, batch=KV.batch: seen.append((self.pairs, a[0])) or batch(self, *a)
+    )
+    train(recipe(stages=[Stage(max_steps=12, write_steps=[1], tasks=[{"pairs": 3}, {}])]), tmp_path / "run")
+    assert {pairs for pairs, split in seen if split == "train"} == {2, 3}
+    assert gradmem.load(tmp_path / "run" / "checkpoint").spec["task"]["pairs"] == 3
+
+
 def test_frozen_model_has_nothing_to_train() -> None:
     model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
     model.method.requires_grad_(False)
@@ -211,8 +234,8 @@ def test_packaged_recipes_build(name: str) -> None:
     values = yaml.safe_load(recipe_path(name).read_text())
     stages = [Stage(**stage) for stage in values.pop("stages")]
     built = Recipe(stages=stages, **values)
-    for stage in stages:
-        MemoryModel.from_spec({**built.task, **stage.task}, built.backbone, built.method)
+    for options in (options for stage in stages for options in stage.tasks):
+        MemoryModel.from_spec({**built.task, **options}, built.backbone, built.method)
 
 
 def test_evaluate_agrees_with_asking_one_by_one(tmp_path: Path) -> None:

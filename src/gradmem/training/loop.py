@@ -32,6 +32,7 @@ from ..errors import GradmemError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.report import save_json
 from ..model import MemoryModel, build_task
+from ..tasks.base import Task
 from .optim import build_optimizers
 from .recipe import Recipe, Stage
 from .state import load_state, save_state, states
@@ -88,24 +89,28 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto") -> None:
         self.recipe, self.output = recipe, output
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if recipe.device not in ("auto", "cpu", found and found.type):
+            raise GradmemError(f"no device '{recipe.device}' here: use cpu{f' or {found.type}' if found else ''}")
         self.accelerator = Accelerator(
-            cpu=recipe.device == "cpu" or (recipe.device == "auto" and not torch.accelerator.is_available()),
-            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+            cpu=recipe.device == "cpu" or found is None,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(recipe.seed)
         self.model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method)
         if recipe.init_from:
             self.model.take_weights(load(recipe.init_from))
+        self.model.name = str(output / "checkpoint")
+        self.model.to(self.accelerator.device)
         self.optimizers = build_optimizers(self.model.method, recipe)
         if not self.optimizers:
             raise GradmemError("this recipe leaves nothing to train")
         self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.place = Place()
-        found = states(output / "states")
-        if resume == "auto" and found:
-            self.place = Place(**load_state(found[-1], self.model.method, self.optimizers))
-        elif found:
+        saved = states(output / "states")
+        if resume == "auto" and saved:
+            self.place = Place(**load_state(saved[-1], self.model.method, self.optimizers))
+        elif saved:
             raise GradmemError(f"{output} holds a run: resume it with --resume auto, or give another --output")
         self.step_module = self.accelerator.prepare(MetaStep(self.model.method))
         self.parameters = [p for p in self.model.method.parameters() if p.requires_grad]
@@ -132,11 +137,12 @@ class Trainer:
         return bool(self.accelerator.is_main_process)
 
     def _run_stage(self, stage: Stage, log: Any, progress: Report) -> None:
-        place, task = self.place, build_task({**self.recipe.task, **stage.task})
+        place, specs = self.place, [{**self.recipe.task, **options} for options in stage.tasks]
+        tasks = [build_task(spec) for spec in specs]
         progress.begin(self.place.stage, stage)
         while not self._finished(stage):
             started = time.monotonic()
-            row = self._step(stage, task)
+            row = self._step(stage, tasks)
             place.seconds += time.monotonic() - started
             row |= {
                 "step": place.step,
@@ -151,8 +157,7 @@ class Trainer:
         progress.end(place)
         # The checkpoint first: a run that is killed between the two repeats some steps and saves it again.
         if self.main:
-            self.model.task = task
-            self.model.spec["task"] = {**self.recipe.task, **stage.task}
+            self.model.task, self.model.spec["task"] = tasks[0], specs[0]
             self.model.save_pretrained(self.output / "checkpoint")
             self._validate(stage, progress)
         place.next_stage()
@@ -190,17 +195,20 @@ class Trainer:
             factor *= 1 - (place.stage_step - place.decay_from) / stage.decay
         return factor
 
-    def _step(self, stage: Stage, task: Any) -> dict[str, Any]:
+    def _step(self, stage: Stage, tasks: list[Task]) -> dict[str, Any]:
         place, recipe, world = self.place, self.recipe, self.accelerator.num_processes
         if stage.batch_size % world:
             raise GradmemError(f"batch_size {stage.batch_size} is not a multiple of {world} processes")
         share = stage.batch_size // world
         start = place.samples + share * self.accelerator.process_index
+        draw = random.Random(f"{recipe.seed} {place.step}")
+        steps, task = draw.choice(stage.write_steps), draw.choice(tasks)
         batch = task.batch("train", start, share, recipe.seed)
-        steps = random.Random(f"{recipe.seed} {place.step}").choice(stage.write_steps)
         scored = task.scored(batch.labels)
         device = self.accelerator.device
-        loss, write_loss, correct = self.step_module(batch.to(device), steps, scored.to(device))
+        # Not Accelerate's own autocast: its precision is one for the life of the process.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            loss, write_loss, correct = self.step_module(batch.to(device), steps, scored.to(device))
         # The mean over the target tokens of all processes, whose gradients are averaged.
         tokens = torch.tensor(float((batch.labels != -100).sum()), device=device)
         loss = loss * world / self.accelerator.reduce(tokens, "sum")
@@ -307,7 +315,8 @@ class Report:
 
     def begin(self, index: int, stage: Stage) -> None:
         """Start the bar of a stage."""
-        what = ", ".join(f"{value} {key}" for key, value in stage.task.items())
+        options = {key: [task[key] for task in stage.tasks if key in task] for key in stage.tasks[0]}
+        what = ", ".join(f"{'/'.join(map(str, dict.fromkeys(values)))} {key}" for key, values in options.items())
         self.title = f"stage {index + 1}/{self.stages} {what} K={'/'.join(map(str, stage.write_steps))}"
         self.bar.reset(self.task, total=stage.max_steps, description=self.title)
 

@@ -17,9 +17,9 @@ class Stage:
     max_steps: int
     """Optimiser steps after which the stage ends (its decay included)."""
     write_steps: list[int]
-    """Number of write steps K, drawn anew from this list for every optimiser step."""
-    task: dict[str, Any] = field(default_factory=dict)
-    """Task options that differ from the recipe's, as `{pairs: 4}`."""
+    """Numbers of write steps K, of which one is drawn anew for every optimiser step."""
+    tasks: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    """Task options that differ from the recipe's, as `{pairs: 4}`; one entry is drawn anew for every step."""
     batch_size: int = 32
     """Contexts in a batch, over all processes."""
     lr: float = 1.0
@@ -36,6 +36,8 @@ class Stage:
     def __post_init__(self) -> None:
         if self.max_steps < 1 or self.batch_size < 1 or not self.write_steps or min(self.write_steps) < 0:
             raise GradmemError("a stage needs max_steps >= 1, batch_size >= 1 and write_steps like [3, 4, 5]")
+        if not self.tasks:
+            raise GradmemError("a stage's `tasks` is a list like [{pairs: 4}], or is left out")
         if self.until is not None and not 0 < self.until <= 1:
             raise GradmemError(f"a stage's `until` is an exact match from 0 to 1, not {self.until}")
         if self.decay > self.max_steps:
@@ -58,10 +60,10 @@ class Recipe:
     """Checkpoint to start from; weights of equal name and shape are taken over."""
     seed: int = 0
     """Seed of weights, samples and draws of K."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of matrix products (autocast); weights stay float32."""
     device: str = "auto"
-    """cpu, cuda, mps or auto (an accelerator where there is one)."""
+    """cpu, the name of an accelerator (cuda, mps, xpu), or auto: the accelerator where there is one."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Optimiser of the blocks' matrices; everything else takes AdamW."""
     muon_lr: float = 0.01
