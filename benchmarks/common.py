@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -163,7 +163,7 @@ def machine(threads: int, precision: str) -> Row:
     }
 
 
-def measure(title: str, jobs: list[Callable[[], Row]]) -> list[Row]:
+def measure(title: str, jobs: Sequence[Callable[[], Row]]) -> list[Row]:
     """Run the jobs one after the other under a progress bar; each makes a row."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         return [job() for job in progress.track(jobs, description=title)]

@@ -9,7 +9,6 @@ happens once for each context (`prepare`: the write, or the pass over the contex
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -185,9 +184,11 @@ def main() -> None:
     model.method.eval()
     context, queries = prompts(model)
     backbone = Backbone(plain_model(model.method, "sdpa"))
-    new_tokens = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
-    ways = [way(model, backbone, context, {**new_tokens, "do_sample": False}) for way in WAYS]
-    jobs: list[Callable[[], Row]] = [
+    for language_model in (model.method.backbone.model, backbone.model):
+        language_model.generation_config.eos_token_id = None  # No answer ends early.
+    greedy = {"max_new_tokens": options.new_tokens, "do_sample": False}
+    ways = [way(model, backbone, context, greedy) for way in WAYS]
+    jobs = [
         partial(job, way, queries, count, options.repeats) for count in options.queries for way in ways
     ]
     rows = measure("reads", jobs)

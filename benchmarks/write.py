@@ -12,7 +12,6 @@ before and after the writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 
@@ -82,7 +81,7 @@ def main() -> None:
     where = machine(options.threads, options.precision)
     peak = matmul_peak(options.precision)
     models = {pairs: paper_model(pairs) for pairs in options.pairs}
-    jobs: list[Callable[[], Row]] = [
+    jobs = [
         partial(job, models[pairs], steps, batch, options.precision, options.repeats)
         for pairs, steps, batch in product(options.pairs, options.steps, options.batch)
     ]

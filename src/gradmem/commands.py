@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError
 
 from .checkpoints import checkpoint_names, load, open_memory
 from .errors import GradmemError
@@ -68,8 +69,8 @@ def train(recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto
     try:
         trainer = Trainer(recipe, output, resume)
         trainer.run()
-    except OSError as error:
-        raise GradmemError(f"cannot write to {output}: {error.strerror or error}; the last state is kept") from error
+    except (OSError, SafetensorError) as error:
+        raise GradmemError(f"cannot write to {output}: {error}; the last state is kept") from error
     except KeyboardInterrupt:
         raise GradmemError(f"interrupted; the same command continues from the last state in {output}") from None
     if trainer.main:

@@ -62,7 +62,7 @@ def _construct(cls: type, kind: str, given: tuple[Any, ...], options: dict[str, 
         raise GradmemError(f"{kind}: {error}") from error
 
 
-class MemoryModel(ModelHubMixin):
+class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-time-training"]):
     """A method with the task it was trained on; saves, loads and travels as a checkpoint.
 
     Parameters

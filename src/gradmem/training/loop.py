@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ from ..model import MemoryModel, build_task
 from ..tasks.base import Task
 from .optim import build_optimizers
 from .recipe import Recipe, Stage
-from .state import load_state, save_state, states
+from .state import load_state, replace, save_state, states
 from .step import MetaStep
 
 WINDOW = 10
@@ -158,7 +159,10 @@ class Trainer:
         # The checkpoint first: a run that is killed between the two repeats some steps and saves it again.
         if self.main:
             self.model.task, self.model.spec["task"] = tasks[0], specs[0]
-            self.model.save_pretrained(self.output / "checkpoint")
+            temporary = self.output / "checkpoint.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.model.save_pretrained(temporary)
+            replace(temporary, self.output / "checkpoint")
             self._validate(stage, progress)
         place.next_stage()
         self._save()

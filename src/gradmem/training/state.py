@@ -37,11 +37,19 @@ def save_state(
     for file in temporary.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
+    replace(temporary, target)
     for old in states(directory)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def replace(temporary: Path, target: Path) -> None:
+    """Put a finished directory in the place of another."""
+    old = target.with_name(target.name + ".old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def states(directory: Path) -> list[Path]:
