@@ -188,9 +188,7 @@ def main() -> None:
         language_model.generation_config.eos_token_id = None  # No answer ends early.
     greedy = {"max_new_tokens": options.new_tokens, "do_sample": False}
     ways = [way(model, backbone, context, greedy) for way in WAYS]
-    jobs = [
-        partial(job, way, queries, count, options.repeats) for count in options.queries for way in ways
-    ]
+    jobs = [partial(job, way, queries, count, options.repeats) for count in options.queries for way in ways]
     rows = measure("reads", jobs)
     memory = {row["queries"]: row["seconds_median"] for row in rows if row["from"] == FromMemory.name}
     for row in rows:

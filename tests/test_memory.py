@@ -104,6 +104,25 @@ def test_batch_of_texts_is_each_text_alone(tiny: MemoryModel) -> None:
     assert answers[1] == batch[1].ask(["k2", "zz"])
 
 
+def test_many_texts_are_written_in_parts(tiny: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a7:Qz", TEXT, "11:22\n33:44", "xx:yy"]
+    whole = tiny.write(texts, 2)
+    monkeypatch.setattr("gradmem.model.TOKENS_AT_ONCE", 50)
+    parts = tiny.write(texts, 2)
+    assert torch.allclose(parts.tensors["memory"], whole.tensors["memory"], atol=1e-5)
+    assert [r.context_sha256 for r in parts.records] == [r.context_sha256 for r in whole.records]
+
+
+def test_the_prefix_is_run_once_for_all_questions(tiny: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, fresh = tiny.write(TEXT), tiny.write(TEXT)
+    runs = []
+    run = type(tiny.method).prefix
+    monkeypatch.setattr(type(tiny.method), "prefix", lambda self, given: runs.append(given) or run(self, given))
+    answers = [memory.ask(query) for query in ("a7", "k2", "zz", "a7")]
+    assert len(runs) == 1
+    assert answers == [*fresh.ask(["a7", "k2", "zz"]), answers[0]]
+
+
 def test_generate_takes_hugging_face_arguments(tiny: MemoryModel) -> None:
     memory = tiny.write(TEXT)
     torch.manual_seed(0)

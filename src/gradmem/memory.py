@@ -20,6 +20,7 @@ from torch import Tensor
 from .errors import GradmemError
 
 if TYPE_CHECKING:
+    from .backbone import Prefix
     from .model import MemoryModel
 
 FORMAT, VERSION = "gradmem-memory", 1
@@ -93,11 +94,14 @@ class Memory:
         One for each row where text was written; empty for memories of bare tokens.
     model : MemoryModel or None
         The model that answers `ask`.
+    prefix : Prefix or None
+        What `ask` has run of the model: kept, so that it is run once for all questions.
     """
 
     tensors: dict[str, Tensor]
     records: list[Record] = field(default_factory=list)
     model: MemoryModel | None = field(default=None, repr=False, compare=False)
+    prefix: Prefix | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return next(iter(self.tensors.values())).shape[0]

@@ -20,7 +20,7 @@ from safetensors.torch import load_model, save_model
 
 from . import methods, tasks
 from .backbone import Backbone
-from .batch import Tokens
+from .batch import TOKENS_AT_ONCE, Tokens
 from .errors import GradmemError
 from .memory import Memory, Record, digest
 from .methods.base import Method, Written
@@ -231,15 +231,25 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
                 raise GradmemError(f"`until` is a loss above 0, not {until}")
             steps = max_steps
         ids = [self.encode(self.task.context_text(t), "context", self.method.max_context) for t in texts]
+        size = max(1, TOKENS_AT_ONCE // max(map(len, ids)))
+        parts = [
+            self._write(texts[first : first + size], ids[first : first + size], steps, until)
+            for first in range(0, len(texts), size)
+        ]
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        return Memory(tensors, [record for part in parts for record in part.records], self)
+
+    def _write(self, texts: list[str], ids: list[list[int]], steps: int | None, until: float | None) -> Memory:
+        """Write texts in one batch."""
         context = Tokens.from_lists(ids, self.task.pad_id).to(self.device)
         with torch.no_grad():
             written = self.method.write(context, steps, until=until)
             token_losses = self.method.token_losses(written.memory, context)
         records = [
-            self._record(texts[row], written, token_losses[row, : len(ids[row])].tolist(), row)
-            for row in range(len(texts))
+            self._record(text, written, token_losses[row, : len(ids[row])].tolist(), row)
+            for row, text in enumerate(texts)
         ]
-        return Memory(written.memory.tensors, records, self)
+        return Memory(written.memory.tensors, records)
 
     def _record(self, text: str, written: Written, token_losses: list[float], row: int) -> Record:
         taken = int(written.taken[row])
@@ -322,7 +332,10 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         limit = self.method.max_query - int(settings["max_new_tokens"])
         ids = [self.encode(self.task.query_text(text), "query", limit) for _, text in flat]
         rows = torch.tensor([row for row, _ in flat], device=self.device)
-        generated = self.method.generate(memory, ids, rows, pad_id=self.task.pad_id, **settings)
+        if memory.prefix is None:
+            with torch.no_grad():
+                memory.prefix = self.method.prefix(memory)
+        generated = self.method.generate(memory.prefix, ids, rows, pad_id=self.task.pad_id, **settings)
         texts = iter(self.task.answer_text(t) for t in self._decode(generated))
         return [[next(texts) for _ in queries] for queries in query]
 

@@ -10,16 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Batch
+from ..batch import TOKENS_AT_ONCE, Batch
 from ..errors import GradmemError
 from ..memory import Memory
 from ..methods.base import Method
 from ..model import MemoryModel, build_task
 from ..tasks.base import Split, Task
 from ..training.step import exact_match
-
-TOKENS_AT_ONCE = 16384
-"""Context tokens in a batch of contexts: keeps memory and caches small."""
 
 
 @dataclass

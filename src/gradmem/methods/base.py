@@ -146,7 +146,7 @@ class Method(nn.Module, ABC):
 
     def generate(
         self,
-        memory: Memory,
+        memory: Memory | Prefix,
         queries: list[list[int]],
         rows: Tensor | None = None,
         *,
@@ -154,6 +154,20 @@ class Method(nn.Module, ABC):
         **options: Any,
     ) -> list[list[int]]:
         """Generate the continuation of each query; `options` are those of Hugging Face's `generate`.
+
+        Parameters
+        ----------
+        memory : Memory or Prefix
+            A prefix that has been run can be given again, for memories that are asked often.
+        queries : list of list of int
+            Token ids, at least one each.
+        rows : Tensor, int64, shape (queries,), optional
+            Memory row that each query asks; by default query i asks row i.
+
+        Returns
+        -------
+        list of list of int
+            The new tokens of each query.
 
         Raises
         ------
@@ -165,7 +179,10 @@ class Method(nn.Module, ABC):
         if not queries:
             return []
         with torch.no_grad():
-            return generate(self.backbone, self._prefix_rows(memory, rows), queries, pad_id, **options)
+            prefix = memory if isinstance(memory, Prefix) else self.prefix(memory)
+            # Selected even where every row is wanted: generation extends the cache it is given.
+            every = torch.arange(len(queries), device=prefix.last.device)
+            return generate(self.backbone, prefix.select(every if rows is None else rows), queries, pad_id, **options)
 
     def _prefix_rows(self, memory: Memory, rows: Tensor | None) -> Prefix:
         prefix = self.prefix(memory)
