@@ -61,8 +61,8 @@ def gradmem(options: dict, backbone: Backbone) -> GradMem:
         order=options.pop("grad_mode"),
         last_k=options.pop("last_K_second_order", None),
         n_ctrl=options.pop("n_ctrl_tokens", 0),
-        clip_value=options.pop("inner_clip_value", None),
-        clip_norm=options.pop("inner_clip_norm", None),
+        clip_value=options.pop("inner_clip_value", None) or None,
+        clip_norm=options.pop("inner_clip_norm", None) or None,
         projection=mode if options.pop("use_mem_proj", False) else "none",
         write_head="copy" if options.pop("use_write_head", False) else "none",
     )

@@ -221,7 +221,7 @@ def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Me
     """
     loaded = Memory.load(memory)
     if json:
-        print(_dumps([vars(record) for record in loaded.records]))
+        print(_dumps([record.row() for record in loaded.records]))
         return loaded
     for record in loaded.records:
         console.print(provenance(record, loaded, memory))

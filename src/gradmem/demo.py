@@ -67,7 +67,10 @@ def demo(
     results = evaluate(model, steps, samples=samples, seed=seed)
     console.print(table(results))
     title = f"{checkpoint}: {samples} fresh contexts, seed {seed}"
-    console.print(f"figure: {steps_figure(results, output / 'steps.png', title)}")
+    try:
+        console.print(f"figure: {steps_figure(results, output / 'steps.png', title)}")
+    except GradmemError as error:
+        console.print(f"no figure: {error}", markup=False)
 
 
 def _text(model: MemoryModel, pairs: Path | None, seed: int) -> str:

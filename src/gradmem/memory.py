@@ -77,6 +77,10 @@ class Record:
         """Write loss of this memory."""
         return self.losses[-1]
 
+    def row(self) -> dict[str, Any]:
+        """The record as plain data, with what follows from it."""
+        return {**vars(self), "loss_before": self.loss_before, "loss_after": self.loss_after, "lost": self.lost}
+
     @property
     def lost(self) -> list[int]:
         """Positions of the tokens that the memory lost."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..backbone import Backbone, Prefix
 from ..batch import Tokens
@@ -241,7 +242,10 @@ def _add_lora(backbone: Backbone, rank: int) -> list[nn.Module]:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise GradmemError("write_lora needs peft: pip install 'gradmem[train]'") from error
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    transposed = any(isinstance(module, Conv1D) for module in backbone.modules())
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=transposed
+    )
     trainable = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     inject_adapter_in_model(config, backbone.model)
     layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
