@@ -212,6 +212,17 @@ def test_until_ends_a_stage(tmp_path: Path) -> None:
     assert len(rows) < 300
 
 
+def test_patience_halves_the_learning_rate(tmp_path: Path) -> None:
+    """Exact match stays near zero on this task, so each 5 steps without progress halve the rate."""
+    hard = {**TASK, "pairs": 3, "value_length": 4}
+    stage = Stage(max_steps=16, write_steps=[0], batch_size=2, warmup=1, patience=5)
+    train(recipe(task=hard, stages=[stage]), tmp_path / "run")
+    with (tmp_path / "run" / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["exact_match"] for row in rows} == {"0"}
+    assert [float(row["lr"]) for row in rows] == [1.0] * 5 + [0.5] * 5 + [0.25] * 5 + [0.125]
+
+
 def test_tasks_of_a_stage_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both tasks are seen; the checkpoint keeps the first."""
     seen = []

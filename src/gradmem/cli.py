@@ -156,6 +156,7 @@ def _launch(processes: int, arguments: list[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns once that it need not look for unused parameters
     try:
         launcher.main(["--standalone", f"--nproc-per-node={processes}", "-m", "gradmem", *arguments])
     except ChildFailedError as error:
