@@ -35,7 +35,7 @@ class Result:
         Mean write loss of the memory that is read, nats per token.
     unwritten, swapped : float
         Controls, which must be at chance: exact match from the memory before any step, and from memories of
-        other contexts after the same number of steps.
+        other contexts after the largest number of steps asked for.
     """
 
     checkpoint: str
@@ -134,8 +134,8 @@ def evaluate(
                 token_losses = model.method.token_losses(memory, batch.context)
                 losses.setdefault(step, []).append(token_losses.sum(1) / batch.context.lengths)
                 scores.setdefault(("own", step), []).append(_score(model.method, built, memory, batch))
-                swapped = memory.select(torch.arange(size).roll(1))
-                scores.setdefault(("swapped", step), []).append(_score(model.method, built, swapped, batch))
+            swapped = memory.select(torch.arange(size).roll(1))
+            scores.setdefault(("swapped", steps[-1]), []).append(_score(model.method, built, swapped, batch))
     joined = {key: torch.cat(parts).double().cpu().numpy() for key, parts in scores.items()}
     method = model.method
     one = convert(method.write(built.batch(split, 0, 1, seed).context.to(model.device), 0).memory)
@@ -148,7 +148,7 @@ def evaluate(
             ci95=interval(joined["own", step]),
             write_loss=float(torch.cat(losses[step]).mean()),
             unwritten=float(joined["own", 0].mean()),
-            swapped=float(joined["swapped", step].mean()),
+            swapped=float(joined["swapped", steps[-1]].mean()),
             samples=samples,
             queries=queries,
             seed=seed,
