@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 QUESTION = """
 import gradmem, pathlib
 assert "site" in gradmem.__file__, gradmem.__file__
-print(gradmem.load("kv-32").write("a7:Qz\\nk2:9f").ask("a7"))
+print(gradmem.load("kv-32").write("a7:Qz\\nk2:9f\\nzz:aa").ask("a7"))
 """
 
 

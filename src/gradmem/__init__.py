@@ -1,7 +1,7 @@
 """Memory for language models that is written once, by gradient descent, and asked many times.
 
 >>> import gradmem
->>> memory = gradmem.load("kv-32").write("a7:Qz\\nk2:9f")
+>>> memory = gradmem.load("kv-32").write("a7:Qz\\nk2:9f\\nzz:aa")
 >>> memory.ask("a7")
 'Qz'
 """
