@@ -22,7 +22,7 @@ def demo(
     checkpoint: str = "kv-32",
     pairs: Path | None = None,
     output: Path = Path("demo-out"),
-    samples: int = 200,
+    samples: int = 100,
     seed: int = 7,
 ) -> None:
     """Write key-value pairs into a few vectors, delete them, and answer every query.
