@@ -130,6 +130,30 @@ def test_generate_takes_hugging_face_arguments(tiny: MemoryModel) -> None:
     assert len(sampled) > 1
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_beams_and_sequences_agree_with_generation_without_a_cache(tiny: MemoryModel, options: dict[str, int]) -> None:
+    """The same search by transformers itself, from embeddings of memory and query, one query at a time."""
+    memory = tiny.write(TEXT)
+    queries, length = ["a7", "k2", "zz"], 4
+    answers = memory.ask(queries, max_new_tokens=length, **options)
+    embed = tiny.method.backbone.embed
+    for query, answer in zip(queries, answers, strict=True):
+        ids = torch.tensor([tiny.task.encode(tiny.task.query_text(query))])
+        prompt = torch.cat([memory.tensors["memory"], embed(ids)], dim=1)
+        settings = {"max_new_tokens": length, "do_sample": False, "eos_token_id": tiny.task.end_id, "pad_token_id": 0}
+        mask = torch.ones(prompt.shape[:2], dtype=torch.long)
+        wanted = tiny.method.backbone.model.generate(
+            inputs_embeds=prompt, attention_mask=mask, **settings, **options
+        ).tolist()
+        texts = [tiny.task.answer_text(text) for text in tiny._decode(wanted)]
+        assert answer == (texts if len(texts) > 1 else texts[0])
+
+
+def test_sampled_sequences_belong_to_their_query(tiny: MemoryModel) -> None:
+    answers = tiny.write([TEXT, "a7:Qz"]).ask([["a7", "k2"], ["a7"]], do_sample=True, num_return_sequences=3)
+    assert [[len(sequences) for sequences in row] for row in answers] == [[3, 3], [3]]
+
+
 def test_another_model_refuses(tiny: MemoryModel, other: MemoryModel, tmp_path: Path) -> None:
     path = tiny.write(TEXT).save(tmp_path / "m.safetensors")
     with pytest.raises(GradmemError) as refused:

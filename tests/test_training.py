@@ -50,6 +50,11 @@ def recipe(steps: int = 12, **changes: object) -> Recipe:
     return Recipe(**{**copy.deepcopy(fields), **changes})
 
 
+def log(output: Path) -> list[dict[str, str]]:
+    with (output / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "checkpoint" / "model.safetensors")
 
@@ -65,12 +70,12 @@ def command(recipe: Recipe, folder: Path, *options: str) -> list[str]:
 
 
 def test_log_and_checkpoint(tmp_path: Path) -> None:
-    train(recipe(), tmp_path / "run")
-    with (tmp_path / "run" / "log.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    train(recipe(14), tmp_path / "run")
+    rows = log(tmp_path / "run")
+    assert [int(row["step"]) for row in rows] == list(range(1, 15))
     assert {row["stage"] for row in rows} == {"0", "1"}
-    assert {row["write_steps"] for row in rows[6:]} <= {"1", "2"}
+    assert {row["write_steps"] for row in rows[:7]} == {"1"}
+    assert {row["write_steps"] for row in rows[7:]} == {"1", "2"}
     assert [float(row["lr"]) for row in rows[:3]] == [0.5, 1, 1]
     assert [float(row["lr"]) for row in rows[-3:]] == pytest.approx([1, 2 / 3, 1 / 3], abs=1e-5)
     assert list((tmp_path / "run" / "tensorboard").iterdir())
@@ -98,8 +103,7 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
             trainer.run()
     train(recipe(), tmp_path / "cut")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    with (tmp_path / "cut" / "log.csv").open() as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 13))
+    assert [int(row["step"]) for row in log(tmp_path / "cut")] == list(range(1, 13))
 
 
 def test_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -115,6 +119,7 @@ def test_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
     subprocess.run(run, env=environment, check=True, capture_output=True)
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
@@ -163,8 +168,7 @@ def test_bf16_trains_as_fp32_does(tmp_path: Path) -> None:
     losses = []
     for precision in ("fp32", "bf16"):
         train(recipe(2, precision=precision), tmp_path / precision)
-        with (tmp_path / precision / "log.csv").open() as file:
-            losses.append(float(next(csv.DictReader(file))["loss"]))
+        losses.append(float(log(tmp_path / precision)[0]["loss"]))
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
@@ -204,8 +208,7 @@ def test_until_ends_a_stage(tmp_path: Path) -> None:
     easy = {**TASK, "pairs": 1, "alphabet": 2}
     stage = Stage(max_steps=300, write_steps=[1], batch_size=32, until=0.3, warmup=1)
     train(recipe(task=easy, stages=[stage]), tmp_path / "run")
-    with (tmp_path / "run" / "log.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = log(tmp_path / "run")
     means = [sum(float(row["exact_match"]) for row in rows[i : i + 10]) / 10 for i in range(len(rows) - 9)]
     assert means[-1] >= 0.3 or len(rows) == 300
     assert all(mean < 0.3 for mean in means[:-1])
@@ -217,8 +220,7 @@ def test_patience_halves_the_learning_rate(tmp_path: Path) -> None:
     hard = {**TASK, "pairs": 3, "value_length": 4}
     stage = Stage(max_steps=16, write_steps=[0], batch_size=2, warmup=1, patience=5)
     train(recipe(task=hard, stages=[stage]), tmp_path / "run")
-    with (tmp_path / "run" / "log.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = log(tmp_path / "run")
     assert {row["exact_match"] for row in rows} == {"0"}
     assert [float(row["lr"]) for row in rows] == [1.0] * 5 + [0.5] * 5 + [0.25] * 5 + [0.125]
 

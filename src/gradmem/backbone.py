@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from .errors import GradmemError
 
@@ -119,8 +119,6 @@ class Backbone(nn.Module):
 
     def prefix(self, embeds: Tensor) -> Prefix:
         """Run a prefix once and keep what later tokens need of it."""
-        from transformers import DynamicCache
-
         cache = DynamicCache(config=self.model.config)
         return Prefix(self.hidden(embeds, cache)[:, -1], cache)
 
@@ -175,9 +173,13 @@ def generate(
     Returns
     -------
     list of list of int
-        The new tokens of each query (of each sequence where `num_return_sequences` asks for more).
+        The new tokens of each query (of each of its sequences, one after the other, where `num_return_sequences`
+        asks for more).
     """
     device = prefix.last.device
+    # Generation repeats ids and mask for beams and sequences, but not a cache that it is given.
+    repeats = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+    prefix = prefix.select(torch.arange(len(queries), device=device).repeat_interleave(repeats))
     longest = max(len(query) for query in queries)
     width = prefix.length + longest
     ids = torch.full((len(queries), width), pad_id, dtype=torch.long, device=device)

@@ -32,6 +32,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 QUERIES_HELP = "queries; without any, one a line from standard input, answered as JSON lines"
 BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
     commands.ask: {
+        "memory": {"type": Path, "help": "memory file"},
         "queries": {"nargs": "*", "help": QUERIES_HELP},
         "--jsonl": {"action": "store_true", "help": "print JSON lines also for queries given as arguments"},
     },
@@ -95,10 +96,8 @@ def _function_parser(function: Callable[..., Any]) -> ArgumentParser:
     parser = ArgumentParser(description=_summary(function))
     by_hand = BY_HAND.get(function, {})
     for name, settings in by_hand.items():
-        if not name.startswith("-"):
-            parser.add_argument("memory", type=Path, help="memory file")
         parser.add_argument(name, **settings)
-    skip: set[Any] = {name.lstrip("-") for name in by_hand} | ({"memory"} if "queries" in by_hand else set())
+    skip: set[Any] = {name.lstrip("-") for name in by_hand}
     parser.add_function_arguments(function, as_positional=True, skip=skip, fail_untyped=True)
     return parser
 

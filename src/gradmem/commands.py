@@ -20,7 +20,7 @@ from .errors import GradmemError
 from .evaluation.evaluate import Result
 from .evaluation.evaluate import evaluate as measure
 from .evaluation.report import save_json, steps_figure, table
-from .memory import Memory, Precision, Record
+from .memory import Memory, Precision, Record, text_digest
 from .tasks.base import Split
 from .training.recipe import Recipe, recipe_names
 
@@ -223,16 +223,14 @@ def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Me
     if json:
         print(_dumps([record.row() for record in loaded.records]))
         return loaded
+    text = read_text(context) if context else None
+    written = None if text is None else text_digest(text)
+    if written and written not in [record.context_sha256 for record in loaded.records]:
+        raise GradmemError(f"{context} is not the text that was written into {memory}")
+    tokens = None if text is None else tokens_of(open_memory(memory), text)
     for record in loaded.records:
         console.print(provenance(record, loaded, memory))
-        tokens = None
-        if context:
-            text = read_text(context)
-            opened = open_memory(memory)
-            tokens = tokens_of(opened, text)
-            if len(tokens) != record.context_tokens or _sha256(text) != record.context_sha256:
-                raise GradmemError(f"{context} is not the text that was written into {memory}")
-        console.print(receipt(record, tokens))
+        console.print(receipt(record, tokens if record.context_sha256 == written else None))
     return loaded
 
 
@@ -328,12 +326,6 @@ def _device(name: str) -> torch.device:
 def _progress(batches: Iterable[Any], title: str) -> Iterable[Any]:
     quiet = Console(stderr=True)
     return track(batches, title, console=quiet, transient=True, disable=not quiet.is_terminal)
-
-
-def _sha256(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _dumps(value: Any) -> str:

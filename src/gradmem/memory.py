@@ -255,6 +255,11 @@ def _umask() -> int:
     return mask
 
 
+def text_digest(text: str) -> str:
+    """SHA-256 of a text, UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def digest(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of names, types, shapes and contents."""
     hasher = hashlib.sha256()

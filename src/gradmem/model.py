@@ -22,7 +22,7 @@ from . import methods, tasks
 from .backbone import Backbone
 from .batch import TOKENS_AT_ONCE, Tokens
 from .errors import GradmemError
-from .memory import Memory, Record, digest
+from .memory import Memory, Record, digest, text_digest
 from .methods.base import Method, Written
 from .plugins import check_options, find
 from .tasks.base import Task
@@ -258,7 +258,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             method=self.spec["method"]["name"],
             model=self.name,
             **self.fingerprints,
-            context_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            context_sha256=text_digest(text),
             context_tokens=len(token_losses),
             steps=taken,
             inner_lr=[round(rate, 6) for rate in self.method.inner_lrs()],
@@ -305,7 +305,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         Returns
         -------
         str, list of str, or list of lists of str
-            Answers in the shape of the queries.
+            Answers in the shape of the queries; each a list where `num_return_sequences` asks for more than one.
 
         Raises
         ------
@@ -336,8 +336,10 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             with torch.no_grad():
                 memory.prefix = self.method.prefix(memory)
         generated = self.method.generate(memory.prefix, ids, rows, pad_id=self.task.pad_id, **settings)
-        texts = iter(self.task.answer_text(t) for t in self._decode(generated))
-        return [[next(texts) for _ in queries] for queries in query]
+        texts = [self.task.answer_text(t) for t in self._decode(generated)]
+        each = len(texts) // len(flat)
+        answers = iter(texts if each == 1 else [texts[i : i + each] for i in range(0, len(texts), each)])
+        return [[next(answers) for _ in queries] for queries in query]
 
     def _decode(self, generated: list[list[int]]) -> list[str]:
         pad, end = self.task.pad_id, self.task.end_id

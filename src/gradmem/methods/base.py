@@ -167,7 +167,7 @@ class Method(nn.Module, ABC):
         Returns
         -------
         list of list of int
-            The new tokens of each query.
+            The new tokens of each query, or of each of its sequences (`num_return_sequences`) one after the other.
 
         Raises
         ------
@@ -180,9 +180,7 @@ class Method(nn.Module, ABC):
             return []
         with torch.no_grad():
             prefix = memory if isinstance(memory, Prefix) else self.prefix(memory)
-            # Selected even where every row is wanted: generation extends the cache it is given.
-            every = torch.arange(len(queries), device=prefix.last.device)
-            return generate(self.backbone, prefix.select(every if rows is None else rows), queries, pad_id, **options)
+            return generate(self.backbone, prefix if rows is None else prefix.select(rows), queries, pad_id, **options)
 
     def _prefix_rows(self, memory: Memory, rows: Tensor | None) -> Prefix:
         prefix = self.prefix(memory)

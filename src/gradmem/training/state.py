@@ -72,7 +72,7 @@ def load_state(path: Path, module: nn.Module, optimizers: list[torch.optim.Optim
         progress = json.loads((path / "progress.json").read_text())
         _restore(optimizers, load_file(path / "optimizers.safetensors"), progress.pop("optimizers"))
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        raise GradmemError(f"cannot resume from {path}: {error}; start anew with --resume never") from error
+        raise GradmemError(f"cannot resume from {path}: {error}; start anew with another --output") from error
     return progress
 
 
