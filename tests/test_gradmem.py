@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from conftest import (
 from gradmem.backbone import Backbone
 from gradmem.batch import Batch, Tokens
 from gradmem.errors import GradmemError
+from gradmem.inner import Strategy
 from gradmem.memory import Memory
 from gradmem.methods import GradMem
 from naive import Naive
@@ -103,10 +104,12 @@ def memory_of(method: GradMem, context: Tokens, **options: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind in KINDS for name in (OPTIONS if kind == "gpt2" else SHORT)]
 )
-def test_equals_naive(kind: str, name: str) -> None:
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_equals_naive(kind: str, name: str, strategy: Strategy) -> None:
     """Loss, everything written, and all gradients."""
     options, batch, tolerance = OPTIONS[name], make_batch(), TOLERANCE[kind]
     method = make_gradmem(kind, **options)
+    method.strategy = strategy
     loss, memory = outer_loss(method, batch, auxiliary=0.5)
     wanted_loss, wanted = naive(method, **options).loss(batch, auxiliary=0.5)
     assert loss.item() == pytest.approx(wanted_loss.item(), rel=tolerance)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from gradmem.inner import Step, descend, token_losses
+from gradmem.inner import Step, Strategy, descend, token_losses
 from gradmem.inner.objective import sample_losses
 from gradmem.inner.optimizers import OPTIMIZERS, clip, sgd
 
 ORDERS = ["second", "first", "none"]
 BATCH, WIDTH, STEPS = 3, 4, 4
+
+
+STRATEGIES = get_args(Strategy)
 
 
 def final(*args: Any, **options: Any) -> Step:
@@ -127,6 +130,7 @@ def by_descend(
     clip_norm: float | None,
     order: str,
     last_k: int | None = None,
+    strategy: str = "unroll",
 ) -> tuple[Tensor, Step, dict[str, Tensor]]:
     """Return J, the last step and the leaves."""
     leaves = {name: torch.tensor(array, requires_grad=True) for name, array in at.items()}
@@ -144,6 +148,7 @@ def by_descend(
         STEPS,
         order=order,
         last_k=last_k,
+        strategy=strategy,
         clip_value=clip_value,
         clip_norm=clip_norm,
     )
@@ -167,10 +172,11 @@ CLIPS = [(None, None), (0.5, None), (None, 0.8), (0.6, 0.9)]
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("clips", CLIPS, ids=str)
 @pytest.mark.parametrize(("order", "last_k"), [("second", None), ("second", 2), ("first", None)])
-def test_meta_gradient_slopes(optimizer: str, clips: tuple, order: str, last_k: int | None) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_meta_gradient_slopes(optimizer: str, clips: tuple, order: str, last_k: int | None, strategy: str) -> None:
     """Gradients of J are the slopes of the NumPy descent in which constants of the order are frozen."""
     live = 0 if order == "first" else STEPS if last_k is None else last_k
-    value, last, leaves = by_descend(POINT, optimizer, *clips, order, last_k)
+    value, last, leaves = by_descend(POINT, optimizer, *clips, order, last_k, strategy)
     wanted, final_tensors, frozen = by_hand(POINT, optimizer, *clips)
     assert value.item() == pytest.approx(wanted, rel=1e-12)
     for name, array in final_tensors.items():
@@ -182,9 +188,10 @@ def test_meta_gradient_slopes(optimizer: str, clips: tuple, order: str, last_k: 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_meta_gradient_order_none(optimizer: str) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_meta_gradient_order_none(optimizer: str, strategy: str) -> None:
     """Everything that was written is a constant: W acts only in the outer loss and in the last inner loss."""
-    value, last, leaves = by_descend(POINT, optimizer, None, None, "none")
+    value, last, leaves = by_descend(POINT, optimizer, None, None, "none", strategy=strategy)
     _, now, frozen = by_hand(POINT, optimizer, None, None)
     np.testing.assert_allclose(last.tensors["x"], now["x"], rtol=1e-10)
     grads = dict(zip(leaves, gradients(value, *leaves.values()), strict=True))

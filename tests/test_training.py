@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 import gradmem
+from conftest import make_batch, random_tokens
 from gradmem import GradmemError
 from gradmem.commands import train
 from gradmem.evaluation import evaluate
@@ -202,6 +203,30 @@ def test_warm_start_takes_over_equal_weights(tmp_path: Path) -> None:
     assert kept == ["initial_memory", "log_inner_lr"]
     mine, theirs = model.method.state_dict(), one.method.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine if name not in kept)
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    whole = recipe(4, optimizer="adamw", inner_loss_weight=0.3, task={**TASK, "queries": 2})
+    train(whole, tmp_path / "whole")
+    train(dataclasses.replace(whole, micro_batch=3), tmp_path / "parts")
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-5), name
+    for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
+        for name in ("loss", "write_loss", "exact_match", "grad_norm"):
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3), name
+
+
+def test_a_batch_splits_into_contexts_with_their_queries() -> None:
+    batch = make_batch()
+    batch.rows = torch.tensor([2, 0, 0, 3, 2])
+    batch.context = random_tokens([7, 5, 8, 6, 4])
+    parts = list(batch.split(2))
+    assert [part.context.lengths.tolist() for part in parts] == [[7, 5], [8, 6]]  # the last has no query
+    assert [part.rows.tolist() for part in parts] == [[0, 0], [0, 1, 0]]
+    for part, chosen in zip(parts, ([1, 2], [0, 3, 4]), strict=True):
+        assert torch.equal(part.queries.ids, batch.queries.ids[chosen])
+        assert torch.equal(part.labels, batch.labels[chosen])
 
 
 def test_until_ends_a_stage(tmp_path: Path) -> None:

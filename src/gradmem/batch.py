@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,3 +77,15 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device."""
         return Batch(self.context.to(device), self.queries.to(device), self.labels.to(device), self.rows.to(device))
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Parts of up to `size` contexts, each with its queries; sizes differ by at most one.
+
+        A part without queries trains nothing and is left out.
+        """
+        count = -(-len(self.context) // size)
+        for contexts in torch.arange(len(self.context), device=self.rows.device).tensor_split(count):
+            start, stop = int(contexts[0]), int(contexts[-1]) + 1
+            mine = (self.rows >= start) & (self.rows < stop)
+            if mine.any():
+                yield Batch(self.context[start:stop], self.queries[mine], self.labels[mine], self.rows[mine] - start)

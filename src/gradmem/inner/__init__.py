@@ -1,6 +1,6 @@
 """The WRITE optimisation: what is minimised, by which update, and how gradients pass through it."""
 
-from .meta_gradient import Order, Step, descend
+from .meta_gradient import Order, Step, Strategy, descend
 from .objective import token_losses
 
-__all__ = ["Order", "Step", "descend", "token_losses"]
+__all__ = ["Order", "Step", "Strategy", "descend", "token_losses"]

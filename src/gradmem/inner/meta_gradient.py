@@ -6,9 +6,9 @@ serves other kinds of test-time training as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from .optimizers import Rates, Tensors, Update, clip
 
 Order = Literal["none", "first", "second"]
+Strategy = Literal["unroll", "recompute"]
+Loss = Callable[..., Tensor]
 
 
 @dataclass
@@ -38,14 +40,16 @@ class Step:
 
 
 def descend(
-    loss: Callable[[Tensors], Tensor],
+    loss: Loss,
     tensors: Tensors,
     update: Update,
     rates: Rates,
     steps: int,
     *,
+    given: Sequence[Tensor] = (),
     order: Order = "second",
     last_k: int | None = None,
+    strategy: Strategy = "unroll",
     clip_value: float | None = None,
     clip_norm: float | None = None,
     until: float | None = None,
@@ -55,8 +59,9 @@ def descend(
     Parameters
     ----------
     loss : callable
-        Maps the tensors to losses of shape (batch,). The losses are summed, so that the gradient of a sample does
-        not depend on its neighbours.
+        `loss(tensors, *given)` returns losses of shape (batch,). They are summed, so that the gradient of a sample
+        does not depend on its neighbours. Parameters of modules may be used inside; a computed tensor that is to
+        receive a gradient goes through `given`.
     tensors : dict of Tensor, shapes (batch, ...)
         Starting point.
     update : callable
@@ -65,11 +70,16 @@ def descend(
         Learning rate of each tensor, broadcast against it.
     steps : int
         Steps to take at most.
+    given : sequence of Tensor
+        Further arguments of `loss`, the same at every step.
     order : {"none", "first", "second"}
         "second" differentiates through the gradients; "first" takes them as constants and keeps the identity path
         to the start; "none" detaches after every step.
     last_k : int, optional
         With "second", only the last k steps are of second order and the earlier ones of first.
+    strategy : {"unroll", "recompute"}
+        "unroll" keeps the graph of every step. "recompute" keeps that of the last one and builds the others again,
+        one at a time, in the backward pass: memory does not grow with the number of steps. Same gradients.
     until : float, optional
         A sample whose loss is at most this takes no further step.
     """
@@ -83,19 +93,14 @@ def descend(
     state = None
     for index in range(steps):
         second = training and order == "second" and (last_k is None or index >= steps - last_k)
-        with torch.enable_grad():
-            # A fresh leaf where the tensors carry no graph; second order must differentiate through the ones given.
-            points = {
-                name: tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-                for name, tensor in now.tensors.items()
-            }
-            losses = loss(points)
-            grads = torch.autograd.grad(losses.sum(), list(points.values()), create_graph=second, retain_graph=training)
+        rebuild = training and strategy == "recompute" and index < steps - 1
+        evaluate = _rebuilt_gradient if rebuild else _gradient
+        losses, points, grads = evaluate(loss, now.tensors, given, second, training)
         active = None if until is None else losses.detach() > until
         if active is not None and not bool(active.any()):
             return
         clipped = {name: clip(grad, clip_value, clip_norm) for name, grad in zip(points, grads, strict=True)}
-        updated, state = update(now.tensors if not second else points, clipped, state, rates)
+        updated, state = update(points if second else now.tensors, clipped, state, rates)
         if active is not None:
             updated = {name: torch.where(_like(active, new), new, now.tensors[name]) for name, new in updated.items()}
         if order == "none" or not training:
@@ -107,3 +112,103 @@ def descend(
 
 def _like(flags: Tensor, tensor: Tensor) -> Tensor:
     return flags.view(-1, *[1] * (tensor.dim() - 1))
+
+
+def _gradient(
+    loss: Loss, tensors: Tensors, given: Sequence[Tensor], second: bool, training: bool
+) -> tuple[Tensor, Tensors, Sequence[Tensor]]:
+    """Losses, the points where they were taken, and their gradient there, with the graph kept."""
+    with torch.enable_grad():
+        points = {name: _differentiable(tensor) for name, tensor in tensors.items()}
+        losses = loss(points, *given)
+        grads = torch.autograd.grad(losses.sum(), list(points.values()), create_graph=second, retain_graph=training)
+    return losses, points, grads
+
+
+def _rebuilt_gradient(
+    loss: Loss, tensors: Tensors, given: Sequence[Tensor], second: bool, training: bool
+) -> tuple[Tensor, Tensors, Sequence[Tensor]]:
+    """`_gradient`, with a graph that is not kept but built again in the backward pass."""
+    points = {name: _differentiable(tensor) for name, tensor in tensors.items()}
+    inputs = [*points.values(), *given]
+
+    def losses_at(inputs: Sequence[Tensor]) -> Tensor:
+        return loss(dict(zip(points, inputs, strict=False)), *inputs[len(points) :])
+
+    leaves = [_leaf(tensor) for tensor in inputs]
+    losses = losses_at(leaves)
+    parameters = [leaf for leaf in _leaves(losses) if not any(leaf is other for other in leaves)]
+    grads = torch.autograd.grad(losses.sum(), leaves[: len(points)])
+    rebuild = _Rebuild(losses_at, len(points), len(inputs), second, _autocast(losses.device))
+    losses, *grads = _Rebuilt.apply(rebuild, (losses.detach(), *grads), *inputs, *parameters)
+    return losses, points, grads
+
+
+@dataclass(frozen=True)
+class _Rebuild:
+    """How to build one step again: `loss` of `inputs` tensors, differentiated by the first `points` of them."""
+
+    loss: Callable[[Sequence[Tensor]], Tensor]
+    points: int
+    inputs: int
+    second: bool
+    autocast: Callable[[], torch.autocast]
+
+
+class _Rebuilt(torch.autograd.Function):
+    """Losses and their gradient, which are known, as a function of the tensors they were computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, rebuild: _Rebuild, results: tuple[Tensor, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.rebuild = rebuild
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        if not rebuild.second:
+            ctx.mark_non_differentiable(*results[1:])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        rebuild: _Rebuild = ctx.rebuild
+        inputs, parameters = ctx.saved_tensors[: rebuild.inputs], ctx.saved_tensors[rebuild.inputs :]
+        with torch.enable_grad(), rebuild.autocast():
+            leaves = [_leaf(tensor) for tensor in inputs]
+            results = [rebuild.loss(leaves)]
+            if rebuild.second:
+                points = leaves[: rebuild.points]
+                results += torch.autograd.grad(results[0].sum(), points, create_graph=True)
+        asked = [(r, c) for r, c in zip(results, cotangents, strict=False) if c is not None]
+        sources = [*leaves, *parameters]
+        wanted = [tensor for tensor in sources if tensor.requires_grad]
+        found = iter(torch.autograd.grad([r for r, _ in asked], wanted, [c for _, c in asked], allow_unused=True))
+        return None, None, *(next(found) if tensor.requires_grad else None for tensor in sources)
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    """The tensor, or a fresh leaf where it carries no graph."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _leaves(root: Tensor) -> list[Tensor]:
+    """The leaves of a graph that take gradients."""
+    found, seen, stack = [], set(), [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _autocast(device: torch.device) -> Callable[[], torch.autocast]:
+    """The present autocast, to enter again in a backward pass, which runs outside of it."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype, enabled)

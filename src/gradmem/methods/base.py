@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone, Prefix, generate
 from ..batch import Tokens
 from ..errors import GradmemError
+from ..inner.meta_gradient import Strategy
 from ..memory import Memory
 
 
@@ -47,6 +48,9 @@ class Method(nn.Module, ABC):
 
     write_steps: int
     """Number of write steps when the caller does not say."""
+    strategy: Strategy = "recompute"
+    """How gradients pass through WRITE: a choice of time and memory that changes no result. Methods that know one
+    way only ignore it."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()

@@ -152,7 +152,7 @@ class GradMem(Method):
             raise GradmemError("a context is empty")
         embeds = self._embed_context(context)
 
-        def loss(tensors: Tensors) -> Tensor:
+        def loss(tensors: Tensors, embeds: Tensor) -> Tensor:
             return sample_losses(self._losses(tensors, context, embeds), context.mask)
 
         walk = descend(
@@ -161,8 +161,10 @@ class GradMem(Method):
             self.update,
             self._rates(),
             steps,
+            given=[embeds],
             order=self.order,
             last_k=self.last_k,
+            strategy=self.strategy,
             clip_value=self.clip_value,
             clip_norm=self.clip_norm,
             until=until,

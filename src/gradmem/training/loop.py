@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import math
@@ -27,7 +28,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch import Tensor
 
+from ..batch import Batch
 from ..checkpoints import load
 from ..errors import GradmemError
 from ..evaluation.evaluate import evaluate
@@ -39,6 +42,8 @@ from .recipe import Recipe, Stage
 from .state import load_state, replace, save_state, states
 from .step import MetaStep
 
+MICRO_TOKENS = 3072
+"""Context tokens of a micro-batch: enough for full speed on a CPU; more only cost memory and page faults."""
 WINDOW = 10
 """Steps over which exact match is averaged."""
 FIELDS = [
@@ -208,19 +213,9 @@ class Trainer:
         draw = random.Random(f"{recipe.seed} {place.step}")
         steps, task = draw.choice(stage.write_steps), draw.choice(tasks)
         batch = task.batch("train", start, share, recipe.seed)
-        scored = task.scored(batch.labels)
-        device = self.accelerator.device
-        # Not Accelerate's own autocast: its precision is one for the life of the process.
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            loss, write_loss, correct = self.step_module(batch.to(device), steps, scored.to(device))
-        # The mean over the target tokens of all processes, whose gradients are averaged.
-        tokens = torch.tensor(float((batch.labels != -100).sum()), device=device)
-        loss = loss * world / self.accelerator.reduce(tokens, "sum")
-        total = loss + recipe.inner_loss_weight * write_loss
-        self.accelerator.backward(total)
+        shown = self._backward(batch.to(self.accelerator.device), steps, task)
         norm = self.accelerator.clip_grad_norm_(self.parameters, recipe.clip_norm)
         factor = self._lr(stage)
-        shown = torch.stack([loss.detach(), write_loss.detach(), correct.float().mean()])
         mean_loss, mean_write_loss, match = self.accelerator.reduce(shown, "mean").tolist()
         if not (math.isfinite(float(norm)) and math.isfinite(mean_loss)):
             raise GradmemError(
@@ -243,6 +238,25 @@ class Trainer:
             "lr": factor,
             "grad_norm": float(norm),
         }
+
+    def _backward(self, batch: Batch, steps: int, task: Task) -> Tensor:
+        """Add up the gradients of the parts of a batch; return its loss, write loss and exact match."""
+        accelerator, weight = self.accelerator, self.recipe.inner_loss_weight
+        # The mean over the target tokens of all processes, whose gradients are averaged.
+        tokens = accelerator.reduce((batch.labels != -100).sum().float(), "sum") / accelerator.num_processes
+        size = self.recipe.micro_batch or max(1, MICRO_TOKENS // batch.context.ids.shape[1])
+        parts = list(batch.split(size))
+        shown = torch.zeros(3, device=accelerator.device)
+        for part in parts:
+            with contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(self.step_module):
+                # Not Accelerate's own autocast: its precision is one for the life of the process.
+                with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+                    loss, write_loss, correct = self.step_module(part, steps, task.scored(part.labels))
+                loss, write_loss = loss / tokens, write_loss * len(part.context) / len(batch.context)
+                accelerator.backward(loss + weight * write_loss)
+            match = correct.sum() / len(batch.rows)
+            shown += torch.stack([loss.detach(), write_loss.detach(), match])
+        return shown
 
     def _save(self) -> None:
         if self.main:
