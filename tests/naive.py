@@ -13,8 +13,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from gradmem.batch import Batch
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None = None, causal: bool = True
+) -> Tensor:
+    """Softmax attention as it is defined, on whole matrices with repeated keys."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * scaling
+    if mask is None and causal:
+        queries, keys = scores.shape[2:]
+        mask = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+# Transformers' eager attention takes its softmax in float32 even in a float64 model.
+AttentionInterface.register("naive", lambda _, q, k, v, mask, scaling, **options: (attention(q, k, v, scaling), None))
+AttentionMaskInterface.register("naive", lambda **options: None)
 
 
 @dataclass
@@ -104,6 +125,7 @@ class Naive:
         if self.n_ctrl:
             parts.insert(0, self.method.control[f"{phase}_start"])
             parts.insert(2, self.method.control[f"{phase}_end"])
+        model.set_attn_implementation("naive")
         output = model(inputs_embeds=torch.cat(parts)[None], use_cache=False, output_hidden_states=True)
         logits = output.logits[0]
         if phase == "write" and self.write_head != "none":

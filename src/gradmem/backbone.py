@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .errors import GradmemError
+from .inner import attention
 
 
 class Backbone(nn.Module):
@@ -21,8 +22,7 @@ class Backbone(nn.Module):
     Parameters
     ----------
     model : PreTrainedModel
-        Any `AutoModelForCausalLM`; second-order training needs its eager attention, since fused attention has no
-        second derivative.
+        Any `AutoModelForCausalLM`, with any attention that can be differentiated once.
 
     Raises
     ------
@@ -35,6 +35,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self._check_head()
+        self.second_order_attention = attention.NAME if self._attends_alike(attention.NAME) else "eager"
 
     def _check_head(self) -> None:
         """Compare the model's own logits with ours on one vector: a wrong head would go unnoticed."""
@@ -53,6 +54,20 @@ class Backbone(nn.Module):
         if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
             raise GradmemError(f"'{kind}' cannot serve as a backbone: it changes its logits after the output layer")
 
+    def _attends_alike(self, name: str) -> bool:
+        """Whether the model computes the same with another attention; some have attention of their own kind."""
+        ids = torch.arange(min(8, self.model.config.vocab_size), device=self.model.device)
+        probe = self.embed(ids).detach()[None]
+        with torch.no_grad(), self.without_dropout():
+            wanted = self.hidden(probe)
+            try:
+                with self._attention(name):
+                    found = self.hidden(probe)
+            except GradmemError:
+                return False
+        tolerance = torch.finfo(wanted.dtype).eps ** 0.5
+        return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Backbone:
         """Build a randomly initialised model from the fields of its Hugging Face config, `model_type` among them.
@@ -65,7 +80,7 @@ class Backbone(nn.Module):
         fields = dict(config)
         try:
             built = AutoConfig.for_model(fields.pop("model_type"), **fields)
-            model = AutoModelForCausalLM.from_config(built, attn_implementation="eager")
+            model = AutoModelForCausalLM.from_config(built)
         except (KeyError, ValueError, TypeError) as error:
             raise GradmemError(f"cannot build a backbone from {config}: {error}") from error
         return cls(model)
@@ -74,7 +89,7 @@ class Backbone(nn.Module):
     def from_pretrained(cls, name: str) -> Backbone:
         """Load pretrained weights by hub name or local directory."""
         try:
-            return cls(AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager"))
+            return cls(AutoModelForCausalLM.from_pretrained(name))
         except (OSError, ValueError) as error:
             raise GradmemError(f"cannot load the backbone '{name}': {error}") from error
 
@@ -131,6 +146,22 @@ class Backbone(nn.Module):
             yield
         finally:
             self.train(mode)
+
+    @contextmanager
+    def second_order(self) -> Iterator[None]:
+        """Use an attention that can be differentiated twice, which fused attention cannot."""
+        with self._attention(self.second_order_attention):
+            yield
+
+    @contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
+        config = self.model.config
+        before = config._attn_implementation
+        config._attn_implementation = name
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
 
 class Prefix:

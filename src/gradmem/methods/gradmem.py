@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -151,9 +151,11 @@ class GradMem(Method):
         if not context.mask[:, :1].all() or not context.mask.numel():
             raise GradmemError("a context is empty")
         embeds = self._embed_context(context)
+        second = torch.is_grad_enabled() and self.order == "second"
 
         def loss(tensors: Tensors, embeds: Tensor) -> Tensor:
-            return sample_losses(self._losses(tensors, context, embeds), context.mask)
+            with self.backbone.second_order() if second else nullcontext():
+                return sample_losses(self._losses(tensors, context, embeds), context.mask)
 
         walk = descend(
             loss,
