@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -126,6 +127,42 @@ def test_equals_naive(kind: str, name: str, strategy: Strategy) -> None:
         assert not grads["initial_memory"].any()
     else:
         assert grads["initial_memory"].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("name", ["second", "everything_last_k", "everything_adam"])
+def test_strategies_agree(kind: str, dtype: torch.dtype, tolerance: float, name: str) -> None:
+    results = []
+    for strategy in get_args(Strategy):
+        method = make_gradmem(kind, **OPTIONS[name]).to(dtype)
+        method.strategy = strategy
+        loss, _ = outer_loss(method, make_batch(), auxiliary=0.5)
+        results.append({"loss": loss, **gradients(loss, method)})
+    largest = max(tensor.norm() for tensor in results[0].values())
+    for key, wanted in results[0].items():
+        assert (results[1][key] - wanted).norm() <= tolerance * max(wanted.norm(), 1e-3 * largest), key
+
+
+def test_recompute_keeps_one_step_whatever_their_number() -> None:
+    """What the graph of WRITE holds on to grows by memories only, not by activations."""
+    sizes = []
+    for steps in (1, 2, 6):
+        method, held = make_gradmem(), []
+
+        def pack(tensor: Tensor, held: list[weakref.ref[Tensor]] = held) -> Tensor:
+            alive = tensor.view_as(tensor)
+            held.append(weakref.ref(alive))
+            return alive
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            written = method.write(make_batch().context, steps)
+        parameters = {parameter.shape for parameter in method.parameters()}
+        alive = [ref() for ref in held]
+        sizes.append(sum(t.numel() for t in alive if t is not None and t.shape not in parameters))
+        memory = written.memory.tensors["memory"].numel()
+    assert sizes[2] - sizes[1] < 20 * memory  # four steps
+    assert sizes[0] > 100 * memory  # of which one is kept whole
 
 
 @pytest.mark.parametrize("kind", KINDS)

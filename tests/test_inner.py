@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmem.inner import Step, Strategy, descend, token_losses
 from gradmem.inner.objective import sample_losses
@@ -362,7 +362,9 @@ def test_token_losses(dtype: torch.dtype) -> None:
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(4)).to(dtype)
     ids = torch.tensor([[4, 0, 2], [1, 3, 0]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    losses = token_losses(logits, ids, mask)
+    head = nn.Linear(5, 5, bias=False, dtype=dtype)
+    nn.init.eye_(head.weight)
+    losses = token_losses(logits, head, ids, mask)
     for b, t in product(range(2), range(3)):
         row = logits[b, t].double().tolist()
         wanted = math.log(sum(map(math.exp, row))) - row[ids[b, t]] if mask[b, t] else 0.0

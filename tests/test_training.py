@@ -47,7 +47,9 @@ def recipe(steps: int = 12, **changes: object) -> Recipe:
         Stage(max_steps=steps // 2, write_steps=[1], batch_size=4, warmup=2),
         Stage(max_steps=steps - steps // 2, write_steps=[1, 2], batch_size=4, warmup=2, decay=steps // 4),
     ]
-    fields = {"task": TASK, "backbone": BACKBONE, "method": METHOD, "stages": stages, "save_every": 3, "device": "cpu"}
+    # Measured choices could differ between two runs that are to be equal.
+    settled = {"strategy": "recompute", "micro_batch": 8, "save_every": 3, "device": "cpu"}
+    fields = {"task": TASK, "backbone": BACKBONE, "method": METHOD, "stages": stages, **settled}
     return Recipe(**{**copy.deepcopy(fields), **changes})
 
 

@@ -81,12 +81,16 @@ def _run(arguments: list[str]) -> None:
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
     recipe = _given_recipe(arguments)
     subcommands.add_subcommand("train", _train_parser(recipe), help="train a recipe")
+    subcommands.add_subcommand("plan", _recipe_parser(commands.plan, recipe), help=_summary(commands.plan))
     for name, function in FUNCTIONS.items():
         subcommands.add_subcommand(name, _function_parser(function), help=_summary(function))
     parsed = parser.parse_args(arguments)
     chosen = parsed[parsed.subcommand]
     if parsed.subcommand == "train":
         _train(parser.instantiate(parsed)["train"], arguments)
+    elif parsed.subcommand == "plan":
+        options = parser.instantiate(parsed)["plan"]
+        commands.plan(_recipe(options), options.json)
     else:
         FUNCTIONS[parsed.subcommand](**chosen.as_dict())
 
@@ -107,19 +111,22 @@ def _summary(function: Callable[..., Any]) -> str:
 
 
 def _given_recipe(arguments: list[str]) -> str | None:
-    given = arguments[1:2] if arguments[:1] == ["train"] else []
+    given = arguments[1:2] if arguments[:1] in (["train"], ["plan"]) else []
     return given[0] if given and not given[0].startswith("-") else None
 
 
 def _train_parser(recipe: str | None) -> ArgumentParser:
-    """Options of `train`: the fields of a recipe, with the values of the recipe that was named as defaults."""
-    parser = ArgumentParser(
-        description=f"{_summary(commands.train)} Recipes in the package: {', '.join(recipe_names())}."
-    )
-    parser.add_argument("recipe", help="name of a packaged recipe, or a YAML file")
+    parser = _recipe_parser(commands.train, recipe)
     parser.add_argument("--output", type=Path | None, default=None, help="directory of the run (default: runs/RECIPE)")
     parser.add_argument("--processes", type=int, default=1, help="data-parallel CPU processes, one thread each")
-    parser.add_function_arguments(commands.train, skip={"recipe", "output"})
+    return parser
+
+
+def _recipe_parser(function: Callable[..., Any], recipe: str | None) -> ArgumentParser:
+    """Options of a command with a recipe: its fields too, with the values of the recipe that was named as defaults."""
+    parser = ArgumentParser(description=f"{_summary(function)} Recipes in the package: {', '.join(recipe_names())}.")
+    parser.add_argument("recipe", help="name of a packaged recipe, or a YAML file")
+    parser.add_function_arguments(function, skip={"recipe", "output"})
     parser.add_class_arguments(Recipe)
     if recipe is not None:
         parser.set_defaults(_read_recipe(recipe_path(recipe)))
@@ -142,9 +149,12 @@ def _train(options: Namespace, arguments: list[str]) -> None:
     if options.processes > 1 and "RANK" not in os.environ:
         _launch(options.processes, arguments)
         return
-    fields = {field.name: options[field.name] for field in dataclasses.fields(Recipe)}
     output = options.output or Path("runs") / Path(options.recipe).stem
-    commands.train(Recipe(**fields), output, options.resume)
+    commands.train(_recipe(options), output, options.resume)
+
+
+def _recipe(options: Namespace) -> Recipe:
+    return Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
 
 
 def _launch(processes: int, arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from .errors import GradmemError
 from .evaluation.evaluate import Result
 from .evaluation.evaluate import evaluate as measure
 from .evaluation.report import save_json, steps_figure, table
-from .memory import Memory, Precision, Record, text_digest
+from .memory import Memory, Precision, Record, text_digest, write_bytes
 from .tasks.base import Split
 from .training.recipe import Recipe, recipe_names
 
@@ -75,6 +76,56 @@ def train(recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto
         raise GradmemError(f"interrupted; the same command continues from the last state in {output}") from None
     if trainer.main:
         console.print(f"checkpoint: {output / 'checkpoint'}")
+
+
+def plan(recipe: Recipe, json: Path | None = None) -> list[dict[str, Any]]:
+    """Measure how a recipe would train here: what is chosen for each stage, its seconds and its memory.
+
+    Parameters
+    ----------
+    recipe
+        What would be trained; nothing is.
+    json
+        Also save all trials to this file, as a list of rows.
+    """
+    try:
+        from .training.plan import plan_recipe
+    except ImportError as error:
+        raise GradmemError(f"training needs more packages ({error.name}): pip install 'gradmem[train]'") from error
+    rows: list[dict[str, Any]] = []
+    plans = plan_recipe(recipe)
+    for number, (stage, made) in enumerate(_progress(plans, "measuring", len(recipe.stages)), 1):
+        about = {"stage": number, "tasks": stage.tasks, "write_steps": max(stage.write_steps), "steps": stage.max_steps}
+        rows += [about | asdict(t) | {"chosen": t is made.chosen, "budget": made.budget} for t in made.trials]
+    console.print(plan_table(rows))
+    if json:
+        console.print(f"saved {write_bytes(json, _dumps(rows).encode())}")
+    return rows
+
+
+def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What `plan` measured, as a table."""
+    hours = sum(row["seconds"] * row["steps"] for row in rows if row["chosen"]) / 3600
+    built = Table(
+        title="training steps, measured here",
+        caption=f"at most {hours:.1f} hours in all; {rows[0]['budget'] / 1e9:.1f} GB may be used. Chosen: the fastest "
+        "that fits; what takes more memory must save 5 % of the time",
+    )
+    for heading in ("stage", "K", "strategy", "contexts at a time", "s / step", "GB", "at most, hours", ""):
+        built.add_column(heading, justify="left" if heading in ("strategy", "") else "right")
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        built.add_row(
+            str(row["stage"]),
+            str(row["write_steps"]),
+            row["strategy"],
+            str(row["micro_batch"]),
+            f"{row['seconds']:.2f}",
+            f"{row['bytes'] / 1e9:.2f}",
+            f"{row['seconds'] * row['steps'] / 3600:.2f}",
+            "chosen" if row["chosen"] else "",
+            end_section=after is not None and after["stage"] != row["stage"],
+        )
+    return built
 
 
 def evaluate(
@@ -323,9 +374,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _progress(batches: Iterable[Any], title: str) -> Iterable[Any]:
+def _progress(batches: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
     quiet = Console(stderr=True)
-    return track(batches, title, console=quiet, transient=True, disable=not quiet.is_terminal)
+    return track(batches, title, total, console=quiet, transient=True, disable=not quiet.is_terminal)
 
 
 def _dumps(value: Any) -> str:

@@ -86,13 +86,13 @@ def attention(
     elif causal and queries > keys:
         raise ValueError(f"{queries} causal queries cannot be the last of {keys} keys")
 
-    dtype = _product_dtype(query)
+    dtype = product_dtype(query)
     query, key, value = (tensor.to(dtype) for tensor in (query * scaling, key, value))
     out: Tensor = _Attention.apply(query, key, value, mask, causal and mask is None)
     return out.transpose(1, 2)
 
 
-def _product_dtype(tensor: Tensor) -> torch.dtype:
+def product_dtype(tensor: Tensor) -> torch.dtype:
     """Type of the matrix products: that of the input or, as for PyTorch's own, that of autocast."""
     device = tensor.device.type
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -105,7 +105,7 @@ def _work_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Keep autocast, which a function inherits from its caller, from rounding float32 operands."""
     return torch.autocast(tensor.device.type, enabled=False)
 
@@ -119,7 +119,7 @@ class _Attention(torch.autograd.Function):
         ctx.causal = causal
         batch, heads, queries, _ = query.shape
         out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
-        with _no_autocast(query):
+        with no_autocast(query):
             for tile in _Tiles(query, key, mask, causal):
                 p = tile.probabilities(tile.rows(query), tile.keys(key))
                 tile.set_rows(out, (tile.low(p), tile.keys(value)))
@@ -141,7 +141,7 @@ class _Gradient(torch.autograd.Function):
         d_query = torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
         mean = query.new_empty(*query.shape[:-1], 1, dtype=work)  # D
-        with _no_autocast(query):
+        with no_autocast(query):
             for tile in _Tiles(query, key, mask, causal):
                 q, k, v, do = tile.rows(query), tile.keys(key), tile.keys(value), tile.rows(grad)
                 p = tile.probabilities(q, k)
@@ -182,7 +182,7 @@ class _SecondDerivative(torch.autograd.Function):
         work = _work_dtype(query)
         d_grad, d_query = torch.empty_like(grad), torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
-        with _no_autocast(query):
+        with no_autocast(query):
             for tile in _Tiles(query, key, mask, causal):
                 q, k, v, do = tile.rows(query), tile.keys(key), tile.keys(value), tile.rows(grad)
                 to_dq, to_dk, to_dv = tile.rows(a), tile.keys(b), tile.keys(c)

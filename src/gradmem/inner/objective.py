@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .cross_entropy import cross_entropy
 
 
-def token_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, head: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy of each token, zero at pads.
 
     Parameters
     ----------
-    logits : Tensor, shape (batch, length, vocabulary)
+    hidden : Tensor, shape (batch, length, d)
         Row t predicts token t.
+    head : nn.Module
+        Output layer, d -> vocabulary.
     ids : Tensor, int64, shape (batch, length)
     mask : Tensor, bool, shape (batch, length)
 
@@ -21,10 +23,7 @@ def token_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     -------
     Tensor, shape (batch, length), nats, at least float32
     """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
-    return losses * mask
+    return cross_entropy(hidden, head, ids) * mask
 
 
 def sample_losses(losses: Tensor, mask: Tensor) -> Tensor:

@@ -230,8 +230,7 @@ class GradMem(Method):
         with self.backbone.without_dropout(), _active(self.adapters):
             hidden = self.backbone.hidden(torch.cat([prefix, embeds], dim=1))
             head = self.backbone.head if self.write_head is None else self.write_head
-            logits = head(hidden[:, prefix.shape[1] - 1 :])
-        return token_losses(logits, context.ids, context.mask)
+            return token_losses(hidden[:, prefix.shape[1] - 1 :], head, context.ids, context.mask)
 
 
 def _check(name: str, value: object, good: bool, wanted: str) -> None:

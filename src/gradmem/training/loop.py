@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -35,15 +35,15 @@ from ..checkpoints import load
 from ..errors import GradmemError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.report import save_json
+from ..inner import Strategy
 from ..model import MemoryModel, build_task
 from ..tasks.base import Task
 from .optim import build_optimizers
+from .plan import choose_device, gigabytes, plan_stage
 from .recipe import Recipe, Stage
 from .state import load_state, replace, save_state, states
 from .step import MetaStep
 
-MICRO_TOKENS = 3072
-"""Context tokens of a micro-batch: enough for full speed on a CPU; more only cost memory and page faults."""
 WINDOW = 10
 """Steps over which exact match is averaged."""
 FIELDS = [
@@ -74,11 +74,14 @@ class Place:
     best_at: int = 0
     halvings: int = 0
     decay_from: int | None = None
+    strategy: Strategy | None = None
+    micro_batch: int = 0
 
     def next_stage(self) -> None:
         """Move to the beginning of the next stage."""
         self.stage, self.stage_step, self.recent = self.stage + 1, 0, []
         self.best, self.best_at, self.halvings, self.decay_from = 0.0, 0, 0, None
+        self.strategy, self.micro_batch = None, 0
 
 
 class Trainer:
@@ -95,11 +98,8 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto") -> None:
         self.recipe, self.output = recipe, output
-        found = torch.accelerator.current_accelerator(check_available=True)
-        if recipe.device not in ("auto", "cpu", found and found.type):
-            raise GradmemError(f"no device '{recipe.device}' here: use cpu{f' or {found.type}' if found else ''}")
         self.accelerator = Accelerator(
-            cpu=recipe.device == "cpu" or found is None,
+            cpu=choose_device(recipe.device).type == "cpu",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(recipe.seed)
@@ -146,9 +146,14 @@ class Trainer:
         place, specs = self.place, [{**self.recipe.task, **options} for options in stage.tasks]
         tasks = [build_task(spec) for spec in specs]
         progress.begin(self.place.stage, stage)
+        self._plan(stage, tasks, progress)
+        self.model.method.strategy = place.strategy or "recompute"
         while not self._finished(stage):
             started = time.monotonic()
-            row = self._step(stage, tasks)
+            try:
+                row = self._step(stage, tasks)
+            except (MemoryError, RuntimeError) as error:
+                raise self._explained(error, stage, tasks) from error
             place.seconds += time.monotonic() - started
             row |= {
                 "step": place.step,
@@ -171,6 +176,40 @@ class Trainer:
             self._validate(stage, progress)
         place.next_stage()
         self._save()
+
+    def _plan(self, stage: Stage, tasks: list[Task], progress: Report) -> None:
+        """Settle how the stage's steps run; a resumed run keeps to it, to go on with the same numbers."""
+        recipe, place, accelerator = self.recipe, self.place, self.accelerator
+        if recipe.strategy not in ("auto", place.strategy) or recipe.micro_batch not in (0, place.micro_batch):
+            place.strategy = None
+        if recipe.strategy != "auto" and recipe.micro_batch:
+            place.strategy, place.micro_batch = recipe.strategy, recipe.micro_batch
+        if place.strategy:
+            return
+        chosen = plan_stage(
+            recipe, stage, self.model.method, tasks, accelerator.device, accelerator.num_processes
+        ).chosen
+        # One process decides for all, which must agree on the number of parts.
+        place.strategy, place.micro_batch = broadcast_object_list([chosen.strategy, chosen.micro_batch])
+        progress.say(f"{place.strategy}, {place.micro_batch} contexts at a time")
+
+    def _explained(self, error: Exception, stage: Stage, tasks: list[Task]) -> Exception:
+        """For want of memory: which setting would fit. Any other error stays what it is."""
+        # A CPU's allocator has no error class of its own.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
+            return error
+        error.__traceback__ = None  # holds on to the tensors of the failed step
+        place, free = self.place, dataclasses.replace(self.recipe, strategy="auto", micro_batch=0)
+        self.model.method.zero_grad()
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        plan = plan_stage(free, stage, self.model.method, tasks, device, processes)
+        fits = plan.chosen
+        return GradmemError(
+            f"out of memory at step {place.step} with `strategy: {place.strategy}` and `micro_batch: "
+            f"{place.micro_batch}`; `strategy: {fits.strategy}` and `micro_batch: {fits.micro_batch}` take "
+            f"{gigabytes(fits.bytes)} of {gigabytes(plan.budget)}: put these into the recipe and start again; "
+            f"the last good state is kept in {self.output / 'states'}"
+        )
 
     def _validate(self, stage: Stage, progress: Report) -> None:
         """Measure the stage's model on contexts that training never sees, with control rows."""
@@ -244,8 +283,7 @@ class Trainer:
         accelerator, weight = self.accelerator, self.recipe.inner_loss_weight
         # The mean over the target tokens of all processes, whose gradients are averaged.
         tokens = accelerator.reduce((batch.labels != -100).sum().float(), "sum") / accelerator.num_processes
-        size = self.recipe.micro_batch or max(1, MICRO_TOKENS // batch.context.ids.shape[1])
-        parts = list(batch.split(size))
+        parts = list(batch.split(self.place.micro_batch))
         shown = torch.zeros(3, device=accelerator.device)
         for part in parts:
             with contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(self.step_module):

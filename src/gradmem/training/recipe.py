@@ -78,8 +78,10 @@ class Recipe:
     """Largest norm of the meta-gradient."""
     inner_loss_weight: float = 0.0
     """Weight of the last write loss in the outer loss."""
+    strategy: Literal["auto", "unroll", "recompute"] = "auto"
+    """Keep the graph of every write step, or of one at a time; auto: the fastest that fits, measured at each stage."""
     micro_batch: int = 0
-    """Contexts of one forward and backward pass, of which the gradients add up; 0: about 3,000 tokens at a time."""
+    """Contexts of one forward and backward pass, of which the gradients add up; 0: measured at each stage."""
     save_every: int = 50
     """Optimiser steps between resumable states."""
     valid_samples: int = 128

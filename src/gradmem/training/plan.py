@@ -1,0 +1,237 @@
+"""How to run the training steps of a stage: measured on a few contexts before the stage begins."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import psutil
+import torch
+
+from ..errors import GradmemError
+from ..inner.meta_gradient import Strategy
+from ..methods.base import Method
+from ..model import MemoryModel, build_task
+from ..tasks.base import Task
+from .recipe import Recipe, Stage
+from .step import MetaStep
+
+MICRO_TOKENS = 3072
+"""Context tokens of the largest micro-batch on a CPU: enough for full speed; more only cost memory and page faults."""
+SHARE = 0.8
+"""Part of the free memory that a step may take."""
+WORTH = 0.95
+"""What takes more memory must take at most this part of the time."""
+
+Run = Callable[[Strategy, int], None]
+
+
+@dataclass
+class Trial:
+    """One way to run a training step, as measured.
+
+    Attributes
+    ----------
+    strategy : {"unroll", "recompute"}
+    micro_batch : int
+        Contexts at a time.
+    seconds : float
+        Of a whole optimiser step.
+    bytes : int
+        Peak memory beyond what was in use before.
+    """
+
+    strategy: Strategy
+    micro_batch: int
+    seconds: float
+    bytes: int
+
+
+@dataclass
+class Plan:
+    """The trials of a stage, the chosen one among them, and the bytes that a step may take."""
+
+    trials: list[Trial]
+    chosen: Trial
+    budget: int
+
+
+def make_plan(
+    run: Run,
+    contexts: int,
+    tokens: int,
+    device: torch.device,
+    *,
+    strategies: Sequence[Strategy] = get_args(Strategy),
+    micro_batch: int | None = None,
+    processes: int = 1,
+) -> Plan:
+    """Measure steps and choose the fastest that fits.
+
+    Parameters
+    ----------
+    run : callable
+        `run(strategy, contexts)` runs forward and backward passes of that many contexts.
+    contexts : int
+        Contexts of this process in a step.
+    tokens : int
+        Tokens of the longest context.
+    strategies : sequence of {"unroll", "recompute"}
+        Those to choose from.
+    micro_batch : int, optional
+        Contexts at a time, where that is settled.
+    processes : int
+        Processes that share the memory.
+
+    Raises
+    ------
+    GradmemError
+        When nothing fits.
+    """
+    budget = int(SHARE * free_memory(device)) // processes
+    run("recompute", 1)  # libraries and threads start
+    probes = {strategy: _measure(run, strategy, 1, contexts, device) for strategy in strategies}
+    most = contexts if device.type != "cpu" else min(contexts, max(1, MICRO_TOKENS // tokens))
+    trials = []
+    for strategy, probe in probes.items():
+        fits = budget // max(probe.bytes, 1)
+        sizes = (
+            {micro_batch} if micro_batch else {_even(contexts, n) for n in (min(most, fits), min(most, fits) // 2) if n}
+        )
+        for size in sorted(size for size in sizes if size <= fits):
+            trials.append(probe if size == 1 else _measure(run, strategy, size, contexts, device))
+    if not trials:
+        least = min(probes.values(), key=lambda trial: trial.bytes)
+        fits = budget // max(least.bytes, 1)
+        need = gigabytes(least.bytes * (micro_batch or 1))
+        raise GradmemError(
+            f"{micro_batch or 1} contexts of {tokens} tokens at a time take about {need} with '{least.strategy}', and "
+            f"{gigabytes(budget)} may be used: "
+            + (f"`micro_batch: {fits}` fits" if fits else "shorten them, or take a smaller backbone or fewer processes")
+        )
+    flattest = min(trials, key=lambda trial: (trial.strategy != "recompute", trial.seconds))
+    fastest = min(trials, key=lambda trial: trial.seconds)
+    chosen = fastest if fastest.seconds < WORTH * flattest.seconds else flattest
+    return Plan(trials, chosen, budget)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a recipe: cpu, the name of an accelerator, or auto for the accelerator where there is one.
+
+    Raises
+    ------
+    GradmemError
+        When it is not here.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name not in ("auto", "cpu", found and found.type):
+        raise GradmemError(f"no device '{name}' here: use cpu{f' or {found.type}' if found else ''}")
+    return torch.device("cpu") if name == "cpu" or found is None else found
+
+
+def plan_recipe(recipe: Recipe, processes: int = 1) -> Iterator[tuple[Stage, Plan]]:
+    """Measure every stage of a recipe, without training anything."""
+    device = choose_device(recipe.device)
+    model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method).to(device)
+    for stage in recipe.stages:
+        tasks = [build_task({**recipe.task, **options}) for options in stage.tasks]
+        yield stage, plan_stage(recipe, stage, model.method, tasks, device, processes)
+
+
+def plan_stage(
+    recipe: Recipe, stage: Stage, method: Method, tasks: Sequence[Task], device: torch.device, processes: int = 1
+) -> Plan:
+    """Measure and choose for the longest contexts and the most write steps of a stage, as far as the recipe leaves it.
+
+    Weights, gradients and random numbers are afterwards as they were before.
+    """
+    share = stage.batch_size // processes
+    task = max(tasks, key=lambda task: task.batch("train", 0, 1, recipe.seed).context.ids.shape[1])
+    step, before = MetaStep(method), method.strategy
+
+    def run(strategy: Strategy, contexts: int) -> None:
+        method.strategy = strategy
+        batch = task.batch("train", 0, contexts, recipe.seed).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            loss, write_loss, _ = step(batch, max(stage.write_steps), task.scored(batch.labels))
+        (loss + recipe.inner_loss_weight * write_loss).backward()
+        method.zero_grad()
+
+    with torch.random.fork_rng():
+        try:
+            return make_plan(
+                run,
+                share,
+                task.batch("train", 0, 1, recipe.seed).context.ids.shape[1],
+                device,
+                strategies=get_args(Strategy) if recipe.strategy == "auto" else [recipe.strategy],
+                micro_batch=min(recipe.micro_batch, share) or None,
+                processes=processes,
+            )
+        finally:
+            method.zero_grad()
+            method.strategy = before
+
+
+def _even(contexts: int, size: int) -> int:
+    """The largest part when contexts are split evenly into parts of up to `size`."""
+    return -(-contexts // -(-contexts // size))
+
+
+def _measure(run: Run, strategy: Strategy, size: int, contexts: int, device: torch.device) -> Trial:
+    before = _forget_peak(device)
+    start = time.perf_counter()
+    run(strategy, size)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    seconds = (time.perf_counter() - start) * contexts / size
+    return Trial(strategy, size, seconds, max(0, _peak(device) - before))
+
+
+def gigabytes(size: int) -> str:
+    """A size for people."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated: of the device, or of the machine and the container we are in."""
+    if device.type != "cpu":
+        return int(torch.accelerator.get_memory_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def _forget_peak(device: torch.device) -> int:
+    """Forget the peak and return the bytes in use."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
+        return int(torch.accelerator.memory_allocated(device))
+    try:
+        # What was freed goes back to the system first: otherwise a trial would be measured in the last one's memory.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        pass
+    return int(psutil.Process().memory_info().rss)
+
+
+def _peak(device: torch.device) -> int:
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        # No peak on this system: what is in use when the step ends.
+        return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,163 @@
+"""How a training step is chosen: by what is measured, within what is free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradmem import GradmemError
+from gradmem.cli import main
+from gradmem.commands import train
+from gradmem.model import MemoryModel, build_task
+from gradmem.training import loop, plan
+from gradmem.training.plan import Trial, make_plan, plan_stage
+from gradmem.training.step import MetaStep
+from test_training import TASK, log, recipe
+
+CPU = torch.device("cpu")
+GB = 10**9
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A machine with 10 GB to use, where a context takes 1 GB (unroll: 4) and a second (unroll: 0.8)."""
+    about: dict[str, Any] = {"free": 10 * GB / plan.SHARE, "seconds": {"unroll": 0.8, "recompute": 1.0}, "tried": []}
+    size = {"unroll": 4 * GB, "recompute": GB}
+
+    def measure(run: Any, strategy: Any, contexts: int, of: int, device: torch.device) -> Trial:
+        about["tried"].append((strategy, contexts))
+        return Trial(strategy, contexts, about["seconds"][strategy] * of, size[strategy] * contexts)
+
+    monkeypatch.setattr(plan, "_measure", measure)
+    monkeypatch.setattr(plan, "free_memory", lambda device: about["free"])
+    return about
+
+
+def choose(contexts: int = 8, tokens: int = 100, **options: Any) -> tuple[str, int]:
+    chosen = make_plan(lambda strategy, size: None, contexts, tokens, CPU, **options).chosen
+    return chosen.strategy, chosen.micro_batch
+
+
+def test_the_fastest_that_fits(machine: dict[str, Any]) -> None:
+    assert choose()[0] == "unroll"
+    assert max(size for strategy, size in machine["tried"] if strategy == "unroll") == 2
+    assert max(size for strategy, size in machine["tried"] if strategy == "recompute") == 8
+    machine["free"] = 3 * GB / plan.SHARE
+    machine["tried"].clear()
+    assert choose()[0] == "recompute"
+    assert max(machine["tried"]) == ("unroll", 1)  # to see what it takes
+    assert max(size for _, size in machine["tried"]) == 3
+    assert choose(processes=3) == ("recompute", 1)
+    machine["free"] = 10 * GB / plan.SHARE
+    machine["seconds"]["unroll"] = 0.97
+    assert choose()[0] == "recompute"  # not worth the memory
+
+
+def test_no_larger_parts_than_speed_needs(machine: dict[str, Any]) -> None:
+    machine["free"] = 1000 * GB
+    choose(contexts=64, tokens=plan.MICRO_TOKENS // 4)
+    assert max(size for _, size in machine["tried"]) == 4
+    machine["tried"].clear()
+    choose(contexts=64, tokens=10 * plan.MICRO_TOKENS)
+    assert max(size for _, size in machine["tried"]) == 1
+
+
+def test_what_the_recipe_settles_is_kept(machine: dict[str, Any]) -> None:
+    assert choose(strategies=["recompute"])[0] == "recompute"
+    assert choose(micro_batch=2) == ("unroll", 2)
+    assert choose(micro_batch=5) == ("recompute", 5)
+
+
+def test_what_does_not_fit_is_refused_with_advice(machine: dict[str, Any]) -> None:
+    with pytest.raises(GradmemError, match=r"20 contexts of 100 tokens.*20\.00 GB.*10\.00 GB.*`micro_batch: 10` fits"):
+        choose(contexts=40, micro_batch=20)
+    machine["free"] = GB / 2
+    with pytest.raises(GradmemError, match="smaller backbone"):
+        choose()
+
+
+def test_memory_is_measured() -> None:
+    """Of what a step allocates and frees, the peak; what was freed before does not hide it."""
+
+    def run(strategy: str, contexts: int) -> None:
+        for _ in range(3):
+            torch.ones(25 * contexts, 10**6)
+
+    for contexts in (1, 3, 1):
+        trial = plan._measure(run, "unroll", contexts, contexts, CPU)
+        assert trial.bytes == pytest.approx(contexts * 10**8, rel=0.2)
+        assert trial.seconds > 0
+
+
+def test_planning_changes_nothing() -> None:
+    some = recipe(strategy="auto", micro_batch=0)
+    torch.manual_seed(0)
+    model = MemoryModel.from_spec(some.task, some.backbone, some.method)
+    before, numbers = [p.clone() for p in model.method.parameters()], torch.get_rng_state()
+    made = plan_stage(some, some.stages[1], model.method, [build_task(TASK)], CPU)
+    assert {trial.strategy for trial in made.trials} == {"unroll", "recompute"}
+    assert made.chosen in made.trials
+    assert all(torch.equal(a, b) for a, b in zip(before, model.method.parameters(), strict=True))
+    assert all(p.grad is None for p in model.method.parameters())
+    assert torch.equal(numbers, torch.get_rng_state())
+    assert model.method.strategy == "recompute"
+
+
+def test_a_resumed_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "plan_stage", lambda *_: plan.Plan([], Trial("unroll", 2, 1.0, 1), 1))
+    trainer = loop.Trainer(recipe(strategy="auto", micro_batch=0), tmp_path / "run")
+
+    def stop(*_: Any) -> None:
+        trainer._save()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    place = loop.Trainer(recipe(strategy="auto", micro_batch=0), tmp_path / "run").place
+    assert (place.strategy, place.micro_batch) == ("unroll", 2)
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_says_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    whole = MetaStep.forward
+
+    def forward(self: MetaStep, batch: Any, *rest: Any) -> Any:
+        if len(batch.context) > 2:
+            raise error
+        return whole(self, batch, *rest)
+
+    monkeypatch.setattr(MetaStep, "forward", forward)
+    monkeypatch.setattr(plan, "MICRO_TOKENS", 20)
+    with pytest.raises(GradmemError, match=r"`micro_batch: 8`; `strategy: \w+` and `micro_batch: [12]` take"):
+        train(recipe(), tmp_path / "run")
+    monkeypatch.setattr(MetaStep, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        train(recipe(), tmp_path / "other")
+
+
+def test_auto_trains_the_same(tmp_path: Path) -> None:
+    train(recipe(6), tmp_path / "settled")
+    train(recipe(6, strategy="auto", micro_batch=0), tmp_path / "auto")
+    losses = [[float(row["loss"]) for row in log(tmp_path / name)] for name in ("settled", "auto")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = [{"tasks": [{"pairs": 2}], "write_steps": [1], "max_steps": 3600, "batch_size": 2}]
+    options = ["--stages", json.dumps(stages), "--json", str(tmp_path / "plan.json")]
+    assert main(["plan", "kv-32", *options]) == 0
+    rows = json.loads((tmp_path / "plan.json").read_text())
+    assert [row["chosen"] for row in rows].count(True) == 1
+    assert {"strategy", "micro_batch", "seconds", "bytes", "stage", "budget"} <= rows[0].keys()
+    shown = capsys.readouterr().out
+    assert "recompute" in shown
+    assert "chosen" in shown
+    assert not (tmp_path / "runs").exists()
