@@ -44,6 +44,20 @@ PAPER_BACKBONE = {
     "initializer_range": 0.08,
 }
 
+SMOLLM2: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
+}
+"""The shape of SmolLM2-135M, with random weights: neither time nor memory depends on their values."""
+
 
 def paper_model(pairs: int, queries: int | None = None) -> MemoryModel:
     """Build the paper's model (1.07 M parameters, 8 vectors, a write head) with fixed random weights.

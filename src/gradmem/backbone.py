@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .errors import GradmemError
 from .inner import attention
+from .inner.gated import closed_form, gated_mlps
 
 
 class Backbone(nn.Module):
@@ -35,7 +36,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self._check_head()
-        self.second_order_attention = attention.NAME if self._attends_alike(attention.NAME) else "eager"
+        self.second_order_attention, self.gated_mlps = attention.NAME, gated_mlps(model)
+        if not self._second_order_agrees():
+            self.second_order_attention, self.gated_mlps = "eager", []
 
     def _check_head(self) -> None:
         """Compare the model's own logits with ours on one vector: a wrong head would go unnoticed."""
@@ -54,14 +57,14 @@ class Backbone(nn.Module):
         if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
             raise GradmemError(f"'{kind}' cannot serve as a backbone: it changes its logits after the output layer")
 
-    def _attends_alike(self, name: str) -> bool:
-        """Whether the model computes the same with another attention; some have attention of their own kind."""
+    def _second_order_agrees(self) -> bool:
+        """Whether the model computes the same with our attention and MLPs; some have a kind of their own."""
         ids = torch.arange(min(8, self.model.config.vocab_size), device=self.model.device)
         probe = self.embed(ids).detach()[None]
         with torch.no_grad(), self.without_dropout():
             wanted = self.hidden(probe)
             try:
-                with self._attention(name):
+                with self.second_order():
                     found = self.hidden(probe)
             except GradmemError:
                 return False
@@ -149,17 +152,13 @@ class Backbone(nn.Module):
 
     @contextmanager
     def second_order(self) -> Iterator[None]:
-        """Use an attention that can be differentiated twice, which fused attention cannot."""
-        with self._attention(self.second_order_attention):
-            yield
-
-    @contextmanager
-    def _attention(self, name: str) -> Iterator[None]:
+        """Compute with what can be differentiated twice, which fused attention cannot, and keeps little for it."""
         config = self.model.config
         before = config._attn_implementation
-        config._attn_implementation = name
+        config._attn_implementation = self.second_order_attention
         try:
-            yield
+            with closed_form(self.gated_mlps):
+                yield
         finally:
             config._attn_implementation = before
 
