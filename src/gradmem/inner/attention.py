@@ -229,8 +229,11 @@ class _Tiles:
         rows, size = TILE_ELSEWHERE
         if query.device.type == "cpu":
             rows, size = TILE_ROWS, TILE_BYTES * torch.get_num_threads()
-        self.tall = max(1, min(rows // self.groups, self.queries))
-        matrices = max(1, size // (self.tall * self.groups * self.keys * query.element_size()))
+        # Bytes of one position in one key head. Where all samples and heads fit, tiles grow taller.
+        line = self.groups * self.keys * query.element_size()
+        tall = max(rows // self.groups, size // max(1, line * self.batch * self.heads))
+        self.tall = max(1, min(tall, self.queries))
+        matrices = max(1, size // (self.tall * line))
         # Whole samples, or some heads of a single one.
         self.wide = _share(self.heads, matrices)
         self.deep = _share(self.batch, matrices // self.heads)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .attention import no_autocast, product_dtype
 
-CHUNK = 2**22
+CHUNK = 2**24
 """Logits to compute at once. Where all fit, they are kept: computing them again would only cost time."""
 
 
@@ -75,6 +75,14 @@ def _errors(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.scatter_add_(1, targets, logits.new_full(targets.shape, -1))
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, without a second tensor of the weight's size where types allow."""
+    if total.dtype == right.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += left.to(right.dtype).T @ right
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Losses, differentiable by hidden states."""
 
@@ -120,13 +128,12 @@ class _Gradient(torch.autograd.Function):
                 s = (a[some] @ weight.T).to(grad.dtype)
                 d_grad[some] = (errors * s).sum(1)
                 if d_weight is not None:
-                    d_weight += (errors * c).to(rows.dtype).T @ a[some]
+                    _add_product(d_weight, errors * c, a[some])
                 p = errors.scatter_add_(1, targets, errors.new_ones(targets.shape))
                 r = s.sub_((p * s).sum(1, keepdim=True)).mul_(p).mul_(c)
-                low = r.to(rows.dtype)
-                d_rows[some] = low @ weight
+                d_rows[some] = r.to(rows.dtype) @ weight
                 if d_weight is not None:
-                    d_weight += low.T @ rows[some]
+                    _add_product(d_weight, r, rows[some])
                 if d_bias is not None:
                     d_bias += r.sum(0)
         return d_grad, d_rows, None if d_weight is None else d_weight.to(weight.dtype), d_bias, None
@@ -150,7 +157,7 @@ class _HeadGradient(torch.autograd.Function):
         with no_autocast(rows):
             for some, logits, targets in _chunks(rows, weight, bias, ids):
                 errors = _errors(logits, targets).mul_(grad[some, None])
-                d_weight += errors.to(rows.dtype).T @ rows[some]
+                _add_product(d_weight, errors, rows[some])
                 if d_bias is not None:
                     d_bias += errors.sum(0)
         return None, d_weight.to(weight.dtype), d_bias, None

@@ -291,7 +291,8 @@ class Trainer:
                 with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
                     loss, write_loss, correct = self.step_module(part, steps, task.scored(part.labels))
                 loss, write_loss = loss / tokens, write_loss * len(part.context) / len(batch.context)
-                accelerator.backward(loss + weight * write_loss)
+                # Not with a weight of zero, which would still be differentiated.
+                accelerator.backward(loss + weight * write_loss if weight else loss)
             match = correct.sum() / len(batch.rows)
             shown += torch.stack([loss.detach(), write_loss.detach(), match])
         return shown

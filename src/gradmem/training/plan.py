@@ -159,7 +159,7 @@ def plan_stage(
         batch = task.batch("train", 0, contexts, recipe.seed).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             loss, write_loss, _ = step(batch, max(stage.write_steps), task.scored(batch.labels))
-        (loss + recipe.inner_loss_weight * write_loss).backward()
+        (loss + recipe.inner_loss_weight * write_loss if recipe.inner_loss_weight else loss).backward()
         method.zero_grad()
 
     with torch.random.fork_rng():
