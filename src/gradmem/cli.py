@@ -23,12 +23,14 @@ register_type(commands.Ints, lambda numbers: ",".join(map(str, numbers)), comman
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "eval": commands.evaluate,
+    "sweep": commands.sweep,
     "write": commands.write,
     "ask": commands.ask,
     "inspect": commands.inspect,
     "demo": demo,
     "list": commands.show_list,
 }
+CHECKPOINTS_HELP = "names of packaged checkpoints, directories, or hub names"
 QUERIES_HELP = "queries; without any, one a line from standard input, answered as JSON lines"
 BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
     commands.ask: {
@@ -36,6 +38,7 @@ BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
         "queries": {"nargs": "*", "help": QUERIES_HELP},
         "--jsonl": {"action": "store_true", "help": "print JSON lines also for queries given as arguments"},
     },
+    commands.sweep: {"checkpoints": {"nargs": "+", "help": CHECKPOINTS_HELP}},
     commands.inspect: {"--json": {"action": "store_true", "help": "print the records as JSON"}},
 }
 SHORT = {"-o": "--output"}

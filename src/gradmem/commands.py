@@ -21,6 +21,10 @@ from .errors import GradmemError
 from .evaluation.evaluate import Result
 from .evaluation.evaluate import evaluate as measure
 from .evaluation.report import save_json, steps_figure, table
+from .evaluation.sweep import Point, pairs_figure, save_csv
+from .evaluation.sweep import steps_figure as heatmap_figure
+from .evaluation.sweep import sweep as run_sweep
+from .evaluation.sweep import table as sweep_table
 from .memory import Memory, Precision, Record, text_digest, write_bytes
 from .tasks.base import Split
 from .training.recipe import Recipe, recipe_names
@@ -188,6 +192,63 @@ def evaluate(
         title = f"{checkpoint}: {results[0].samples} fresh contexts, seed {seed}"
         console.print(f"saved {steps_figure(results, figure, title)}")
     return results
+
+
+def sweep(
+    checkpoints: list[str],
+    pairs: Ints | None = None,
+    steps: Ints | None = None,
+    samples: int = 500,
+    valid_samples: int = 200,
+    seed: int = 1,
+    device: str = "cpu",
+    json: Path | None = None,
+    csv: Path | None = None,
+    figure: Path | None = None,
+    heatmap: Path | None = None,
+) -> list[Point]:
+    """Measure checkpoints at several numbers of pairs, after every number of steps up to many more than trained.
+
+    Parameters
+    ----------
+    checkpoints
+        Names of packaged checkpoints, directories, or hub names.
+    pairs
+        Numbers of pairs, as 4,8,16; default: each checkpoint's own.
+    steps
+        Numbers of write steps, as 0..30, all read off one trajectory; default: 0..30.
+    samples
+        Test contexts; all of their queries are asked.
+    valid_samples
+        Validation contexts, which choose the best number of steps.
+    seed
+        Seed of the contexts.
+    device
+        Device to run on.
+    json
+        Also save all results to this file, as a list of rows.
+    csv
+        Also save them to this file, as a table.
+    figure
+        Also draw exact match by pairs to this file, beside the paper's.
+    heatmap
+        Also draw trained by evaluated steps to this file, beside the paper's.
+    """
+    points: list[Point] = []
+    for name in checkpoints:
+        model = load(name).to(_device(device))
+        counts = pairs or [model.spec["task"]["pairs"]]
+        points += run_sweep(model, counts, steps or range(31), samples, valid_samples, seed, _progress)
+    console.print(sweep_table(points))
+    saved = [
+        json and write_bytes(json, _dumps([row for point in points for row in point.rows()]).encode()),
+        csv and save_csv(points, csv),
+        figure and pairs_figure(points, figure),
+        heatmap and heatmap_figure(points, heatmap),
+    ]
+    for path in filter(None, saved):
+        console.print(f"saved {path}")
+    return points
 
 
 def write(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def save_json(results: Sequence[Result], path: str | Path) -> Path:
     return write_bytes(Path(path), json.dumps([result.row() for result in results], indent=1).encode())
 
 
-def steps_figure(results: Sequence[Result], path: str | Path, title: str) -> Path:
-    """Draw exact match and write loss by write step.
+@contextmanager
+def figure(path: str | Path, rows: int = 1, height: float = 4.2) -> Iterator[Any]:
+    """Axes to draw on (several where there are rows); saved at the end.
 
     Raises
     ------
@@ -77,27 +79,33 @@ def steps_figure(results: Sequence[Result], path: str | Path, title: str) -> Pat
     mpl.use("agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    drawn, axes = pyplot.subplots(rows, figsize=(7, height * rows), layout="constrained")
+    try:
+        yield axes
+        drawn.savefig(path, dpi=150)
+    except (OSError, ValueError) as failure:
+        raise GradmemError(f"cannot write the figure {path}: {failure}") from failure
+    finally:
+        pyplot.close(drawn)
+
+
+def steps_figure(results: Sequence[Result], path: str | Path, title: str) -> Path:
+    """Draw exact match and write loss by write step."""
     steps = [result.steps for result in results]
     match = [100 * result.exact_match for result in results]
     bars = [
         [100 * (result.exact_match - result.ci95[0]) for result in results],
         [100 * (result.ci95[1] - result.exact_match) for result in results],
     ]
-    axis.errorbar(steps, match, yerr=bars, marker="o", color="C0", capsize=3, label="exact match")
-    axis.plot(steps[-1], 100 * results[-1].swapped, "x", color="C0", label="memories swapped (control)")
-    axis.set(xlabel="write steps", ylabel="exact match, %", ylim=(-3, 103), title=title)
-    axis.set_xticks(steps)
-    other = axis.twinx()
-    other.plot(steps, [result.write_loss for result in results], marker="s", color="C1", label="write loss")
-    other.set_ylabel("write loss, nats per token")
-    other.set_ylim(bottom=0)
-    lines = [*axis.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-    axis.legend(lines, [str(line.get_label()) for line in lines], loc="center right", frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as failure:
-        raise GradmemError(f"cannot write the figure {path}: {failure}") from failure
-    finally:
-        pyplot.close(figure)
+    with figure(path) as axis:
+        axis.errorbar(steps, match, yerr=bars, marker="o", color="C0", capsize=3, label="exact match")
+        axis.plot(steps[-1], 100 * results[-1].swapped, "x", color="C0", label="memories swapped (control)")
+        axis.set(xlabel="write steps", ylabel="exact match, %", ylim=(-3, 103), title=title)
+        axis.set_xticks(steps)
+        other = axis.twinx()
+        other.plot(steps, [result.write_loss for result in results], marker="s", color="C1", label="write loss")
+        other.set_ylabel("write loss, nats per token")
+        other.set_ylim(bottom=0)
+        lines = [*axis.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
+        axis.legend(lines, [str(line.get_label()) for line in lines], loc="center right", frameon=False)
     return Path(path)

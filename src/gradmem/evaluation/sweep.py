@@ -1,0 +1,191 @@
+"""Exact match by pairs and by steps: one trajectory of each context, read after every step."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..errors import GradmemError
+from ..memory import write_bytes
+from ..model import MemoryModel
+from ..tasks.base import Split
+from .evaluate import Result, evaluate
+from .published import BY_PAIRS, BY_STEPS
+from .report import figure
+
+FEW = 5
+"""Steps that the paper calls few."""
+
+
+@dataclass
+class Point:
+    """A checkpoint at one number of pairs.
+
+    Attributes
+    ----------
+    trained_steps : int
+        Write steps the checkpoint was trained with.
+    results : dict of Result
+        On test contexts, by number of steps.
+    few, best : int
+        Numbers of steps that validation contexts choose: of at most five, and of all.
+    """
+
+    checkpoint: str
+    trained_steps: int
+    pairs: int
+    results: dict[int, Result]
+    few: int
+    best: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row for each number of steps."""
+        about = {"trained_steps": self.trained_steps}
+        return [
+            {**result.row(), **about, "chosen_of_few": steps == self.few, "chosen_of_all": steps == self.best}
+            for steps, result in self.results.items()
+        ]
+
+
+def sweep(
+    model: MemoryModel,
+    pairs: Sequence[int],
+    steps: Sequence[int],
+    samples: int = 500,
+    valid_samples: int = 200,
+    seed: int = 1,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
+) -> list[Point]:
+    """Measure a checkpoint at several numbers of pairs and after every number of steps.
+
+    Raises
+    ------
+    GradmemError
+        When a context with so many pairs does not fit, or no number of steps is positive.
+    """
+    if not any(step > 0 for step in steps):
+        raise GradmemError("a sweep needs write steps above 0, as --steps 0..30")
+    points = []
+    for count in pairs:
+
+        def measure(split: Split, size: int, task: dict[str, Any]) -> dict[int, Result]:
+            return {r.steps: r for r in evaluate(model, steps, size, seed, split, task, progress=progress)}
+
+        task = {"pairs": count}
+        scores = measure("valid", valid_samples, task)
+        valid = {step: result.exact_match for step, result in scores.items() if step}
+        few = [step for step in valid if step <= FEW]
+        points.append(
+            Point(
+                checkpoint=model.name,
+                trained_steps=model.method.write_steps,
+                pairs=count,
+                results=measure("test", samples, task),
+                few=_best(valid, few) if few else _best(valid, valid),
+                best=_best(valid, valid),
+            )
+        )
+    return points
+
+
+def _best(scores: dict[int, float], among: Iterable[int]) -> int:
+    return max(among, key=lambda step: (scores[step], -step))
+
+
+def table(points: Sequence[Point]) -> Table:
+    """Exact match after one step and after the chosen numbers, with control rows."""
+    first = next(iter(points[0].results.values()))
+    built = Table(
+        title=f"exact match %, {first.samples} test contexts, all queries, seed {first.seed}",
+        caption="95 % intervals bootstrapped over contexts; numbers of steps chosen on validation contexts; swapped: "
+        f"memories of other contexts, after {max(points[0].results)} steps",
+    )
+    for heading in ("checkpoint", "pairs", "1 step", f"best of <= {FEW}", "best of all", "unwritten", "swapped"):
+        left = heading == "checkpoint"
+        built.add_column(heading, justify="left" if left else "right", no_wrap=not left)
+    for point in points:
+        any_result = point.results[point.best]
+        one = point.results.get(1)
+        built.add_row(
+            point.checkpoint,
+            str(point.pairs),
+            _shown(one) if one else "",
+            _shown(point.results[point.few]),
+            _shown(any_result),
+            f"{100 * any_result.unwritten:.2f}",
+            f"{100 * any_result.swapped:.2f}",
+        )
+    return built
+
+
+def _shown(result: Result) -> str:
+    low, high = (100 * bound for bound in result.ci95)
+    return f"{100 * result.exact_match:.2f} (K={result.steps})\n{low:.2f} to {high:.2f}"
+
+
+def save_csv(points: Sequence[Point], path: Path) -> Path:
+    """Save one line for each pair of pairs and steps."""
+    rows = [row for point in points for row in point.rows()]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_bytes(path, text.getvalue().encode())
+
+
+def pairs_figure(points: Sequence[Point], path: Path) -> Path:
+    """Draw exact match by pairs, ours solid and the paper's dashed (its figure 1)."""
+    with figure(path) as axis:
+        for name, curve in BY_PAIRS.items():
+            axis.plot(list(curve), list(curve.values()), "--", marker=".", alpha=0.6, label=f"paper: {name}")
+        for checkpoint in dict.fromkeys(point.checkpoint for point in points):
+            mine = sorted((p for p in points if p.checkpoint == checkpoint), key=lambda p: p.pairs)
+            kinds = {"1 step": lambda p: 1, f"<= {FEW} steps": lambda p: p.few, "best": lambda p: p.best}
+            for kind, chosen in kinds.items():
+                known = [p for p in mine if chosen(p) in p.results]
+                values = [100 * p.results[chosen(p)].exact_match for p in known]
+                axis.plot([p.pairs for p in known], values, marker="o", label=f"{checkpoint}: {kind}")
+        axis.set_xscale("log", base=2)
+        ticks = sorted({point.pairs for point in points} | {4, 8, 16, 32, 64, 96})
+        axis.set_xticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
+        axis.set(xlabel="key-value pairs", ylabel="exact match, %", ylim=(-3, 103))
+        axis.set_title(_about(points))
+        axis.legend(frameon=False, fontsize=7)
+    return path
+
+
+def steps_figure(points: Sequence[Point], path: Path) -> Path:
+    """Draw steps trained with by steps read after, as a heat map for each number of pairs, the paper's rows beside."""
+    pairs = list(dict.fromkeys(point.pairs for point in points))
+    steps = [step for step in points[0].results if step]
+    with figure(path, len(pairs), height=1.2 + 0.35 * max(4, len(points) // len(pairs) + 2)) as axes:
+        for axis, count in zip(axes if len(pairs) > 1 else [axes], pairs, strict=True):
+            mine = [point for point in points if point.pairs == count]
+            rows = {
+                f"{p.checkpoint} (K={p.trained_steps})": [100 * p.results[s].exact_match for s in steps] for p in mine
+            }
+            for (paper_pairs, trained), values in BY_STEPS.items():
+                if paper_pairs == count:
+                    known = dict(enumerate(values, 1))
+                    rows[f"paper (K={trained})"] = [known.get(step, float("nan")) for step in steps]
+            image = axis.imshow(list(rows.values()), vmin=0, vmax=100, aspect="auto", cmap="viridis")
+            axis.set_yticks(range(len(rows)), labels=list(rows))
+            axis.set_xticks(range(len(steps)), labels=[str(s) if s in (1, 2, 3, 5) or not s % 5 else "" for s in steps])
+            axis.set_title(f"{count} pairs: exact match (%) by steps read after; {_about(mine)}", fontsize=9)
+            for y, values in enumerate(rows.values()):
+                top, x = max((value, -x) for x, value in enumerate(values) if not math.isnan(value))
+                axis.text(-x, y, f"{top:.1f}", ha="center", va="center", fontsize=7)
+            axis.figure.colorbar(image, ax=axis)
+    return path
+
+
+def _about(points: Sequence[Point]) -> str:
+    first = next(iter(points[0].results.values()))
+    return f"{first.n_mem} vectors of {first.d}, {first.samples} contexts, seed {first.seed}"
