@@ -33,6 +33,11 @@ def attention(
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
+def rms_norm(self: Any, hidden: Tensor) -> Tensor:
+    """The forward of an RMS norm as it is defined."""
+    return self.weight * hidden / (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+
+
 # Transformers' eager attention takes its softmax in float32 even in a float64 model.
 AttentionInterface.register("naive", lambda _, q, k, v, mask, scaling, **options: (attention(q, k, v, scaling), None))
 AttentionMaskInterface.register("naive", lambda **options: None)

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from conftest import COMMON, CONFIGS, KINDS, TOLERANCE, VOCABULARY, WIDE, distance, make_batch, make_gradmem
+from conftest import COMMON, CONFIGS, KINDS, VOCABULARY, WIDE, distance, make_batch, make_gradmem
 from gradmem.errors import GradmemError
 from gradmem.inner import attention as module
 from gradmem.inner.attention import NAME, attention
 from naive import attention as plain_attention
 
 SCALING = 0.4
+EAGER = {kind: 1e-9 if kind == "gpt2" else 1e-5 for kind in KINDS}
+"""Agreement with transformers' eager attention, whose softmax is in float32 even in a float64 model; not in GPT-2."""
 
 
 def naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
@@ -296,7 +298,7 @@ def test_models_are_causal(kind: str) -> None:
         assert (before[:, 7:] != after[:, 7:]).any(-1).all()
     prefix = model(IDS[:, :4], use_cache=True).past_key_values
     rest = model(IDS[:, 4:9], past_key_values=prefix).logits
-    assert distance(rest, model(IDS).logits[:, 4:9]) < TOLERANCE[kind]
+    assert distance(rest, model(IDS).logits[:, 4:9]) < EAGER[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -304,7 +306,7 @@ def test_models_are_causal(kind: str) -> None:
 def test_models_agree_with_eager(kind: str, side: str) -> None:
     mask = {"none": torch.ones_like(LEFT), "left": LEFT, "right": LEFT.flip(1)}[side]
     # Eager attention gives NaN for left pads in float64: it rounds the mask's most negative number to float32.
-    dtype, tolerance = (torch.float32, 1e-5) if side == "left" else (torch.float64, TOLERANCE[kind])
+    dtype, tolerance = (torch.float32, 1e-5) if side == "left" else (torch.float64, EAGER[kind])
     mine, eager = both(kind, dtype=dtype)
     got = [model(IDS, attention_mask=mask.long()).logits[mask] for model in (mine, eager)]
     assert distance(*got) < tolerance
@@ -400,7 +402,7 @@ def test_meta_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, got = results
     assert got.keys() == wanted.keys()
     for name in wanted:
-        assert distance(got[name], wanted[name]) < 10 * TOLERANCE[kind], name
+        assert distance(got[name], wanted[name]) < 10 * EAGER[kind], name
 
 
 def test_dropout_is_refused() -> None:

@@ -108,7 +108,7 @@ def memory_of(method: GradMem, context: Tokens, **options: Any) -> Tensor:
 @pytest.mark.parametrize("strategy", get_args(Strategy))
 def test_equals_naive(kind: str, name: str, strategy: Strategy) -> None:
     """Loss, everything written, and all gradients."""
-    options, batch, tolerance = OPTIONS[name], make_batch(), TOLERANCE[kind]
+    options, batch, tolerance = OPTIONS[name], make_batch(), TOLERANCE
     method = make_gradmem(kind, **options)
     method.strategy = strategy
     loss, memory = outer_loss(method, batch, auxiliary=0.5)
@@ -175,10 +175,10 @@ def test_write_losses_equal_naive(kind: str) -> None:
     for row in range(len(context)):
         ids = real(context, row)
         tensors, losses = naive(method).write(ids)
-        assert distance(written.losses[:, row], torch.stack(losses)) < TOLERANCE[kind]
+        assert distance(written.losses[:, row], torch.stack(losses)) < TOLERANCE
         logits = naive(method).forward("write", tensors, ids)[:-1]
         wanted = F.cross_entropy(logits, ids, reduction="none")
-        assert distance(tokens[row, : len(ids)], wanted) < TOLERANCE[kind]
+        assert distance(tokens[row, : len(ids)], wanted) < TOLERANCE
 
 
 # --- Finite differences -----------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_neighbours_order_and_pads_change_nothing(kind: str, optimizer: str) -> 
     for row in range(4):
         ids = real(context, row)[None]
         alone = memory_of(method, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)))
-        assert distance(together[row], alone[0]) < TOLERANCE[kind]
+        assert distance(together[row], alone[0]) < TOLERANCE
 
 
 @pytest.mark.parametrize("options", [{}, {"projection": "per_sample"}], ids=str)
@@ -353,7 +353,7 @@ def test_read_equals_a_forward_without_cache(kind: str, options: dict) -> None:
             for got, source in ((logits, row), (plain, query)):
                 if query < len(got):
                     own = {name: tensor[source] for name, tensor in memory.tensors.items()}
-                    assert distance(got[query, : len(ids) + 1], reference.read(own, ids)) < TOLERANCE[kind]
+                    assert distance(got[query, : len(ids) + 1], reference.read(own, ids)) < TOLERANCE
         targets = method.read_targets(memory, batch.queries, batch.labels, batch.rows)
     torch.testing.assert_close(targets, logits[:, :-1][batch.labels != -100])
 
@@ -419,7 +419,7 @@ def test_lora_acts_in_write_only(kind: str) -> None:
         memory = merged.write(batch.context).memory
         before = adapted.read(memory, batch.queries, batch.rows)
         written = memory_of(adapted, batch.context)
-        assert distance(written, memory.tensors["memory"]) < TOLERANCE[kind]
+        assert distance(written, memory.tensors["memory"]) < TOLERANCE
         assert distance(written, memory_of(without, batch.context)) > 1e-3
         logits = adapted.read(memory, batch.queries, batch.rows)
         assert torch.equal(logits, before)

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .errors import GradmemError
 from .inner import attention
-from .inner.gated import closed_form, gated_mlps
+from .inner.closed_form import closed_forms, replaced
 
 
 class Backbone(nn.Module):
@@ -36,9 +36,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self._check_head()
-        self.second_order_attention, self.gated_mlps = attention.NAME, gated_mlps(model)
+        self.closed_forms = closed_forms(model)
+        self.second_order_attention = attention.NAME
         if not self._second_order_agrees():
-            self.second_order_attention, self.gated_mlps = "eager", []
+            self.second_order_attention = "eager"
 
     def _check_head(self) -> None:
         """Compare the model's own logits with ours on one vector: a wrong head would go unnoticed."""
@@ -58,7 +59,7 @@ class Backbone(nn.Module):
             raise GradmemError(f"'{kind}' cannot serve as a backbone: it changes its logits after the output layer")
 
     def _second_order_agrees(self) -> bool:
-        """Whether the model computes the same with our attention and MLPs; some have a kind of their own."""
+        """Whether the model computes the same with our attention; some have one of their own."""
         ids = torch.arange(min(8, self.model.config.vocab_size), device=self.model.device)
         probe = self.embed(ids).detach()[None]
         with torch.no_grad(), self.without_dropout():
@@ -157,7 +158,7 @@ class Backbone(nn.Module):
         before = config._attn_implementation
         config._attn_implementation = self.second_order_attention
         try:
-            with closed_form(self.gated_mlps):
+            with replaced(self.closed_forms):
                 yield
         finally:
             config._attn_implementation = before

@@ -6,8 +6,6 @@ else in a block once attention keeps none of its matrices. Here three are kept: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,27 +15,14 @@ from torch import Tensor, nn
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
-def gated_mlps(model: nn.Module) -> list[nn.Module]:
-    """The modules that look like `down_proj(silu(gate_proj(x)) * up_proj(x))`."""
-    found = [module for module in model.modules() if all(hasattr(module, part) for part in PARTS)]
-    probe = torch.linspace(-4, 4, 9)
-    return [module for module in found if torch.equal(module.get_submodule("act_fn")(probe), F.silu(probe))]
+def looks_like(module: nn.Module) -> bool:
+    """Whether it may be `down_proj(silu(gate_proj(x)) * up_proj(x))`, by its parts."""
+    return all(hasattr(module, part) for part in PARTS)
 
 
-@contextmanager
-def closed_form(mlps: list[nn.Module]) -> Iterator[None]:
-    """Let these MLPs compute with `gated`."""
-    for mlp in mlps:
-        mlp.forward = _forward.__get__(mlp)
-    try:
-        yield
-    finally:
-        for mlp in mlps:
-            del mlp.forward
-
-
-def _forward(mlp: Any, hidden: Tensor) -> Tensor:
-    out: Tensor = mlp.down_proj(gated(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
+def forward(module: Any, hidden: Tensor) -> Tensor:
+    """What takes the place of the module's own forward."""
+    out: Tensor = module.down_proj(gated(module.gate_proj(hidden), module.up_proj(hidden)))
     return out
 
 
