@@ -201,6 +201,25 @@ def test_meta_gradient_order_none(optimizer: str, strategy: str) -> None:
     np.testing.assert_allclose(grads["w"], slope, rtol=1e-6, atol=1e-6)
 
 
+def test_computed_tensors_go_through_given() -> None:
+    """A tensor that was computed outside gets its gradient as an argument; as a closure it fails aloud."""
+    grads = []
+    for strategy in STRATEGIES:
+        w = torch.tensor(POINT["w"], requires_grad=True)
+        options: dict[str, Any] = {"given": [w.exp()], "strategy": strategy}
+        loss = lambda t, e: ((t["x"] @ e.T) ** 2).sum(1)  # noqa: E731
+        last = final(loss, {"x": torch.tensor(POINT["x"])}, sgd, {"x": 0.01}, 3, **options)
+        grads.append(gradients(last.tensors["x"].sin().sum(), w)[0])
+    np.testing.assert_allclose(grads[0], grads[1], rtol=1e-12)
+
+    w = torch.tensor(POINT["w"], requires_grad=True)
+    computed = w.exp()
+    closure = lambda t: ((t["x"] @ computed.T) ** 2).sum(1)  # noqa: E731
+    last = final(closure, {"x": torch.tensor(POINT["x"])}, sgd, {"x": 0.01}, 3, strategy="recompute")
+    with pytest.raises(RuntimeError, match="second time"):
+        last.tensors["x"].sum().backward()
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("order", ORDERS)
 def test_without_gradients_the_result_is_the_same(optimizer: str, order: str) -> None:
