@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import gc
 import json
 import multiprocessing
 import os
 import platform
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -108,36 +105,6 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
         run()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-def forget_peak() -> float:
-    """Start measuring peak memory anew.
-
-    Returns
-    -------
-    float
-        Resident memory of this process now, in MB (10^6 bytes).
-    """
-    gc.collect()
-    # Not permitted everywhere; elsewhere the peak counts from the start of the process.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
-
-
-def peak() -> float:
-    """Peak of this process's resident memory since `forget_peak`, in MB."""
-    return _memory("VmHWM")
-
-
-def _memory(field: str) -> float:
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.findall(rf"{field}:\s*(\d+) kB", status.read_text())[0]) * 1024 / 1e6
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:

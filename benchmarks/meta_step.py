@@ -22,14 +22,11 @@ from common import (
     SMOLLM2,
     Precision,
     Row,
-    autocast,
-    forget_peak,
     in_fresh_process,
     machine,
     measure,
     paper_model,
     parser,
-    peak,
     plain_model,
     report,
     seconds,
@@ -38,7 +35,7 @@ from gradmem.backbone import Backbone
 from gradmem.batch import Batch, Tokens
 from gradmem.inner import Strategy
 from gradmem.methods import GradMem
-from gradmem.training.plan import free_memory
+from gradmem.training.memory_use import forget_peak, free_memory, peak
 from gradmem.training.step import MetaStep
 
 WRITE_LOSS_WEIGHT = 0.5
@@ -47,6 +44,7 @@ OFFICIAL_SECONDS = {"N8-K1-B64": 0.74, "N32-K1-B64": 3.6}
 """One step of the official code with two threads on this kind of machine: a slower naive is no baseline."""
 TOLERANCE = 1e-3
 """Largest relative difference between naive and ours in loss, and in the gradient of the initial memory."""
+CPU = torch.device("cpu")
 QUERY = 12
 """Query and target tokens of a text."""
 
@@ -120,13 +118,12 @@ class OurStep:
 
     def __init__(self, method: GradMem, batch: Batch, steps: int, variant: Variant) -> None:
         method.strategy = variant.strategy or "unroll"
-        self.step, self.batch, self.steps, self.precision = MetaStep(method), batch, steps, variant.precision
+        self.step, self.batch, self.steps = MetaStep(method, variant.precision), batch, steps
 
     def __call__(self) -> Tensor:
         """Return the outer loss."""
         scored = self.batch.labels != -100
-        with autocast(self.precision):
-            loss, write_loss, _ = self.step(self.batch, self.steps, scored)
+        loss, write_loss, _ = self.step(self.batch, self.steps, scored)
         return loss / scored.sum() + WRITE_LOSS_WEIGHT * write_loss
 
 
@@ -154,7 +151,7 @@ class NaiveStep:
         return loss + WRITE_LOSS_WEIGHT * write_loss
 
 
-def run(setting: Setting, variant: Variant, repeats: int, threads: int) -> Run:
+def run(setting: Setting, variant: Variant, repeats: int, threads: int, profile: bool = False) -> Run:
     """Measure one variant; to be called in a fresh process."""
     torch.set_num_threads(threads)
     method, batch = setting.build()
@@ -171,9 +168,14 @@ def run(setting: Setting, variant: Variant, repeats: int, threads: int) -> Run:
         loss.backward()
         losses.append(loss.item())
 
-    before = forget_peak()
+    before = forget_peak(CPU)
     took = seconds(once, repeats)
-    used = peak() - before
+    used = (peak(CPU) - before) / 1e6
+    if profile:
+        with torch.profiler.profile() as recorded:
+            once()
+        print(f"{setting}, {variant.name}")
+        print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
     gradient = method.initial_memory.grad
     assert gradient is not None
     return Run(took, used, losses[-1], gradient.flatten().tolist())
@@ -186,17 +188,17 @@ def disagreement(one: Run, other: Run) -> float:
     return max(abs(one.loss - other.loss) / abs(one.loss), gradient)
 
 
-def job(setting: Setting, variant: Variant, repeats: int, threads: int, runs: Runs) -> Row:
+def job(setting: Setting, variant: Variant, repeats: int, threads: int, profile: bool, runs: Runs) -> Row:
     """Measure one variant in a fresh process, keep its run, and make its row."""
     row: Row = {"setting": str(setting), "variant": variant.name}
     if variant.strategy != "recompute":
         # Memory grows with steps and contexts: a run that cannot end well is not begun.
         one = in_fresh_process(run, replace(setting, steps=1, batch=1), variant, 1, threads)
-        need, free = one.peak_mb * setting.steps * setting.batch, free_memory(torch.device("cpu")) / 1e6
+        need, free = one.peak_mb * setting.steps * setting.batch, free_memory(CPU) / 1e6
         if need > free:
             return {**row, "note": f"not run: needs about {need / 1000:.0f} GB of {free / 1000:.0f}"}
     try:
-        done = in_fresh_process(run, setting, variant, repeats, threads)
+        done = in_fresh_process(run, setting, variant, repeats, threads, profile)
     except BrokenProcessPool:
         return {**row, "note": "process was killed: out of memory?"}
     runs[str(setting), variant.name] = done
@@ -244,6 +246,7 @@ def main() -> None:
         help="N pairs or T tokens (SmolLM2-135M's shape), write steps and batch; may be repeated "
         f"(default: {' '.join(map(str, DEFAULTS))})",
     )
+    command.add_argument("--profile", action="store_true", help="print where the time of one more step goes")
     options = command.parse_args()
     settings = getattr(options, "setting", DEFAULTS)
     where = machine(options.threads, "fp32 unless the variant says otherwise")
@@ -251,7 +254,7 @@ def main() -> None:
     rows = measure(
         "meta-training steps",
         [
-            partial(job, setting, variant, options.repeats, options.threads, runs)
+            partial(job, setting, variant, options.repeats, options.threads, options.profile, runs)
             for setting in settings
             for variant in VARIANTS
         ],

@@ -124,6 +124,19 @@ def test_other_formulas_are_left_alone() -> None:
     assert len(closed_forms(built)) == 4
 
 
+def test_experts_with_stacked_weights_are_left_alone() -> None:
+    """Parts of the same names that are parameters, as mixtures of experts have them."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                setattr(self, part, torch.nn.Parameter(torch.ones(2, 3, 3)))
+            self.act_fn = torch.nn.SiLU()
+
+    assert closed_forms(Experts()) == {}
+
+
 def test_a_model_with_attention_of_its_own_keeps_it() -> None:
     config = AutoConfig.for_model("llama", **COMMON | WIDE | {"num_attention_heads": 2})
     assert Backbone(LlamaForCausalLM(config)).second_order_attention == NAME

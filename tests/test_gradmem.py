@@ -70,8 +70,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "everything_adam": EVERYTHING | {"inner_optimizer": "adam", "inner_lr": 0.03},
     "everything_none": EVERYTHING | {"order": "none"},
 }
-# What a backbone could change: how its layers, head and gradients are reached.
-SHORT = ["second", "first", "none", "everything", "everything_adam"]
 
 
 def naive(method: GradMem, **options: Any) -> Naive:
@@ -102,9 +100,7 @@ def memory_of(method: GradMem, context: Tokens, **options: Any) -> Tensor:
 # --- The naive reference ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind in KINDS for name in (OPTIONS if kind == "gpt2" else SHORT)]
-)
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in OPTIONS])
 @pytest.mark.parametrize("strategy", get_args(Strategy))
 def test_equals_naive(kind: str, name: str, strategy: Strategy) -> None:
     """Loss, everything written, and all gradients."""
@@ -133,15 +129,23 @@ def test_equals_naive(kind: str, name: str, strategy: Strategy) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("name", ["second", "everything_last_k", "everything_adam"])
 def test_strategies_agree(kind: str, dtype: torch.dtype, tolerance: float, name: str) -> None:
+    """With each other and, in float32 too, with the reference in float64."""
     results = []
     for strategy in get_args(Strategy):
         method = make_gradmem(kind, **OPTIONS[name]).to(dtype)
         method.strategy = strategy
         loss, _ = outer_loss(method, make_batch(), auxiliary=0.5)
         results.append({"loss": loss, **gradients(loss, method)})
-    largest = max(tensor.norm() for tensor in results[0].values())
-    for key, wanted in results[0].items():
-        assert (results[1][key] - wanted).norm() <= tolerance * max(wanted.norm(), 1e-3 * largest), key
+    exact = make_gradmem(kind, **OPTIONS[name]).to(dtype).double()
+    loss, _ = naive(exact, **OPTIONS[name]).loss(make_batch(), auxiliary=0.5)
+    reference = {"loss": loss, **gradients(loss, exact)}
+    largest = max(tensor.norm() for tensor in reference.values())
+    for key, wanted in reference.items():
+        allowed = tolerance * max(wanted.norm(), 1e-3 * largest)
+        assert (results[0][key] - results[1][key]).norm() <= allowed, key
+        # Adam divides by small moments, which magnifies the rounding of float32, of the reference's as of ours.
+        if dtype == torch.float64 or "adam" not in name:
+            assert all((result[key] - wanted).norm() <= allowed for result in results), key
 
 
 def test_recompute_keeps_one_step_whatever_their_number() -> None:

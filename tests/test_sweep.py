@@ -38,13 +38,14 @@ def test_steps_are_chosen_on_validation_and_measured_on_test(
     assert [row["exact_match"] for row in rows if row["chosen_of_all"]] == [0.4]
     assert {row["samples"] for row in rows} == {4}
     assert {row["split"] for row in rows} == {"test"}
+    assert {row["swapped_steps"] for row in rows} == {8}
 
 
 def test_sweep_is_evaluation(tiny: MemoryModel) -> None:
     points = sweep(tiny, [2, 4], [0, 1, 3], samples=5, valid_samples=2)
     assert [point.pairs for point in points] == [2, 4]
     for point in points:
-        wanted = evaluate(tiny, [0, 1, 3], 5, 1, "test", {"pairs": point.pairs})
+        wanted = evaluate(tiny, [0, 1, 3], 5, 1, "test", {"pairs": point.pairs}, swapped_steps=point.best)
         assert [result.row() for result in point.results.values()] == [result.row() for result in wanted]
         assert point.trained_steps == 2
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,6 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 from safetensors import SafetensorError
 
 from .checkpoints import checkpoint_names, load, open_memory
@@ -25,7 +24,8 @@ from .evaluation.sweep import Point, pairs_figure, save_csv
 from .evaluation.sweep import steps_figure as heatmap_figure
 from .evaluation.sweep import sweep as run_sweep
 from .evaluation.sweep import table as sweep_table
-from .memory import Memory, Precision, Record, text_digest, write_bytes
+from .memory import Memory, Precision, text_digest, write_bytes
+from .tables import plan_table, provenance, receipt, tokens_of
 from .tasks.base import Split
 from .training.recipe import Recipe, recipe_names
 
@@ -67,10 +67,8 @@ def train(recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto
     resume
         auto: continue from the newest state where there is one; never: refuse to.
     """
-    try:
+    with _training_packages():
         from .training.loop import Trainer
-    except ImportError as error:
-        raise GradmemError(f"training needs more packages ({error.name}): pip install 'gradmem[train]'") from error
     try:
         trainer = Trainer(recipe, output, resume)
         trainer.run()
@@ -92,10 +90,8 @@ def plan(recipe: Recipe, json: Path | None = None) -> list[dict[str, Any]]:
     json
         Also save all trials to this file, as a list of rows.
     """
-    try:
+    with _training_packages():
         from .training.plan import plan_recipe
-    except ImportError as error:
-        raise GradmemError(f"training needs more packages ({error.name}): pip install 'gradmem[train]'") from error
     rows: list[dict[str, Any]] = []
     plans = plan_recipe(recipe)
     for number, (stage, made) in enumerate(_progress(plans, "measuring", len(recipe.stages)), 1):
@@ -105,31 +101,6 @@ def plan(recipe: Recipe, json: Path | None = None) -> list[dict[str, Any]]:
     if json:
         console.print(f"saved {write_bytes(json, _dumps(rows).encode())}")
     return rows
-
-
-def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What `plan` measured, as a table."""
-    hours = sum(row["seconds"] * row["steps"] for row in rows if row["chosen"]) / 3600
-    built = Table(
-        title="training steps, measured here",
-        caption=f"at most {hours:.1f} hours in all; {rows[0]['budget'] / 1e9:.1f} GB may be used. Chosen: the fastest "
-        "that fits; what takes more memory must save 5 % of the time",
-    )
-    for heading in ("stage", "K", "strategy", "contexts at a time", "s / step", "GB", "at most, hours", ""):
-        built.add_column(heading, justify="left" if heading in ("strategy", "") else "right")
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
-        built.add_row(
-            str(row["stage"]),
-            str(row["write_steps"]),
-            row["strategy"],
-            str(row["micro_batch"]),
-            f"{row['seconds']:.2f}",
-            f"{row['bytes'] / 1e9:.2f}",
-            f"{row['seconds'] * row['steps'] / 3600:.2f}",
-            "chosen" if row["chosen"] else "",
-            end_section=after is not None and after["stage"] != row["stage"],
-        )
-    return built
 
 
 def evaluate(
@@ -237,8 +208,10 @@ def sweep(
     points: list[Point] = []
     for name in checkpoints:
         model = load(name).to(_device(device))
-        counts = pairs or [model.spec["task"]["pairs"]]
-        points += run_sweep(model, counts, steps or range(31), samples, valid_samples, seed, _progress)
+        own = getattr(model.task, "pairs", None)
+        if own is None:
+            raise GradmemError(f"'{name}' was trained on no number of pairs: a sweep is for key-value tasks")
+        points += run_sweep(model, pairs or [own], steps or range(31), samples, valid_samples, seed, _progress)
     console.print(sweep_table(points))
     saved = [
         json and write_bytes(json, _dumps([row for point in points for row in point.rows()]).encode()),
@@ -352,55 +325,6 @@ def show_list() -> None:
     console.print("recipes: " + (", ".join(recipe_names()) or "none"), highlight=False)
 
 
-def provenance(record: Record, memory: Memory, path: Path) -> Table:
-    """Where a memory comes from, as a table."""
-    built = Table(title=str(path), show_header=False)
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in memory.tensors.items())
-    lr = f"{min(record.inner_lr):.4g} to {max(record.inner_lr):.4g}" if record.inner_lr else "none"
-    rows = {
-        "written by": f"{record.method}, checkpoint '{record.model}'",
-        "checkpoint": record.checkpoint,
-        "backbone": record.backbone,
-        "tokenizer": record.tokenizer,
-        "context SHA-256": record.context_sha256,
-        "context": f"{record.context_tokens} tokens",
-        "tensors": f"{shapes}; {path.stat().st_size} bytes in the file",
-        "steps": f"{record.steps}, inner learning rate {lr}",
-        "write loss": f"{record.loss_before:.4f} before, {record.loss_after:.4f} after",
-    }
-    for name, value in rows.items():
-        built.add_row(name, value)
-    return built
-
-
-def receipt(record: Record, tokens: Sequence[str] | None = None) -> Table:
-    """A write receipt as a table: loss by step, and what was lost (with its tokens where they are at hand)."""
-    built = Table(title="write receipt", show_header=False)
-    built.add_row("write loss by step", "  ".join(f"{loss:.4f}" for loss in record.losses))
-    kept = record.context_tokens - len(record.lost)
-    built.add_row("tokens kept", f"{kept} of {record.context_tokens} (loss below ln 2 = 0.693)")
-    if tokens is None:
-        lost = Text(", ".join(map(str, record.lost)) or "none")
-        built.add_row("positions lost", lost)
-        return built
-    text = Text()
-    lost_at = set(record.lost)
-    for position, token in enumerate(tokens):
-        text.append(token, style="bold white on red" if position in lost_at else "green")
-    built.add_row("text (lost in red)", text)
-    if lost_at:
-        built.add_row("lost", " ".join(f"{tokens[i]!r}@{i}" for i in record.lost))
-    return built
-
-
-def tokens_of(memory: Memory, text: str) -> list[str]:
-    """The tokens of a context as its model reads them."""
-    if memory.model is None:
-        raise GradmemError("this memory is bound to no model")
-    task = memory.model.task
-    return [task.tokenizer.decode([i]) for i in task.encode(task.context_text(text))]
-
-
 def read_text(path: Path) -> str:
     """Read a text file, or standard input for `-`.
 
@@ -417,6 +341,14 @@ def read_text(path: Path) -> str:
         raise GradmemError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise GradmemError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _training_packages() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise GradmemError(f"training needs more packages ({error.name}): pip install 'gradmem[train]'") from error
 
 
 def _stdin() -> str:

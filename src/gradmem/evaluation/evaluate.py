@@ -35,7 +35,7 @@ class Result:
         Mean write loss of the memory that is read, nats per token.
     unwritten, swapped : float
         Controls, which must be at chance: exact match from the memory before any step, and from memories of
-        other contexts after the largest number of steps asked for.
+        other contexts after `swapped_steps`.
     """
 
     checkpoint: str
@@ -46,6 +46,7 @@ class Result:
     write_loss: float
     unwritten: float
     swapped: float
+    swapped_steps: int
     samples: int
     queries: int
     seed: int
@@ -87,6 +88,7 @@ def evaluate(
     split: Split = "test",
     task: dict[str, Any] | None = None,
     convert: Callable[[Memory], Memory] = lambda memory: memory,
+    swapped_steps: int | None = None,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
 ) -> list[Result]:
     """Write fresh contexts once and read them after each number of steps asked for.
@@ -104,12 +106,17 @@ def evaluate(
         Task options that differ from the checkpoint's, as `{"pairs": 64}`.
     convert : callable
         Applied to every memory before it is read, as a round trip through int8.
+    swapped_steps : int, optional
+        After which of the steps memories are swapped for the control; by default the last.
     progress : callable
         Wraps the list of batches, to show progress.
     """
     steps = sorted({model.method.write_steps} if steps is None else set(steps))
     if not steps or steps[0] < 0:
         raise GradmemError(f"steps must be at least 0: {steps}")
+    swapped_steps = steps[-1] if swapped_steps is None else swapped_steps
+    if swapped_steps not in steps:
+        raise GradmemError(f"the swapped control is after {swapped_steps} steps, which are not among {steps}")
     if samples < 2:
         raise GradmemError("evaluation needs at least 2 samples: memories are swapped between contexts")
     spec = {**model.spec["task"], **(task or {})}
@@ -134,8 +141,9 @@ def evaluate(
                 token_losses = model.method.token_losses(memory, batch.context)
                 losses.setdefault(step, []).append(token_losses.sum(1) / batch.context.lengths)
                 scores.setdefault(("own", step), []).append(_score(model.method, built, memory, batch))
-            swapped = memory.select(torch.arange(size).roll(1))
-            scores.setdefault(("swapped", steps[-1]), []).append(_score(model.method, built, swapped, batch))
+                if step == swapped_steps:
+                    others = memory.select(torch.arange(size).roll(1))
+                    scores.setdefault(("swapped", step), []).append(_score(model.method, built, others, batch))
     joined = {key: torch.cat(parts).double().cpu().numpy() for key, parts in scores.items()}
     method = model.method
     one = convert(method.write(built.batch(split, 0, 1, seed).context.to(model.device), 0).memory)
@@ -148,7 +156,8 @@ def evaluate(
             ci95=interval(joined["own", step]),
             write_loss=float(torch.cat(losses[step]).mean()),
             unwritten=float(joined["own", 0].mean()),
-            swapped=float(joined["swapped", steps[-1]].mean()),
+            swapped=float(joined["swapped", swapped_steps].mean()),
+            swapped_steps=swapped_steps,
             samples=samples,
             queries=queries,
             seed=seed,

@@ -48,7 +48,7 @@ def table(results: Sequence[Result]) -> Table:
         built.add_row(
             *cells,
             "control: swapped",
-            str(last.steps),
+            str(last.swapped_steps),
             f"{100 * last.swapped:.2f}",
             "",
             "",
@@ -99,7 +99,9 @@ def steps_figure(results: Sequence[Result], path: str | Path, title: str) -> Pat
     ]
     with figure(path) as axis:
         axis.errorbar(steps, match, yerr=bars, marker="o", color="C0", capsize=3, label="exact match")
-        axis.plot(steps[-1], 100 * results[-1].swapped, "x", color="C0", label="memories swapped (control)")
+        axis.plot(
+            results[-1].swapped_steps, 100 * results[-1].swapped, "x", color="C0", label="memories swapped (control)"
+        )
         axis.set(xlabel="write steps", ylabel="exact match, %", ylim=(-3, 103), title=title)
         axis.set_xticks(steps)
         other = axis.twinx()

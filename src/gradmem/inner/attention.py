@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import GradmemError
+from .precision import no_autocast, product_dtype, work_dtype
 
 NAME = "gradmem"
 """Name of the implementation in transformers."""
@@ -92,24 +92,6 @@ def attention(
     return out.transpose(1, 2)
 
 
-def product_dtype(tensor: Tensor) -> torch.dtype:
-    """Type of the matrix products: that of the input or, as for PyTorch's own, that of autocast."""
-    device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
-def _work_dtype(tensor: Tensor) -> torch.dtype:
-    """Type of softmax, statistics and sums: at least float32."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Keep autocast, which a function inherits from its caller, from rounding float32 operands."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 class _Attention(torch.autograd.Function):
     """Scaled queries, keys, values -> outputs, all of shape (batch, heads, length, d)."""
 
@@ -137,7 +119,7 @@ class _Gradient(torch.autograd.Function):
     def forward(
         ctx: Any, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        work = _work_dtype(query)
+        work = work_dtype(query)
         d_query = torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
         mean = query.new_empty(*query.shape[:-1], 1, dtype=work)  # D
@@ -179,7 +161,7 @@ class _SecondDerivative(torch.autograd.Function):
         mean: Tensor,
         causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        work = _work_dtype(query)
+        work = work_dtype(query)
         d_grad, d_query = torch.empty_like(grad), torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
         with no_autocast(query):
@@ -223,7 +205,7 @@ class _Tiles:
         self.queries = query.shape[2]
         self.groups = query.shape[1] // self.heads
         self.causal = causal
-        self.dtype, self.work, self.device = query.dtype, _work_dtype(query), query.device
+        self.dtype, self.work, self.device = query.dtype, work_dtype(query), query.device
         self.mask = None if mask is None else self.grouped(mask)
         self.slots: dict[int, Tensor] = {}
         rows, size = TILE_ELSEWHERE

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import no_autocast, product_dtype
+from .precision import no_autocast, product_dtype, work_dtype
 
 CHUNK = 2**24
 """Logits to compute at once. Where all fit, they are kept: computing them again would only cost time."""
@@ -52,7 +52,7 @@ def cross_entropy(hidden: Tensor, head: nn.Module, ids: Tensor) -> Tensor:
         return F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
     dtype = product_dtype(hidden)
     rows, weight = hidden.flatten(0, 1).to(dtype), head.weight.to(dtype)
-    bias = None if head.bias is None else head.bias.to(torch.promote_types(dtype, torch.float32))
+    bias = None if head.bias is None else head.bias.to(work_dtype(rows))
     losses: Tensor = _CrossEntropy.apply(rows, weight, bias, ids.flatten())
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         # A node of its own, which no gradient by hidden states alone (WRITE) runs.
@@ -65,7 +65,7 @@ def _chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> I
     size = max(1, CHUNK // weight.shape[0])
     for start in range(0, len(rows), size):
         some = slice(start, start + size)
-        logits = (rows[some] @ weight.T).to(torch.promote_types(rows.dtype, torch.float32))
+        logits = (rows[some] @ weight.T).to(work_dtype(rows))
         yield some, logits if bias is None else logits.add_(bias), ids[some, None]
 
 
@@ -145,7 +145,7 @@ class _HeadGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight, bias, ids)
-        return rows.new_zeros(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
+        return rows.new_zeros(len(rows), dtype=work_dtype(rows))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

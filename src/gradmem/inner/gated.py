@@ -17,7 +17,7 @@ PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 def looks_like(module: nn.Module) -> bool:
     """Whether it may be `down_proj(silu(gate_proj(x)) * up_proj(x))`, by its parts."""
-    return all(hasattr(module, part) for part in PARTS)
+    return all(isinstance(getattr(module, part, None), nn.Module) for part in PARTS)
 
 
 def forward(module: Any, hidden: Tensor) -> Tensor:

@@ -93,9 +93,10 @@ def descend(
     state = None
     for index in range(steps):
         second = training and order == "second" and (last_k is None or index >= steps - last_k)
-        rebuild = training and strategy == "recompute" and index < steps - 1
-        evaluate = _rebuilt_gradient if rebuild else _gradient
-        losses, points, grads = evaluate(loss, now.tensors, given, second, training)
+        if training and strategy == "recompute" and index < steps - 1:
+            losses, points, grads = _rebuilt_gradient(loss, now.tensors, given, second)
+        else:
+            losses, points, grads = _gradient(loss, now.tensors, given, second, training)
         active = None if until is None else losses.detach() > until
         if active is not None and not bool(active.any()):
             return
@@ -126,7 +127,7 @@ def _gradient(
 
 
 def _rebuilt_gradient(
-    loss: Loss, tensors: Tensors, given: Sequence[Tensor], second: bool, training: bool
+    loss: Loss, tensors: Tensors, given: Sequence[Tensor], second: bool
 ) -> tuple[Tensor, Tensors, Sequence[Tensor]]:
     """`_gradient`, with a graph that is not kept but built again in the backward pass."""
     points = {name: _differentiable(tensor) for name, tensor in tensors.items()}

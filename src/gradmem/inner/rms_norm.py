@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .precision import work_dtype
+
 
 def looks_like(module: nn.Module) -> bool:
     """Whether it may be `weight * x / rms(x)`, by its name and parts."""
@@ -59,7 +61,7 @@ def _over_rows(tensor: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        work = x.to(torch.promote_types(x.dtype, torch.float32))
+        work = x.to(work_dtype(x))
         r = (_mean(work, work) + eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         return (work * r).to(x.dtype) * weight

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +19,6 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from ..batch import Batch
@@ -35,14 +26,14 @@ from ..checkpoints import load
 from ..errors import GradmemError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.report import save_json
-from ..inner import Strategy
 from ..model import MemoryModel, build_task
 from ..tasks.base import Task
 from .optim import build_optimizers
 from .plan import choose_device, gigabytes, plan_stage
+from .progress import Place, Report
 from .recipe import Recipe, Stage
 from .state import load_state, replace, save_state, states
-from .step import MetaStep
+from .step import MetaStep, outer_loss
 
 WINDOW = 10
 """Steps over which exact match is averaged."""
@@ -58,30 +49,6 @@ FIELDS = [
     "samples",
     "seconds",
 ]
-
-
-@dataclass
-class Place:
-    """Where a run stands; all that a resumed run needs beside weights and optimisers."""
-
-    step: int = 0
-    stage: int = 0
-    stage_step: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    recent: list[float] = field(default_factory=list)
-    best: float = 0.0
-    best_at: int = 0
-    halvings: int = 0
-    decay_from: int | None = None
-    strategy: Strategy | None = None
-    micro_batch: int = 0
-
-    def next_stage(self) -> None:
-        """Move to the beginning of the next stage."""
-        self.stage, self.stage_step, self.recent = self.stage + 1, 0, []
-        self.best, self.best_at, self.halvings, self.decay_from = 0.0, 0, 0, None
-        self.strategy, self.micro_batch = None, 0
 
 
 class Trainer:
@@ -118,7 +85,7 @@ class Trainer:
             self.place = Place(**load_state(saved[-1], self.model.method, self.optimizers))
         elif saved:
             raise GradmemError(f"{output} holds a run: resume it with --resume auto, or give another --output")
-        self.step_module = self.accelerator.prepare(MetaStep(self.model.method))
+        self.step_module = self.accelerator.prepare(MetaStep(self.model.method, recipe.precision))
         self.parameters = [p for p in self.model.method.parameters() if p.requires_grad]
 
     def run(self) -> MemoryModel:
@@ -147,7 +114,6 @@ class Trainer:
         tasks = [build_task(spec) for spec in specs]
         progress.begin(self.place.stage, stage)
         self._plan(stage, tasks, progress)
-        self.model.method.strategy = place.strategy or "recompute"
         while not self._finished(stage):
             started = time.monotonic()
             try:
@@ -180,23 +146,23 @@ class Trainer:
     def _plan(self, stage: Stage, tasks: list[Task], progress: Report) -> None:
         """Settle how the stage's steps run; a resumed run keeps to it, to go on with the same numbers."""
         recipe, place, accelerator = self.recipe, self.place, self.accelerator
-        if recipe.strategy not in ("auto", place.strategy) or recipe.micro_batch not in (0, place.micro_batch):
-            place.strategy = None
+        kept = recipe.strategy in ("auto", place.strategy) and recipe.micro_batch in (0, place.micro_batch)
         if recipe.strategy != "auto" and recipe.micro_batch:
             place.strategy, place.micro_batch = recipe.strategy, recipe.micro_batch
-        if place.strategy:
-            return
-        chosen = plan_stage(
-            recipe, stage, self.model.method, tasks, accelerator.device, accelerator.num_processes
-        ).chosen
-        # One process decides for all, which must agree on the number of parts.
-        place.strategy, place.micro_batch = broadcast_object_list([chosen.strategy, chosen.micro_batch])
-        progress.say(f"{place.strategy}, {place.micro_batch} contexts at a time")
+        elif not (kept and place.micro_batch):
+            started = time.monotonic()
+            plan = plan_stage(recipe, stage, self.model.method, tasks, accelerator.device, accelerator.num_processes)
+            # One process decides for all, which must agree on the number of parts.
+            found = broadcast_object_list([plan.chosen.strategy, plan.chosen.micro_batch])
+            place.strategy, place.micro_batch = found
+            place.seconds += time.monotonic() - started
+            progress.say(f"{place.strategy}, {place.micro_batch} contexts at a time")
+        self.model.method.strategy = place.strategy
 
     def _explained(self, error: Exception, stage: Stage, tasks: list[Task]) -> Exception:
         """For want of memory: which setting would fit. Any other error stays what it is."""
         # A CPU's allocator has no error class of its own.
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "you tried to allocate" not in str(error):
             return error
         error.__traceback__ = None  # holds on to the tensors of the failed step
         place, free = self.place, dataclasses.replace(self.recipe, strategy="auto", micro_batch=0)
@@ -287,12 +253,9 @@ class Trainer:
         shown = torch.zeros(3, device=accelerator.device)
         for part in parts:
             with contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(self.step_module):
-                # Not Accelerate's own autocast: its precision is one for the life of the process.
-                with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-                    loss, write_loss, correct = self.step_module(part, steps, task.scored(part.labels))
+                loss, write_loss, correct = self.step_module(part, steps, task.scored(part.labels))
                 loss, write_loss = loss / tokens, write_loss * len(part.context) / len(batch.context)
-                # Not with a weight of zero, which would still be differentiated.
-                accelerator.backward(loss + weight * write_loss if weight else loss)
+                accelerator.backward(outer_loss(loss, write_loss, weight))
             match = correct.sum() / len(batch.rows)
             shown += torch.stack([loss.detach(), write_loss.detach(), match])
         return shown
@@ -342,60 +305,3 @@ class Trainer:
     def _progress(self) -> Iterator[Report]:
         with Report(Console(stderr=True, quiet=not self.main), len(self.recipe.stages)) as report:
             yield report
-
-
-class Report:
-    """Progress of a run: a live bar on a terminal, a line now and then elsewhere."""
-
-    EVERY = 25
-
-    def __init__(self, console: Console, stages: int) -> None:
-        self.console, self.stages = console, stages
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("", total=1, numbers="")
-
-    def __enter__(self) -> Report:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def begin(self, index: int, stage: Stage) -> None:
-        """Start the bar of a stage."""
-        options = {key: [task[key] for task in stage.tasks if key in task] for key in stage.tasks[0]}
-        what = ", ".join(f"{'/'.join(map(str, dict.fromkeys(values)))} {key}" for key, values in options.items())
-        self.title = f"stage {index + 1}/{self.stages} {what} K={'/'.join(map(str, stage.write_steps))}"
-        self.bar.reset(self.task, total=stage.max_steps, description=self.title)
-
-    def show(self, row: dict[str, Any], place: Place) -> None:
-        """Show a step."""
-        numbers = self._numbers(row["loss"], place)
-        self.bar.update(self.task, completed=place.stage_step, numbers=numbers)
-        if not self.console.is_terminal and place.stage_step % self.EVERY == 0:
-            self.console.print(f"{self.title}: step {place.stage_step} {numbers} lr x{row['lr']:.3g}", highlight=False)
-
-    def end(self, place: Place) -> None:
-        """Leave a line behind for a stage that is done."""
-        match = sum(place.recent) / max(len(place.recent), 1)
-        self.console.print(
-            f"{self.title}: done after {place.stage_step} steps, EM {match:.2%}, {place.seconds / 60:.1f} min in all",
-            highlight=False,
-        )
-
-    def say(self, text: str) -> None:
-        """Leave a line behind."""
-        self.console.print(f"{self.title}: {text}", highlight=False)
-
-    def _numbers(self, loss: float, place: Place) -> str:
-        match = sum(place.recent) / len(place.recent)
-        return f"loss {loss:.3f} EM {match:.1%} {place.step / place.seconds:.2f} steps/s"

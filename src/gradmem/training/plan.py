@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
-import psutil
 import torch
 
 from ..errors import GradmemError
@@ -18,8 +14,9 @@ from ..inner.meta_gradient import Strategy
 from ..methods.base import Method
 from ..model import MemoryModel, build_task
 from ..tasks.base import Task
+from .memory_use import forget_peak, free_memory, peak
 from .recipe import Recipe, Stage
-from .step import MetaStep
+from .step import MetaStep, outer_loss
 
 MICRO_TOKENS = 3072
 """Context tokens of the largest micro-batch on a CPU: enough for full speed; more only cost memory and page faults."""
@@ -100,10 +97,8 @@ def make_plan(
     trials = []
     for strategy, probe in probes.items():
         fits = budget // max(probe.bytes, 1)
-        sizes = (
-            {micro_batch} if micro_batch else {_even(contexts, n) for n in (min(most, fits), min(most, fits) // 2) if n}
-        )
-        for size in sorted(size for size in sizes if size <= fits):
+        sizes = [micro_batch] if micro_batch else _halves(contexts, min(most, fits))
+        for size in (size for size in sizes if size <= fits):
             trials.append(probe if size == 1 else _measure(run, strategy, size, contexts, device))
     if not trials:
         least = min(probes.values(), key=lambda trial: trial.bytes)
@@ -134,13 +129,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu") if name == "cpu" or found is None else found
 
 
-def plan_recipe(recipe: Recipe, processes: int = 1) -> Iterator[tuple[Stage, Plan]]:
+def plan_recipe(recipe: Recipe) -> Iterator[tuple[Stage, Plan]]:
     """Measure every stage of a recipe, without training anything."""
     device = choose_device(recipe.device)
     model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method).to(device)
     for stage in recipe.stages:
         tasks = [build_task({**recipe.task, **options}) for options in stage.tasks]
-        yield stage, plan_stage(recipe, stage, model.method, tasks, device, processes)
+        yield stage, plan_stage(recipe, stage, model.method, tasks, device)
 
 
 def plan_stage(
@@ -151,15 +146,18 @@ def plan_stage(
     Weights, gradients and random numbers are afterwards as they were before.
     """
     share = stage.batch_size // processes
-    task = max(tasks, key=lambda task: task.batch("train", 0, 1, recipe.seed).context.ids.shape[1])
-    step, before = MetaStep(method), method.strategy
+    lengths = [task.batch("train", 0, 1, recipe.seed).context.ids.shape[1] for task in tasks]
+    tokens, task = max(zip(lengths, tasks, strict=True), key=lambda pair: pair[0])
+    step, before, steps = MetaStep(method, recipe.precision), method.strategy, max(stage.write_steps)
+    strategies: Sequence[Strategy] = get_args(Strategy) if recipe.strategy == "auto" else [recipe.strategy]
+    if steps <= 1 and recipe.strategy == "auto":
+        strategies = ["recompute"]  # which keeps the last step: the same
 
     def run(strategy: Strategy, contexts: int) -> None:
         method.strategy = strategy
         batch = task.batch("train", 0, contexts, recipe.seed).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            loss, write_loss, _ = step(batch, max(stage.write_steps), task.scored(batch.labels))
-        (loss + recipe.inner_loss_weight * write_loss if recipe.inner_loss_weight else loss).backward()
+        loss, write_loss, _ = step(batch, steps, task.scored(batch.labels))
+        outer_loss(loss, write_loss, recipe.inner_loss_weight).backward()
         method.zero_grad()
 
     with torch.random.fork_rng():
@@ -167,9 +165,9 @@ def plan_stage(
             return make_plan(
                 run,
                 share,
-                task.batch("train", 0, 1, recipe.seed).context.ids.shape[1],
+                tokens,
                 device,
-                strategies=get_args(Strategy) if recipe.strategy == "auto" else [recipe.strategy],
+                strategies=strategies,
                 micro_batch=min(recipe.micro_batch, share) or None,
                 processes=processes,
             )
@@ -178,60 +176,21 @@ def plan_stage(
             method.strategy = before
 
 
-def _even(contexts: int, size: int) -> int:
-    """The largest part when contexts are split evenly into parts of up to `size`."""
-    return -(-contexts // -(-contexts // size))
+def _halves(contexts: int, most: int) -> list[int]:
+    """The largest part when contexts are split evenly into parts of up to `most`, and of up to half as many."""
+    return sorted({-(-contexts // -(-contexts // size)) for size in (most, most // 2) if size})
 
 
 def _measure(run: Run, strategy: Strategy, size: int, contexts: int, device: torch.device) -> Trial:
-    before = _forget_peak(device)
+    before = forget_peak(device)
     start = time.perf_counter()
     run(strategy, size)
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     seconds = (time.perf_counter() - start) * contexts / size
-    return Trial(strategy, size, seconds, max(0, _peak(device) - before))
+    return Trial(strategy, size, seconds, max(0, peak(device) - before))
 
 
 def gigabytes(size: int) -> str:
     """A size for people."""
     return f"{size / 1e9:.2f} GB"
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated: of the device, or of the machine and the container we are in."""
-    if device.type != "cpu":
-        return int(torch.accelerator.get_memory_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
-
-
-def _forget_peak(device: torch.device) -> int:
-    """Forget the peak and return the bytes in use."""
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats(device)
-        return int(torch.accelerator.memory_allocated(device))
-    try:
-        # What was freed goes back to the system first: otherwise a trial would be measured in the last one's memory.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
-        pass
-    return int(psutil.Process().memory_info().rss)
-
-
-def _peak(device: torch.device) -> int:
-    if device.type != "cpu":
-        return int(torch.accelerator.max_memory_allocated(device))
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        # No peak on this system: what is in use when the step ends.
-        return int(psutil.Process().memory_info().rss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,17 +31,24 @@ def exact_match(predicted: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
     return (right | ~scored).all(1)
 
 
+def outer_loss(loss: Tensor, write_loss: Tensor, weight: float) -> Tensor:
+    """Read loss plus weighted write loss; with a weight of zero the write loss is not differentiated at all."""
+    return loss + weight * write_loss if weight else loss
+
+
 class MetaStep(nn.Module):
     """Write a batch and read its targets; a module, so that data parallelism can wrap it."""
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Method, precision: Literal["fp32", "bf16"] = "fp32") -> None:
         super().__init__()
-        self.method = method
+        self.method, self.precision = method, precision
 
     def forward(self, batch: Batch, steps: int, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return read loss summed over target tokens, last write loss averaged, and exact match by query."""
-        written = self.method.write(batch.context, steps)
-        logits = self.method.read_targets(written.memory, batch.queries, batch.labels, batch.rows)
+        # Not Accelerate's own autocast: its precision is one for the life of the process.
+        with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            written = self.method.write(batch.context, steps)
+            logits = self.method.read_targets(written.memory, batch.queries, batch.labels, batch.rows)
         targets = batch.labels[batch.labels != -100]
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         auxiliary = written.losses[-1].mean() if len(written.losses) else loss.new_zeros(())

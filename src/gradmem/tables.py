@@ -1,0 +1,87 @@
+"""Memories, receipts and plans as tables that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .errors import GradmemError
+from .memory import Memory, Record
+
+
+def provenance(record: Record, memory: Memory, path: Path) -> Table:
+    """Where a memory comes from, as a table."""
+    built = Table(title=str(path), show_header=False)
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in memory.tensors.items())
+    lr = f"{min(record.inner_lr):.4g} to {max(record.inner_lr):.4g}" if record.inner_lr else "none"
+    rows = {
+        "written by": f"{record.method}, checkpoint '{record.model}'",
+        "checkpoint": record.checkpoint,
+        "backbone": record.backbone,
+        "tokenizer": record.tokenizer,
+        "context SHA-256": record.context_sha256,
+        "context": f"{record.context_tokens} tokens",
+        "tensors": f"{shapes}; {path.stat().st_size} bytes in the file",
+        "steps": f"{record.steps}, inner learning rate {lr}",
+        "write loss": f"{record.loss_before:.4f} before, {record.loss_after:.4f} after",
+    }
+    for name, value in rows.items():
+        built.add_row(name, value)
+    return built
+
+
+def receipt(record: Record, tokens: Sequence[str] | None = None) -> Table:
+    """A write receipt as a table: loss by step, and what was lost (with its tokens where they are at hand)."""
+    built = Table(title="write receipt", show_header=False)
+    built.add_row("write loss by step", "  ".join(f"{loss:.4f}" for loss in record.losses))
+    kept = record.context_tokens - len(record.lost)
+    built.add_row("tokens kept", f"{kept} of {record.context_tokens} (loss below ln 2 = 0.693)")
+    if tokens is None:
+        lost = Text(", ".join(map(str, record.lost)) or "none")
+        built.add_row("positions lost", lost)
+        return built
+    text = Text()
+    lost_at = set(record.lost)
+    for position, token in enumerate(tokens):
+        text.append(token, style="bold white on red" if position in lost_at else "green")
+    built.add_row("text (lost in red)", text)
+    if lost_at:
+        built.add_row("lost", " ".join(f"{tokens[i]!r}@{i}" for i in record.lost))
+    return built
+
+
+def tokens_of(memory: Memory, text: str) -> list[str]:
+    """The tokens of a context as its model reads them."""
+    if memory.model is None:
+        raise GradmemError("this memory is bound to no model")
+    task = memory.model.task
+    return [task.tokenizer.decode([i]) for i in task.encode(task.context_text(text))]
+
+
+def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What `plan` measured, as a table."""
+    hours = sum(row["seconds"] * row["steps"] for row in rows if row["chosen"]) / 3600
+    built = Table(
+        title="training steps, measured here",
+        caption=f"at most {hours:.1f} hours in all; {rows[0]['budget'] / 1e9:.1f} GB may be used. Chosen: the fastest "
+        "that fits; what takes more memory must save 5 % of the time",
+    )
+    for heading in ("stage", "K", "strategy", "contexts at a time", "s / step", "GB", "at most, hours", ""):
+        built.add_column(heading, justify="left" if heading in ("strategy", "") else "right")
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        built.add_row(
+            str(row["stage"]),
+            str(row["write_steps"]),
+            row["strategy"],
+            str(row["micro_batch"]),
+            f"{row['seconds']:.2f}",
+            f"{row['bytes'] / 1e9:.2f}",
+            f"{row['seconds'] * row['steps'] / 3600:.2f}",
+            "chosen" if row["chosen"] else "",
+            end_section=after is not None and after["stage"] != row["stage"],
+        )
+    return built

@@ -1,0 +1,101 @@
+"""Where a run stands, and how that is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ..inner import Strategy
+from .recipe import Stage
+
+
+@dataclass
+class Place:
+    """Where a run stands; all that a resumed run needs beside weights and optimisers."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    best: float = 0.0
+    best_at: int = 0
+    halvings: int = 0
+    decay_from: int | None = None
+    strategy: Strategy = "recompute"
+    micro_batch: int = 0
+    """0: how this stage's steps run is not settled yet."""
+
+    def next_stage(self) -> None:
+        """Move to the beginning of the next stage."""
+        self.stage, self.stage_step, self.recent = self.stage + 1, 0, []
+        self.best, self.best_at, self.halvings, self.decay_from = 0.0, 0, 0, None
+        self.micro_batch = 0
+
+
+class Report:
+    """Progress of a run: a live bar on a terminal, a line now and then elsewhere."""
+
+    EVERY = 25
+
+    def __init__(self, console: Console, stages: int) -> None:
+        self.console, self.stages = console, stages
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=1, numbers="")
+
+    def __enter__(self) -> Report:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def begin(self, index: int, stage: Stage) -> None:
+        """Start the bar of a stage."""
+        options = {key: [task[key] for task in stage.tasks if key in task] for key in stage.tasks[0]}
+        what = ", ".join(f"{'/'.join(map(str, dict.fromkeys(values)))} {key}" for key, values in options.items())
+        self.title = f"stage {index + 1}/{self.stages} {what} K={'/'.join(map(str, stage.write_steps))}"
+        self.bar.reset(self.task, total=stage.max_steps, description=self.title)
+
+    def show(self, row: dict[str, Any], place: Place) -> None:
+        """Show a step."""
+        numbers = self._numbers(row["loss"], place)
+        self.bar.update(self.task, completed=place.stage_step, numbers=numbers)
+        if not self.console.is_terminal and place.stage_step % self.EVERY == 0:
+            self.console.print(f"{self.title}: step {place.stage_step} {numbers} lr x{row['lr']:.3g}", highlight=False)
+
+    def end(self, place: Place) -> None:
+        """Leave a line behind for a stage that is done."""
+        match = sum(place.recent) / max(len(place.recent), 1)
+        self.console.print(
+            f"{self.title}: done after {place.stage_step} steps, EM {match:.2%}, {place.seconds / 60:.1f} min in all",
+            highlight=False,
+        )
+
+    def say(self, text: str) -> None:
+        """Leave a line behind."""
+        self.console.print(f"{self.title}: {text}", highlight=False)
+
+    def _numbers(self, loss: float, place: Place) -> str:
+        match = sum(place.recent) / len(place.recent)
+        return f"loss {loss:.3f} EM {match:.1%} {place.step / place.seconds:.2f} steps/s"
