@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -117,7 +117,9 @@ class Backbone(nn.Module):
         """Token ids (batch, length) -> input embeddings (batch, length, d)."""
         return self.model.get_input_embeddings()(ids)
 
-    def hidden(self, embeds: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self, embeds: Tensor, cache: Cache | None = None, mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         """Run the blocks.
 
         Pads stand on the right, where causal attention keeps them from every real token, so no mask is needed.
@@ -127,13 +129,21 @@ class Backbone(nn.Module):
         embeds : Tensor, shape (batch, length, d)
         cache : Cache, optional
             Keys and values of what comes before; it is extended in place.
+        mask : Tensor, optional
+            Attention mask as transformers takes it, where attention is not just causal.
+        positions : Tensor, int64, shape (batch, length), optional
+            Position ids, where they do not just count on.
 
         Returns
         -------
         Tensor, shape (batch, length, d), after the final norm
         """
+        given = {"attention_mask": mask, "position_ids": positions}
         return self.model.base_model(
-            inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None
+            inputs_embeds=embeds,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **{name: tensor for name, tensor in given.items() if tensor is not None},
         ).last_hidden_state
 
     def prefix(self, embeds: Tensor) -> Prefix:
@@ -178,6 +188,10 @@ class Prefix:
         cache.batch_select_indices(rows)
         return Prefix(self.last[rows], cache)
 
+    def active(self) -> AbstractContextManager[Any]:
+        """Context in which the model runs what follows the prefix; subclasses put there what a cache cannot hold."""
+        return nullcontext()
+
     @property
     def length(self) -> int:
         """Prefix positions."""
@@ -219,8 +233,9 @@ def generate(
     for row, query in enumerate(queries):
         ids[row, width - len(query) :] = torch.tensor(query, device=device)
         mask[row, width - len(query) :] = 1
-    generated = backbone.model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=prefix.cache, pad_token_id=pad_id, **options
-    )
+    with prefix.active():
+        generated = backbone.model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=prefix.cache, pad_token_id=pad_id, **options
+        )
     sequences = generated if isinstance(generated, Tensor) else generated.sequences
     return sequences[:, width:].tolist()
