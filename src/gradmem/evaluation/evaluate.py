@@ -110,6 +110,11 @@ def evaluate(
         After which of the steps memories are swapped for the control; by default the last.
     progress : callable
         Wraps the list of batches, to show progress.
+
+    Raises
+    ------
+    GradmemError
+        When the method takes fewer steps than asked for, a context does not fit, or samples are too few.
     """
     steps = sorted({model.method.write_steps} if steps is None else set(steps))
     if not steps or steps[0] < 0:
@@ -144,6 +149,10 @@ def evaluate(
                 if step == swapped_steps:
                     others = memory.select(torch.arange(size).roll(1))
                     scores.setdefault(("swapped", step), []).append(_score(model.method, built, others, batch))
+            if step < steps[-1]:
+                raise GradmemError(
+                    f"{steps[-1]} steps asked for; the method of '{model.name}' takes no more than {step}"
+                )
     joined = {key: torch.cat(parts).double().cpu().numpy() for key, parts in scores.items()}
     method = model.method
     one = convert(method.write(built.batch(split, 0, 1, seed).context.to(model.device), 0).memory)
