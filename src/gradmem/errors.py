@@ -16,3 +16,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> GradmemError:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return GradmemError(f"unknown {kind} '{name}': {hint}known: {', '.join(names) or 'none'}")
+
+
+def require(name: str, value: object, good: bool, wanted: str) -> None:
+    """Raise `GradmemError` for an option whose value is not `good`, saying what is wanted."""
+    if not good:
+        raise GradmemError(f"{name} must be {wanted}, not {value!r}")

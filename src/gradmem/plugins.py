@@ -12,9 +12,9 @@ from .errors import GradmemError, unknown
 
 
 def names(package: str) -> list[str]:
-    """Names of the plug-in files in a package."""
+    """Names of the plug-in files in a package; `base` and private modules are none."""
     path = importlib.import_module(package).__path__
-    return sorted(info.name for info in pkgutil.iter_modules(path) if info.name != "base")
+    return sorted(info.name for info in pkgutil.iter_modules(path) if info.name != "base" and info.name[0] != "_")
 
 
 def find(base: Any, package: str, kind: str, name: str, *, trusted: bool = True) -> Any:

@@ -68,6 +68,12 @@ class Method(nn.Module, ABC):
         steps : int
         until : float, optional
             A sample whose write loss is at most this takes no further step.
+
+        Raises
+        ------
+        GradmemError
+            When steps are negative, a context is empty or too long, or `until` is given to a method without write
+            loss.
         """
 
     @abstractmethod
@@ -77,6 +83,19 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Loss of each context token when the context is reconstructed from the memory, shape (batch, length)."""
+
+    def write_loss(self, written: Written, context: Tokens) -> Tensor:
+        """Loss of WRITE that training may add to the loss of READ: a scalar, zero for methods without one.
+
+        Here the last of the write losses, averaged over samples.
+
+        Parameters
+        ----------
+        written : Written
+            What writing `context` returned.
+        context : Tokens, shape (batch, length)
+        """
+        return written.losses[-1].mean() if len(written.losses) else written.losses.new_zeros(())
 
     @property
     @abstractmethod
@@ -119,7 +138,8 @@ class Method(nn.Module, ABC):
         -------
         Tensor, shape (queries, length + 1, d)
         """
-        hidden = self.backbone.hidden(self.backbone.embed(queries.ids), prefix.cache)
+        with prefix.active():
+            hidden = self.backbone.hidden(self.backbone.embed(queries.ids), prefix.cache)
         return torch.cat([prefix.last[:, None], hidden], dim=1)
 
     def read(self, memory: Memory, queries: Tokens, rows: Tensor | None = None) -> Tensor:
@@ -185,6 +205,20 @@ class Method(nn.Module, ABC):
         with torch.no_grad():
             prefix = memory if isinstance(memory, Prefix) else self.prefix(memory)
             return generate(self.backbone, prefix if rows is None else prefix.select(rows), queries, pad_id, **options)
+
+    def _check_write(self, context: Tokens, steps: int) -> None:
+        """Refuse negative steps, and contexts that are empty or too long."""
+        if steps < 0:
+            raise GradmemError(f"write steps must be at least 0, not {steps}")
+        if context.ids.shape[1] > self.max_context:
+            raise GradmemError(f"a context has {context.ids.shape[1]} tokens; the limit is {self.max_context}")
+        if not context.mask[:, :1].all() or not context.mask.numel():
+            raise GradmemError("a context is empty")
+
+    def _refuse_until(self, until: float | None) -> None:
+        """Refuse `until`, for methods without a write loss that could reach it."""
+        if until is not None:
+            raise GradmemError("`until` needs a write loss, which this method has not: give a number of `steps`")
 
     def _prefix_rows(self, memory: Memory, rows: Tensor | None) -> Prefix:
         prefix = self.prefix(memory)

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..backbone import Backbone, Prefix
+from ..backbone import Backbone
 from ..batch import Tokens
-from ..errors import GradmemError
+from ..errors import GradmemError, require
 from ..inner.meta_gradient import Order, descend
-from ..inner.objective import sample_losses, token_losses
+from ..inner.objective import sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors
 from ..memory import Memory
-from .base import Method, Written
+from ._prefix import Head, PrefixMethod
+from .base import Written
 
 
-class GradMem(Method):
+class GradMem(PrefixMethod):
     """Memory vectors that are written by K steps of gradient descent on the loss of reconstructing the context.
 
     Parameters
@@ -70,24 +71,19 @@ class GradMem(Method):
         last_k: int | None = None,
         n_ctrl: int = 0,
         projection: Literal["none", "proj", "per_sample"] = "none",
-        write_head: Literal["none", "copy", "random"] = "none",
+        write_head: Head = "none",
         write_lora: int = 0,
         freeze_backbone: bool = False,
     ) -> None:
-        super().__init__(backbone)
-        _check("n_mem", n_mem, n_mem >= 1, "at least 1")
-        _check("write_steps", write_steps, write_steps >= 0, "at least 0")
-        _check("inner_lr", inner_lr, inner_lr > 0, "positive")
-        _check("inner_optimizer", inner_optimizer, inner_optimizer in OPTIMIZERS, "sgd or adam")
-        _check("order", order, order in ("none", "first", "second"), "none, first or second")
-        _check("last_k", last_k, last_k is None or last_k >= 0, "at least 0")
-        _check("n_ctrl", n_ctrl, n_ctrl >= 0, "at least 0")
-        _check("projection", projection, projection in ("none", "proj", "per_sample"), "none, proj or per_sample")
-        _check("write_head", write_head, write_head in ("none", "copy", "random"), "none, copy or random")
-        _check("clip_value", clip_value, clip_value is None or clip_value > 0, "positive")
-        _check("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "positive")
-        _check("write_lora", write_lora, write_lora >= 0, "at least 0")
-        self.write_steps = write_steps
+        super().__init__(backbone, n_mem, write_steps, n_ctrl)
+        require("inner_lr", inner_lr, inner_lr > 0, "positive")
+        require("inner_optimizer", inner_optimizer, inner_optimizer in OPTIMIZERS, "sgd or adam")
+        require("order", order, order in ("none", "first", "second"), "none, first or second")
+        require("last_k", last_k, last_k is None or last_k >= 0, "at least 0")
+        require("projection", projection, projection in ("none", "proj", "per_sample"), "none, proj or per_sample")
+        require("clip_value", clip_value, clip_value is None or clip_value > 0, "positive")
+        require("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "positive")
+        require("write_lora", write_lora, write_lora >= 0, "at least 0")
         self.inner_lr = inner_lr
         self.update = OPTIMIZERS[inner_optimizer]
         self.clip_value, self.clip_norm = clip_value, clip_norm
@@ -96,60 +92,20 @@ class GradMem(Method):
         self.projection = projection
 
         backbone.requires_grad_(not freeze_backbone)
-        d = backbone.width
-        like = backbone.model.get_input_embeddings().weight
-        std = float(like.detach().float().std())
-
-        def vectors(count: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(count, d, dtype=like.dtype, device=like.device) * std)
-
-        self.initial_memory = vectors(n_mem)
-        self.control = nn.ParameterDict(
-            {name: vectors(n_ctrl) for name in ("write_start", "write_end", "read_start", "read_end")} if n_ctrl else {}
-        )
         self.log_inner_lr = (
-            nn.Parameter(torch.full((n_mem, 1), math.log(inner_lr), dtype=torch.float32, device=like.device))
+            nn.Parameter(
+                torch.full((n_mem, 1), math.log(inner_lr), dtype=torch.float32, device=self.initial_memory.device)
+            )
             if learn_inner_lr
             else None
         )
-        self.proj: nn.Linear | None = None
-        if projection != "none":
-            self.proj = nn.Linear(d, d, dtype=like.dtype, device=like.device)
-            nn.init.eye_(self.proj.weight)
-            nn.init.zeros_(self.proj.bias)
-        self.write_head: nn.Linear | None = None
-        if write_head != "none":
-            vocabulary = backbone.head.weight.shape[0]
-            self.write_head = nn.Linear(d, vocabulary, bias=False, dtype=like.dtype, device=like.device)
-            if write_head == "copy":
-                self.write_head.weight = nn.Parameter(backbone.head.weight.detach().clone())
-            else:
-                nn.init.normal_(self.write_head.weight, std=std)
+        self.proj = None if projection == "none" else self._new_projection(identity=True)
+        self.write_head = self._new_write_head(write_head)
         self.adapters = _add_lora(backbone, write_lora) if write_lora else []
-
-    @property
-    def n_mem(self) -> int:
-        """Number of memory vectors."""
-        return self.initial_memory.shape[0]
-
-    @property
-    def prefix_length(self) -> int:
-        """Positions before the first context token: memory and control vectors."""
-        return self.n_mem + sum(len(v) for name, v in self.control.items() if name.startswith("write"))
-
-    @property
-    def max_context(self) -> int:
-        """Longest context in tokens: what the backbone's positions leave beside the prefix."""
-        return self.backbone.max_positions - self.prefix_length
 
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
         """Yield the memory before the first write step and after every step; see `Method.trajectory`."""
-        if steps < 0:
-            raise GradmemError(f"write steps must be at least 0, not {steps}")
-        if context.ids.shape[1] > self.max_context:
-            raise GradmemError(f"a context has {context.ids.shape[1]} tokens; the limit is {self.max_context}")
-        if not context.mask[:, :1].all() or not context.mask.numel():
-            raise GradmemError("a context is empty")
+        self._check_write(context, steps)
         embeds = self._embed_context(context)
         second = torch.is_grad_enabled() and self.order == "second"
 
@@ -175,31 +131,17 @@ class GradMem(Method):
             losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(context))
             yield Written(Memory(step.tensors), losses, step.taken)
 
-    def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
-        """Loss of each context token under a memory, shape (batch, length), nats."""
-        return self._losses(memory.tensors, context, self._embed_context(context))
-
     def inner_lrs(self) -> list[float]:
         """Inner learning rate of each memory vector, or the one that all share."""
         rate = self._rates()["memory"]
         return rate.flatten().tolist() if isinstance(rate, Tensor) else [rate]
 
-    def check(self, memory: Memory, what: str) -> None:
-        """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
-        wanted = {name: tuple(tensor.shape[1:]) for name, tensor in self._start(1).items()}
-        found = {name: tuple(tensor.shape[1:]) for name, tensor in memory.tensors.items()}
-        if wanted != found:
-            raise GradmemError(f"{what} holds {found}, this method writes {wanted}")
-
-    def prefix(self, memory: Memory) -> Prefix:
-        """Run `[read_start ; P(M) ; read_end]` once for each row."""
-        return self.backbone.prefix(self._surround("read", memory.tensors))
-
     def _start(self, batch: int) -> Tensors:
-        tensors: Tensors = {"memory": self.initial_memory}
+        tensors = super()._start(batch)
         if self.projection == "per_sample" and self.proj is not None:
-            tensors |= {"proj_weight": self.proj.weight, "proj_bias": self.proj.bias}
-        return {name: tensor.expand(batch, *tensor.shape) for name, tensor in tensors.items()}
+            tensors["proj_weight"] = self.proj.weight.expand(batch, -1, -1)
+            tensors["proj_bias"] = self.proj.bias.expand(batch, -1)
+        return tensors
 
     def _rates(self) -> Rates:
         rates: dict[str, float | Tensor] = dict.fromkeys(("memory", "proj_weight", "proj_bias"), self.inner_lr)
@@ -207,35 +149,15 @@ class GradMem(Method):
             rates["memory"] = self.log_inner_lr.exp().to(self.initial_memory.dtype)
         return rates
 
-    def _project(self, tensors: Tensors) -> Tensor:
+    def _project(self, phase: Literal["write", "read"], tensors: Tensors) -> Tensor:
         memory = tensors["memory"].to(self.initial_memory.dtype)
         if "proj_weight" in tensors:
             return torch.baddbmm(tensors["proj_bias"][:, None], memory, tensors["proj_weight"].transpose(1, 2))
         return memory if self.proj is None else self.proj(memory)
 
-    def _surround(self, phase: str, tensors: Tensors) -> Tensor:
-        """Prefix embeddings `[start (c) ; P(M) (m) ; end (c)]`, shape (batch, m + 2c, d)."""
-        memory = self._project(tensors)
-        if not self.control:
-            return memory
-        start, end = (self.control[f"{phase}_{side}"].expand(len(memory), -1, -1) for side in ("start", "end"))
-        return torch.cat([start, memory, end], dim=1)
-
-    def _embed_context(self, context: Tokens) -> Tensor:
-        # The last token is predicted but never an input.
-        return self.backbone.embed(context.ids[:, :-1])
-
     def _losses(self, tensors: Tensors, context: Tokens, embeds: Tensor) -> Tensor:
-        prefix = self._surround("write", tensors)
         with self.backbone.without_dropout(), _active(self.adapters):
-            hidden = self.backbone.hidden(torch.cat([prefix, embeds], dim=1))
-            head = self.backbone.head if self.write_head is None else self.write_head
-            return token_losses(hidden[:, prefix.shape[1] - 1 :], head, context.ids, context.mask)
-
-
-def _check(name: str, value: object, good: bool, wanted: str) -> None:
-    if not good:
-        raise GradmemError(f"{name} must be {wanted}, not {value!r}")
+            return super()._losses(tensors, context, embeds)
 
 
 def _add_lora(backbone: Backbone, rank: int) -> list[nn.Module]:

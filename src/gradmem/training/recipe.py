@@ -77,7 +77,7 @@ class Recipe:
     clip_norm: float = 1.0
     """Largest norm of the meta-gradient."""
     inner_loss_weight: float = 0.0
-    """Weight of the last write loss in the outer loss."""
+    """Weight of the method's write loss in the outer loss; GradMem's is that of the last write step."""
     strategy: Literal["auto", "unroll", "recompute"] = "auto"
     """Keep the graph of every write step, or of one at a time; auto: the fastest that fits, measured at each stage."""
     micro_batch: int = 0

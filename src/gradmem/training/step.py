@@ -44,13 +44,13 @@ class MetaStep(nn.Module):
         self.method, self.precision = method, precision
 
     def forward(self, batch: Batch, steps: int, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return read loss summed over target tokens, last write loss averaged, and exact match by query."""
+        """Return read loss summed over target tokens, the write loss, and exact match by query."""
         # Not Accelerate's own autocast: its precision is one for the life of the process.
         with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             written = self.method.write(batch.context, steps)
+            write_loss = self.method.write_loss(written, batch.context)
             logits = self.method.read_targets(written.memory, batch.queries, batch.labels, batch.rows)
         targets = batch.labels[batch.labels != -100]
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-        auxiliary = written.losses[-1].mean() if len(written.losses) else loss.new_zeros(())
         correct = exact_match(logits.detach().argmax(-1), batch.labels, scored)
-        return loss, auxiliary, correct
+        return loss, write_loss, correct
