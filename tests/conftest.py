@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from gradmem.backbone import Backbone
 from gradmem.batch import Batch, Tokens
-from gradmem.methods import GradMem
+from gradmem.methods import GradMem, Method
 from gradmem.model import MemoryModel
 from naive import rms_norm
 
 torch.set_num_threads(1)
+
+M = TypeVar("M", bound=Method)
 
 VOCABULARY = 23
 COMMON = {
@@ -39,7 +41,12 @@ TOLERANCE = 1e-10
 
 
 def make_gradmem(kind: str = "gpt2", *, config: dict[str, Any] | None = None, **options: Any) -> GradMem:
-    """Build a GradMem in float64, always the same; no parameter is zero or the identity."""
+    """Build a GradMem; see `make_method`."""
+    return make_method(GradMem, kind, config=config, **{"n_mem": 3, "inner_lr": 0.3, "write_steps": 2} | options)
+
+
+def make_method(cls: type[M], kind: str = "gpt2", *, config: dict[str, Any] | None = None, **options: Any) -> M:
+    """Build a method in float64, always the same; no parameter is zero or the identity."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         backbone = Backbone.from_config({"model_type": kind} | COMMON | CONFIGS[kind] | (config or {}))
@@ -47,7 +54,7 @@ def make_gradmem(kind: str = "gpt2", *, config: dict[str, Any] | None = None, **
             # Transformers' own is in float32 even in a float64 model.
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = rms_norm.__get__(module)
-        method = GradMem(backbone, **{"n_mem": 3, "inner_lr": 0.3, "write_steps": 2} | options).double()
+        method = cls(backbone, **options).double()
         with torch.no_grad():
             for parameter in method.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -80,6 +87,21 @@ def distance(got: Tensor, wanted: Tensor) -> float:
     assert got.shape == wanted.shape
     got, wanted = got.detach(), wanted.detach()
     return float((got - wanted).norm() / wanted.norm().clamp_min(1e-300))
+
+
+def gradients(loss: Tensor, method: Method) -> dict[str, Tensor]:
+    """Gradients by parameter name; None becomes zero."""
+    named = dict(method.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
+
+
+def assert_same_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    """Compare each gradient with the wanted one, relative to its norm or to that of the largest."""
+    assert got.keys() == wanted.keys()
+    largest = max(grad.norm() for grad in wanted.values())
+    for name, grad in wanted.items():
+        assert (got[name] - grad).norm() <= tolerance * max(grad.norm(), 1e-3 * largest), name
 
 
 def tiny_model(seed: int) -> MemoryModel:

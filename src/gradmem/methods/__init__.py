@@ -2,5 +2,6 @@
 
 from .base import Method, Written
 from .gradmem import GradMem
+from .rmt import RMT
 
-__all__ = ["GradMem", "Method", "Written"]
+__all__ = ["RMT", "GradMem", "Method", "Written"]

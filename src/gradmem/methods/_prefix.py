@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone, Prefix
 from ..batch import Tokens
-from ..errors import GradmemError, require
+from ..errors import require
 from ..inner.objective import token_losses
 from ..inner.optimizers import Tensors
 from ..memory import Memory
@@ -97,10 +97,7 @@ class PrefixMethod(Method):
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
-        wanted = {name: tuple(tensor.shape[1:]) for name, tensor in self._start(1).items()}
-        found = {name: tuple(tensor.shape[1:]) for name, tensor in memory.tensors.items()}
-        if wanted != found:
-            raise GradmemError(f"{what} holds {found}, this method writes {wanted}")
+        self._compare(memory, Memory(self._start(1)), what)
 
     def prefix(self, memory: Memory) -> Prefix:
         """Run `[read_start ; P(M) ; read_end]` once for each row."""

@@ -220,6 +220,12 @@ class Method(nn.Module, ABC):
         if until is not None:
             raise GradmemError("`until` needs a write loss, which this method has not: give a number of `steps`")
 
+    def _compare(self, memory: Memory, own: Memory, what: str) -> None:
+        """Refuse a memory whose tensors have other names or shapes than one of this method's own."""
+        found, wanted = ({name: tuple(t.shape[1:]) for name, t in m.tensors.items()} for m in (memory, own))
+        if found != wanted:
+            raise GradmemError(f"{what} holds {found}, this method writes {wanted}")
+
     def _prefix_rows(self, memory: Memory, rows: Tensor | None) -> Prefix:
         prefix = self.prefix(memory)
         return prefix if rows is None else prefix.select(rows)
