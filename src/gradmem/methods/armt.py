@@ -1,0 +1,315 @@
+"""ARMT: associative memory in every layer (Associative Recurrent Memory Transformer, arXiv 2407.04841)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..backbone import Backbone, Prefix
+from ..batch import Tokens
+from ..errors import GradmemError, require
+from ..inner.objective import token_losses
+from ..inner.precision import no_autocast
+from ..memory import Memory
+from .base import Method, Written
+
+State = list[tuple[Tensor, Tensor]]
+"""What the memory of each layer holds: A (batch, features, d) and z (batch, features)."""
+EPSILON = 1e-5
+
+
+class ARMT(Method):
+    """Memory that learned tokens write into an associative matrix of every layer, and every position reads from.
+
+    WRITE runs the context once, in one segment or several, each followed by the M memory tokens, whose hidden states
+    each layer stores by the delta rule. READ adds to what enters each layer what its matrix holds for it. Only the
+    matrices pass from one segment to the next.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Its attention must take masks, as eager and SDPA attention do.
+    n_mem : int
+        Memory tokens M.
+    d_mem : int
+        Width of keys and queries of the memory.
+    nu : int
+        Degree of the DPFP features, of which there are 2 * nu * d_mem.
+    correction : bool
+        Count in z only what is new in a key (gamma in the paper).
+    segment_length : int, optional
+        Longer contexts are written in segments of this many tokens; by default every context is one segment.
+    leak_pads : bool
+        Treat pads as the published experiments did: memory tokens attend to the pads of their segment, are numbered
+        after them, and also write where a segment is all pads. By default a row is written as it is alone.
+    """
+
+    write_steps = 1
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        n_mem: int = 1,
+        d_mem: int = 64,
+        nu: int = 3,
+        correction: bool = True,
+        segment_length: int | None = None,
+        leak_pads: bool = False,
+    ) -> None:
+        super().__init__(backbone)
+        require("n_mem", n_mem, n_mem >= 1, "at least 1")
+        require("d_mem", d_mem, d_mem >= 1, "at least 1")
+        require("nu", nu, nu >= 1, "at least 1")
+        most = backbone.max_positions - n_mem
+        require("segment_length", segment_length, segment_length is None or 1 <= segment_length <= most, f"1 to {most}")
+        self.segment_length, self.leak_pads = segment_length, leak_pads
+        like = backbone.model.get_input_embeddings().weight
+        start = 0.02 * torch.randn(n_mem, backbone.width, dtype=like.dtype, device=like.device)
+        self.memory_tokens = nn.Parameter(start)
+        self.associative: Any = nn.ModuleList(
+            _AssociativeLayer(backbone.width, d_mem, nu, correction).to(like) for _ in self.blocks
+        )
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The backbone's decoder layers.
+
+        Raises
+        ------
+        GradmemError
+            When it keeps them in no list.
+        """
+        config = self.backbone.model.config
+        for module in self.backbone.model.base_model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+                return module
+        raise GradmemError(f"'{config.model_type}' has no list of layers for associative memory: take another backbone")
+
+    @property
+    def n_mem(self) -> int:
+        """Number of memory tokens."""
+        return self.memory_tokens.shape[0]
+
+    @property
+    def max_context(self) -> int:
+        """Longest context in tokens: any in segments, else what the backbone's positions leave."""
+        return 2**31 - 1 if self.segment_length else self.backbone.max_positions - self.n_mem
+
+    @property
+    def max_query(self) -> int:
+        """Longest query and answer in tokens."""
+        return self.backbone.max_positions
+
+    def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
+        """Yield the empty memory, and with any steps that of the whole context; see `Method.trajectory`.
+
+        A second step is not defined, so the trajectory ends after one.
+        """
+        self._check_write(context, steps)
+        self._refuse_until(until)
+        losses, taken = self.memory_tokens.new_zeros(0, len(context)), torch.zeros_like(context.lengths)
+        yield Written(_pack([layer.empty(len(context)) for layer in self.associative]), losses, taken)
+        if steps:
+            state = None
+            for segment in self.segments(context):
+                _, state = self.write_segment(segment, state)
+            assert state is not None
+            yield Written(_pack(state), losses, taken + 1)
+
+    def write_segment(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
+        """Run one segment and its memory tokens: read the state in every layer, then write to it.
+
+        Parameters
+        ----------
+        tokens : Tokens, shape (batch, length)
+        state : list of (A, z), or None
+            What earlier segments wrote; None for the first, which reads nothing.
+
+        Returns
+        -------
+        hidden : Tensor, shape (batch, length, d)
+            After the final norm, memory tokens dropped.
+        state : list of (A, z)
+            A (batch, features, d) and z (batch, features) of every layer.
+        """
+        memory = self.memory_tokens.expand(len(tokens), -1, -1)
+        embeds = torch.cat([self.backbone.embed(tokens.ids), memory], dim=1)
+        mask, positions = self._mask(tokens.mask, embeds.dtype), self._positions(tokens)
+        with self.reading(state), self._watching() as outputs:
+            hidden = self.backbone.hidden(embeds, mask=mask, positions=positions)
+        writes = tokens.mask.any(1) | self.leak_pads
+        olds = [None] * len(outputs) if state is None else state
+        written = [
+            layer.write(output[:, -self.n_mem :], old, writes)
+            for layer, output, old in zip(self.associative, outputs, olds, strict=True)
+        ]
+        return hidden[:, : -self.n_mem], written
+
+    def prefix(self, memory: Memory) -> Prefix:
+        """Nothing stands before a query, so nothing predicts its first token: that hidden state is zeros."""
+        like = self.memory_tokens
+        state = _unpack(memory, like.dtype)
+        cache = DynamicCache(config=self.backbone.model.config)
+        return _StatePrefix(self, state, like.new_zeros(len(memory), self.backbone.width), cache)
+
+    def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
+        """Loss of each context token when the context is read from the memory, shape (batch, length), nats.
+
+        Segment by segment, as it was written. The first token has nothing before it: its loss is that of guessing.
+        """
+        prefix = self.prefix(memory)
+        with prefix.active():
+            parts = [self.backbone.hidden(self.backbone.embed(part.ids)) for part in self.segments(context)]
+        hidden = torch.cat([prefix.last[:, None], *parts], dim=1)[:, :-1]
+        return token_losses(hidden, self.backbone.head, context.ids, context.mask)
+
+    def check(self, memory: Memory, what: str) -> None:
+        """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
+        self._compare(memory, _pack([layer.empty(1) for layer in self.associative]), what)
+
+    @contextmanager
+    def reading(self, state: State | None) -> Iterator[None]:
+        """Context in which every layer reads from its state; None reads nothing."""
+        with ExitStack() as stack:
+            for block, layer, own in zip(self.blocks, self.associative, state or [], strict=False):
+                stack.enter_context(block.register_forward_pre_hook(_reader(layer, own), with_kwargs=True))
+            yield
+
+    def segments(self, context: Tokens) -> list[Tokens]:
+        """Split contexts into the segments that they are written in."""
+        length = self.segment_length or context.ids.shape[1]
+        return [Tokens(*part) for part in zip(context.ids.split(length, 1), context.mask.split(length, 1), strict=True)]
+
+    @contextmanager
+    def _watching(self) -> Iterator[list[Tensor]]:
+        """Context that collects the outputs of the layers, each (batch, length, d)."""
+        outputs: list[Tensor] = []
+
+        def keep(block: nn.Module, inputs: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(block.register_forward_hook(keep))
+            yield outputs
+
+    def _mask(self, real: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each position of a segment attends to, as numbers to add: (batch, 1, length + M, length + M).
+
+        Tokens see real tokens up to themselves, and no memory token; memory tokens see all tokens and one another.
+        """
+        length, memory = real.shape[1], real.new_ones(len(real), self.n_mem)
+        keys = torch.cat([real, memory], dim=1)[:, None]
+        size = keys.shape[2]
+        seen = keys & torch.ones(size, size, dtype=torch.bool, device=real.device).tril()
+        seen[:, length:] = True if self.leak_pads else keys
+        if not self.leak_pads:
+            # A pad that saw nothing would be NaN.
+            seen |= torch.eye(size, dtype=torch.bool, device=real.device)
+        added = torch.zeros(seen.shape, dtype=dtype, device=real.device).masked_fill(~seen, torch.finfo(dtype).min)
+        return added[:, None]
+
+    def _positions(self, tokens: Tokens) -> Tensor:
+        """Position ids of a segment, shape (batch, length + M): memory tokens follow the last token.
+
+        They begin anew in every segment, which relative positions (RoPE) cannot tell from counting on.
+        """
+        batch, length = tokens.ids.shape
+        ids = torch.arange(length + self.n_mem, device=tokens.ids.device).repeat(batch, 1)
+        if not self.leak_pads:
+            ids[:, length:] += (tokens.lengths - length)[:, None]
+        return ids
+
+
+class _AssociativeLayer(nn.Module):
+    """The associative memory of one layer, paper section 2."""
+
+    def __init__(self, d: int, d_mem: int, nu: int, correction: bool) -> None:
+        super().__init__()
+        self.nu, self.correction = nu, correction
+        self.query = nn.Linear(d, d_mem, bias=False)
+        self.key = nn.Linear(d, d_mem, bias=False)
+        self.value = nn.Linear(d, d, bias=False)
+        self.strength = nn.Linear(d, 1)
+        # Reading begins as doing nothing.
+        nn.init.zeros_(self.value.weight)
+
+    def empty(self, batch: int) -> tuple[Tensor, Tensor]:
+        """State that holds nothing."""
+        features, d = 2 * self.nu * self.key.out_features, self.key.in_features
+        like = self.value.weight
+        return like.new_zeros(batch, features, d), like.new_zeros(batch, features)
+
+    def features(self, vectors: Tensor) -> Tensor:
+        """DPFP features of unit length: (..., d_mem) -> (..., 2 * nu * d_mem)."""
+        r = torch.cat([vectors.relu(), (-vectors).relu()], dim=-1)
+        return F.normalize(torch.cat([r * r.roll(j, -1) for j in range(1, self.nu + 1)], dim=-1), dim=-1)
+
+    def read(self, hidden: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
+        """Add to hidden states (batch, length, d) what the state holds for them."""
+        a, z = state
+        with no_autocast(hidden):
+            q = self.features(self.query(hidden.to(a.dtype)))
+            return hidden + (q @ a / (q @ z[..., None] + EPSILON)).to(hidden.dtype)
+
+    def write(self, rows: Tensor, state: tuple[Tensor, Tensor] | None, writes: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the memory tokens' hidden states (batch, M, d), all at once, where `writes` (batch,)."""
+        with no_autocast(rows):
+            rows = rows.to(self.value.weight.dtype)
+            k, v, b = self.features(self.key(rows)), self.value(rows), self.strength(rows).sigmoid()
+            if state is None:
+                return k.mT @ (b * v), k.sum(1)
+            a, z = state
+            known = k @ z[..., None] + EPSILON
+            novel = torch.ones_like(known)
+            if self.correction:
+                novel = (1 - known / k.square().sum(-1, keepdim=True)).clamp(0, 1).detach()
+            new_a = a + k.mT @ (b * (v - k @ a / known))
+            new_z = z + (novel * k).sum(1)
+            return torch.where(writes[:, None, None], new_a, a), torch.where(writes[:, None], new_z, z)
+
+
+class _StatePrefix(Prefix):
+    """A prefix without positions, whose state the layers read."""
+
+    def __init__(self, method: ARMT, state: State, last: Tensor, cache: Cache) -> None:
+        super().__init__(last, cache)
+        self.method, self.state = method, state
+
+    def select(self, rows: Tensor) -> Prefix:
+        """Rows of the prefix, in any order and any number of times; the original stays as it is."""
+        chosen = super().select(rows)
+        return _StatePrefix(self.method, [(a[rows], z[rows]) for a, z in self.state], chosen.last, chosen.cache)
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Context in which every layer reads from the state."""
+        return self.method.reading(self.state)
+
+
+def _reader(layer: _AssociativeLayer, state: tuple[Tensor, Tensor]) -> Callable[..., Any]:
+    """Pre-hook of a decoder layer that reads into the hidden states it is given."""
+
+    def hook(
+        block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if inputs:
+            return (layer.read(inputs[0], state), *inputs[1:]), options
+        return inputs, options | {"hidden_states": layer.read(options["hidden_states"], state)}
+
+    return hook
+
+
+def _pack(state: State) -> Memory:
+    return Memory({f"layers.{i}.{name}": own[j] for i, own in enumerate(state) for j, name in enumerate("Az")})
+
+
+def _unpack(memory: Memory, dtype: torch.dtype) -> State:
+    found = {name: tensor.to(dtype) for name, tensor in memory.tensors.items()}
+    return [(found[f"layers.{i}.A"], found[f"layers.{i}.z"]) for i in range(len(found) // 2)]
