@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -108,6 +110,16 @@ class Backbone(nn.Module):
         return int(getattr(self.model.config, "max_position_embeddings", 2**31 - 1))
 
     @property
+    def attends(self) -> bool:
+        """Whether every layer keeps keys and values of what came before, and no recurrent state."""
+        return not any(hasattr(layer, "conv_states") for layer in DynamicCache(config=self.model.config).layers)
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether positions can be given; models that bias attention by distance count for themselves."""
+        return "position_ids" in inspect.signature(self.model.base_model.forward).parameters
+
+    @property
     def head(self) -> nn.Linear:
         """The output layer, hidden states -> logits."""
         head: nn.Linear = self.model.get_output_embeddings()
@@ -175,18 +187,43 @@ class Backbone(nn.Module):
 
 
 class Prefix:
-    """A prefix that has been run: its last hidden state (batch, d) and its key-value cache."""
+    """A prefix that has been run, as what follows it needs it.
 
-    def __init__(self, last: Tensor, cache: Cache) -> None:
+    Parameters
+    ----------
+    last : Tensor, shape (batch, d)
+        Hidden state that predicts the first token after the prefix; zeros where no position of the prefix does.
+    cache : Cache
+        Keys and values of the prefix's positions, of which there may be none.
+    mask : Tensor, bool, shape (batch, positions), optional
+        True at the positions that count; by default all.
+    start : Tensor, int64, shape (batch,), optional
+        Position of the first token after the prefix. By default the model counts: all positions of the prefix, or,
+        where it takes no positions, those of the mask.
+    """
+
+    def __init__(self, last: Tensor, cache: Cache, mask: Tensor | None = None, start: Tensor | None = None) -> None:
         self.last = last
         self.cache = cache
+        self.mask = mask
+        self.start = start
 
     def select(self, rows: Tensor) -> Prefix:
         """Rows of the prefix, in any order and any number of times; the original stays as it is."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         cache.batch_select_indices(rows)
-        return Prefix(self.last[rows], cache)
+        mask, start = (None if tensor is None else tensor[rows] for tensor in (self.mask, self.start))
+        return Prefix(self.last[rows], cache, mask, start)
+
+    def continued(self, length: int) -> dict[str, Tensor]:
+        """Mask and positions for `Backbone.hidden` to run `length` tokens after the prefix, where it needs them."""
+        given = {}
+        if self.mask is not None:
+            given["mask"] = F.pad(self.mask, (0, length), value=True)
+        if self.start is not None:
+            given["positions"] = self.start[:, None] + torch.arange(length, device=self.start.device)
+        return given
 
     def active(self) -> AbstractContextManager[Any]:
         """Context in which the model runs what follows the prefix; subclasses put there what a cache cannot hold."""
@@ -222,20 +259,29 @@ def generate(
         asks for more).
     """
     device = prefix.last.device
-    # Generation repeats ids and mask for beams and sequences, but not a cache that it is given.
-    repeats = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-    prefix = prefix.select(torch.arange(len(queries), device=device).repeat_interleave(repeats))
     longest = max(len(query) for query in queries)
     width = prefix.length + longest
     ids = torch.full((len(queries), width), pad_id, dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
-    mask[:, : prefix.length] = 1
+    mask[:, : prefix.length] = 1 if prefix.mask is None else prefix.mask
     for row, query in enumerate(queries):
         ids[row, width - len(query) :] = torch.tensor(query, device=device)
         mask[row, width - len(query) :] = 1
+    if prefix.start is not None:
+        first = torch.tensor([width - len(query) for query in queries], device=device)
+        positions = prefix.start[:, None] + torch.arange(width, device=device) - first[:, None]
+        options["position_ids"] = positions.clamp_min(0)
+    # Generation repeats ids, mask and positions for beams and sequences, but not a cache that it is given.
+    rows = torch.arange(len(queries), device=device).repeat_interleave(copies(options))
+    prefix = prefix.select(rows)
     with prefix.active():
         generated = backbone.model.generate(
             input_ids=ids, attention_mask=mask, past_key_values=prefix.cache, pad_token_id=pad_id, **options
         )
     sequences = generated if isinstance(generated, Tensor) else generated.sequences
     return sequences[:, width:].tolist()
+
+
+def copies(options: dict[str, Any]) -> int:
+    """How many times generation with these options runs each query, for beams and sequences."""
+    return max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)

@@ -14,6 +14,7 @@ from ..backbone import Backbone, Prefix, generate
 from ..batch import Tokens
 from ..errors import GradmemError
 from ..inner.meta_gradient import Strategy
+from ..inner.objective import token_losses
 from ..memory import Memory
 
 
@@ -38,13 +39,21 @@ class Written:
 class Method(nn.Module, ABC):
     """Base of all memory methods.
 
-    A method is one file in `gradmem/methods/` with one subclass of this. It implements `trajectory`, `prefix` and
-    `token_losses`; writing, reading and generating are built on these.
+    A method is one file in `gradmem/methods/` with one subclass of this. It implements `trajectory` and `prefix`;
+    writing, reading and generating are built on these.
 
     Parameters
     ----------
     backbone : Backbone
+
+    Raises
+    ------
+    GradmemError
+        When the backbone keeps recurrent states and the method reads through keys and values.
     """
+
+    attends = True
+    """Whether the method reads through keys and values, as a backbone of attention layers keeps them."""
 
     write_steps: int
     """Number of write steps when the caller does not say."""
@@ -54,6 +63,12 @@ class Method(nn.Module, ABC):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
+        if self.attends and not backbone.attends:
+            kind = backbone.model.config.model_type
+            raise GradmemError(
+                f"this method reads through keys and values, and '{kind}' has layers without: take an attention model "
+                "as backbone, like `model_type: llama`"
+            )
         self.backbone = backbone
 
     @abstractmethod
@@ -80,9 +95,13 @@ class Method(nn.Module, ABC):
     def prefix(self, memory: Memory) -> Prefix:
         """Run what READ puts before a query, once for each row of the memory."""
 
-    @abstractmethod
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
-        """Loss of each context token when the context is reconstructed from the memory, shape (batch, length)."""
+        """Loss of each context token when the context is reconstructed from the memory, shape (batch, length), nats.
+
+        Here the context is read like a query.
+        """
+        given = Tokens(context.ids[:, :-1], context.mask[:, :-1])
+        return token_losses(self.read_hidden(self.prefix(memory), given), self.backbone.head, context.ids, context.mask)
 
     def write_loss(self, written: Written, context: Tokens) -> Tensor:
         """Loss of WRITE that training may add to the loss of READ: a scalar, zero for methods without one.
@@ -118,7 +137,7 @@ class Method(nn.Module, ABC):
     @property
     @abstractmethod
     def n_mem(self) -> int:
-        """Number of memory vectors."""
+        """Number of memory vectors; 0 where the memory is something else."""
 
     def write(self, context: Tokens, steps: int | None = None, *, until: float | None = None) -> Written:
         """Write contexts into memories; the arguments are those of `trajectory`."""
@@ -127,6 +146,8 @@ class Method(nn.Module, ABC):
 
     def read_hidden(self, prefix: Prefix, queries: Tokens) -> Tensor:
         """Hidden states that predict: row t predicts query token t, the last row what follows.
+
+        Where nothing predicts the first token of a query, which is never a target, its row is zeros.
 
         Parameters
         ----------
@@ -139,7 +160,8 @@ class Method(nn.Module, ABC):
         Tensor, shape (queries, length + 1, d)
         """
         with prefix.active():
-            hidden = self.backbone.hidden(self.backbone.embed(queries.ids), prefix.cache)
+            embeds = self.backbone.embed(queries.ids)
+            hidden = self.backbone.hidden(embeds, prefix.cache, **prefix.continued(embeds.shape[1]))
         return torch.cat([prefix.last[:, None], hidden], dim=1)
 
     def read(self, memory: Memory, queries: Tokens, rows: Tensor | None = None) -> Tensor:
@@ -204,7 +226,7 @@ class Method(nn.Module, ABC):
             return []
         with torch.no_grad():
             prefix = memory if isinstance(memory, Prefix) else self.prefix(memory)
-            return generate(self.backbone, prefix if rows is None else prefix.select(rows), queries, pad_id, **options)
+            return self._continue(prefix if rows is None else prefix.select(rows), queries, pad_id, options)
 
     def _check_write(self, context: Tokens, steps: int) -> None:
         """Refuse negative steps, and contexts that are empty or too long."""
@@ -229,3 +251,9 @@ class Method(nn.Module, ABC):
     def _prefix_rows(self, memory: Memory, rows: Tensor | None) -> Prefix:
         prefix = self.prefix(memory)
         return prefix if rows is None else prefix.select(rows)
+
+    def _continue(
+        self, prefix: Prefix, queries: list[list[int]], pad_id: int, options: dict[str, Any]
+    ) -> list[list[int]]:
+        """Generate after a prefix with one row for each query; see `generate`."""
+        return generate(self.backbone, prefix, queries, pad_id, **options)
