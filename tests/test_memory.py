@@ -261,3 +261,35 @@ def test_negative_steps(tiny: MemoryModel) -> None:
 def test_steps_and_until_exclude_each_other(tiny: MemoryModel) -> None:
     with pytest.raises(GradmemError, match="not both"):
         tiny.write(TEXT, 2, until=0.1)
+
+
+def growing(*lengths: int) -> Memory:
+    """A memory with as many entries of width 3 as the length of each row, all different from zero."""
+    entries = torch.rand(len(lengths), max(lengths), 2, 3) + 1
+    for row, length in enumerate(lengths):
+        entries[row, length:] = 0
+    return Memory({"entries": entries, "lengths": torch.tensor(lengths)})
+
+
+def test_memories_of_different_lengths_are_joined_and_parted() -> None:
+    parts = [growing(2), growing(5, 3), growing(0)]
+    joined = Memory.join(parts)
+    assert joined.tensors["entries"].shape == (4, 5, 2, 3)
+    assert joined.tensors["lengths"].tolist() == [2, 5, 3, 0]
+    for row, wanted in enumerate([parts[0], parts[1][0], parts[1][1], parts[2]]):
+        assert torch.equal(joined[row].tensors["entries"], wanted.tensors["entries"])
+    assert parts[1][1].tensors["entries"].shape == (1, 3, 2, 3)
+    assert joined.nbytes == 10 * 6 * 4 + 4 * 8
+    assert joined.nbytes == sum(part.nbytes for part in parts)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_only_floating_point_is_rounded(tmp_path: Path, precision: str) -> None:
+    memory = Memory(
+        {"vector": torch.rand(2, 3), "count": torch.tensor([2**40 + 1, -3]), "on": torch.tensor([[True], [False]])}
+    )
+    loaded = Memory.load(memory.save(tmp_path / "m.safetensors", precision))
+    for name in ("count", "on"):
+        assert loaded.tensors[name].dtype == memory.tensors[name].dtype
+        assert torch.equal(loaded.tensors[name], memory.tensors[name])
+    assert torch.allclose(loaded.tensors["vector"], memory.tensors["vector"], atol=1e-2)

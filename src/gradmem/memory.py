@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "gradmem-memory", 1
 SCALE = ".scale"
+LENGTHS = "lengths"
 Precision = Literal["float32", "float16", "int8"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
@@ -91,6 +94,9 @@ class Record:
 class Memory:
     """Memories of one or more contexts.
 
+    A memory that grows with its context has a tensor `lengths`, int64, of shape (batch,). The second dimension of
+    its tensors of more than one dimension is then that length, padded with zeros at the end.
+
     Attributes
     ----------
     tensors : dict of Tensor, shapes (batch, ...)
@@ -118,12 +124,34 @@ class Memory:
         """Rows in any order and any number of times."""
         index = torch.as_tensor(rows, dtype=torch.long)
         tensors = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        if LENGTHS in tensors:
+            longest = max(tensors[LENGTHS].tolist(), default=0)
+            tensors = {name: tensor[:, :longest] if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
         return Memory(tensors, [self.records[i] for i in index.tolist()] if self.records else [], self.model)
+
+    @classmethod
+    def join(cls, memories: Sequence[Memory]) -> Memory:
+        """Rows of several memories of one method, one after the other, bound to no model."""
+        tensors = {}
+        for name in memories[0].tensors:
+            parts = [memory.tensors[name] for memory in memories]
+            if LENGTHS in memories[0].tensors and parts[0].ndim > 1:
+                longest = max(part.shape[1] for part in parts)
+                pads = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
+                parts = [F.pad(part, pad) for part, pad in zip(parts, pads, strict=True)]
+            tensors[name] = torch.cat(parts)
+        return cls(tensors, [record for memory in memories for record in memory.records])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        """Bytes of the tensors, without padding."""
+        return sum(self._count(tensor) * tensor.element_size() for tensor in self.tensors.values())
+
+    def _count(self, tensor: Tensor) -> int:
+        """Numbers in a tensor, without padding."""
+        if LENGTHS in self.tensors and tensor.ndim > 1:
+            return int(self.tensors[LENGTHS].sum()) * math.prod(tensor.shape[2:])
+        return tensor.numel()
 
     def rounded(self, precision: Precision) -> Memory:
         """The memory as it comes back from a file of this precision."""
@@ -152,7 +180,7 @@ class Memory:
         ----------
         path : path
         precision : {"float32", "float16", "int8"}
-            int8 keeps one float32 scale for each vector.
+            Of floating-point tensors; others are kept as they are. int8 keeps one float32 scale for each vector.
 
         Raises
         ------
@@ -202,11 +230,14 @@ class Memory:
 
 
 def _encode(tensors: dict[str, Tensor], precision: Precision) -> dict[str, Tensor]:
-    """Tensors as they stand in a file; int8 adds one scale for each vector."""
+    """Tensors as they stand in a file; int8 adds one scale for each vector. Integers and truth values stay exact."""
     if precision not in DTYPES:
         raise GradmemError(f"precision must be float32, float16 or int8, not {precision!r}")
     encoded = {}
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            encoded[name] = tensor.cpu().contiguous()
+            continue
         values = tensor.detach().to("cpu", torch.float32)
         if precision == "int8":
             scale = values.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
@@ -217,12 +248,14 @@ def _encode(tensors: dict[str, Tensor], precision: Precision) -> dict[str, Tenso
 
 
 def _decode(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as they are read, float32."""
-    return {
-        name: tensor.float() * stored[name + SCALE] if name + SCALE in stored else tensor.float()
-        for name, tensor in stored.items()
-        if not name.endswith(SCALE)
-    }
+    """Tensors as they are read, floating-point ones in float32."""
+    tensors = {}
+    for name, tensor in stored.items():
+        if name + SCALE in stored:
+            tensors[name] = tensor.float() * stored[name + SCALE]
+        elif not name.endswith(SCALE):
+            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return tensors
 
 
 def write_bytes(path: Path, data: bytes) -> Path:

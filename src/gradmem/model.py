@@ -236,8 +236,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             self._write(texts[first : first + size], ids[first : first + size], steps, until)
             for first in range(0, len(texts), size)
         ]
-        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-        return Memory(tensors, [record for part in parts for record in part.records], self)
+        memory = Memory.join(parts)
+        memory.model = self
+        return memory
 
     def _write(self, texts: list[str], ids: list[list[int]], steps: int | None, until: float | None) -> Memory:
         """Write texts in one batch."""
