@@ -103,17 +103,21 @@ def _answers(truth: list[tuple[str, str]], answers: list[str]) -> Table:
 def _sizes(model: MemoryModel, text: str, memory: int, file: int) -> Table:
     """Bytes of the memory beside what it replaces."""
     ids = torch.tensor([model.encode(model.task.context_text(text), "context", 10**9)], device=model.device)
-    with torch.no_grad():
-        prefix = model.method.backbone.prefix(model.method.backbone.embed(ids))
-    cache = sum(t.numel() * t.element_size() for layer in prefix.cache.layers for t in (layer.keys, layer.values))
+    method = model.method
+    vectors = f": {method.n_mem} vectors of {method.backbone.width}" if method.n_mem else ""
+    sizes = [
+        ("raw text", len(text.encode())),
+        (f"memory{vectors}, float32", memory),
+        ("memory file, with provenance and receipt", file),
+    ]
+    if method.backbone.attends:
+        with torch.no_grad():
+            layers = method.backbone.prefix(method.backbone.embed(ids)).cache.layers
+        cache = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+        sizes.append((f"KV-cache of the {ids.shape[1]} tokens it replaces, float32", cache))
     built = Table(title="bytes")
     built.add_column("what")
     built.add_column("bytes", justify="right")
-    for what, size in [
-        ("raw text", len(text.encode())),
-        (f"memory: {model.method.n_mem} vectors of {model.method.backbone.width}, float32", memory),
-        ("memory file, with provenance and receipt", file),
-        (f"KV-cache of the {ids.shape[1]} tokens it replaces, float32", cache),
-    ]:
+    for what, size in sizes:
         built.add_row(what, f"{size:,}")
     return built

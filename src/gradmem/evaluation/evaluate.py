@@ -36,6 +36,10 @@ class Result:
     unwritten, swapped : float
         Controls, which must be at chance: exact match from the memory before any step, and from memories of
         other contexts after `swapped_steps`.
+    n_mem, d : int
+        Memory vectors and their width; n_mem is 0 where the memory is something else.
+    bytes : int
+        Bytes of one memory after the most steps, mean over contexts.
     """
 
     checkpoint: str
@@ -55,6 +59,11 @@ class Result:
     n_mem: int
     d: int
     bytes: int
+
+    @property
+    def size(self) -> str:
+        """Size of a memory in words."""
+        return f"{self.n_mem} vectors of {self.d}, {self.bytes} bytes" if self.n_mem else f"{self.bytes} bytes"
 
     def row(self) -> dict[str, Any]:
         """The result as one flat row; the task's options (as `pairs`) stand beside the rest."""
@@ -134,7 +143,7 @@ def evaluate(
     scores: dict[tuple[str, int], list[Tensor]] = {}
     losses: dict[int, list[Tensor]] = {}
     title = " ".join(f"{value} {key}" for key, value in spec.items() if key != "name")
-    queries = 0
+    queries = nbytes = 0
     with torch.no_grad():
         for start, size in progress(list(zip(starts, sizes, strict=True)), title):
             batch = built.batch(split, start, size, seed).to(model.device)
@@ -146,6 +155,8 @@ def evaluate(
                 token_losses = model.method.token_losses(memory, batch.context)
                 losses.setdefault(step, []).append(token_losses.sum(1) / batch.context.lengths)
                 scores.setdefault(("own", step), []).append(_score(model.method, built, memory, batch))
+                if step == steps[-1]:
+                    nbytes += memory.nbytes
                 if step == swapped_steps:
                     others = memory.select(torch.arange(size).roll(1))
                     scores.setdefault(("swapped", step), []).append(_score(model.method, built, others, batch))
@@ -155,7 +166,6 @@ def evaluate(
                 )
     joined = {key: torch.cat(parts).double().cpu().numpy() for key, parts in scores.items()}
     method = model.method
-    one = convert(method.write(built.batch(split, 0, 1, seed).context.to(model.device), 0).memory)
     return [
         Result(
             checkpoint=model.name,
@@ -174,7 +184,7 @@ def evaluate(
             parameters=sum(p.numel() for p in method.parameters()),
             n_mem=method.n_mem,
             d=method.backbone.width,
-            bytes=one.nbytes,
+            bytes=round(nbytes / samples),
         )
         for step in steps
     ]

@@ -21,7 +21,7 @@ def table(results: Sequence[Result]) -> Table:
     first = results[0]
     built = Table(
         title=f"{first.checkpoint}: exact match, {first.samples} {first.split} contexts, seed {first.seed}",
-        caption=f"{first.n_mem} vectors of {first.d}, {first.bytes} bytes; {first.parameters:,} parameters; "
+        caption=f"memory: {first.size}; {first.parameters:,} parameters; "
         "all queries of each context; 95 % interval bootstrapped over contexts",
     )
     for option in options:

@@ -185,4 +185,4 @@ def steps_figure(points: Sequence[Point], path: Path) -> Path:
 
 def _about(points: Sequence[Point]) -> str:
     first = next(iter(points[0].results.values()))
-    return f"{first.n_mem} vectors of {first.d}, {first.samples} contexts, seed {first.seed}"
+    return f"{first.size}, {first.samples} contexts, seed {first.seed}"
