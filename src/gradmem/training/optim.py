@@ -30,8 +30,15 @@ def build_optimizers(method: Method, recipe: Recipe) -> list[torch.optim.Optimiz
 
 
 def _block_matrices(method: Method) -> list[nn.Parameter]:
-    """2-d weights of the backbone that are neither embeddings nor the output layer (nor adapters)."""
+    """2-d weights of the backbone that are neither embeddings nor the output layer (nor adapters).
+
+    Weights only: other tables, as the decay rates of Mamba, multiply no vector.
+    """
     body = method.backbone.model.base_model
     outside = {id(method.backbone.head.weight)}
     outside |= {id(m.weight) for m in body.modules() if isinstance(m, nn.Embedding)}
-    return [p for name, p in body.named_parameters() if p.dim() == 2 and id(p) not in outside and "lora_" not in name]
+    return [
+        p
+        for name, p in body.named_parameters()
+        if name.endswith("weight") and p.dim() == 2 and id(p) not in outside and "lora_" not in name
+    ]
