@@ -49,7 +49,7 @@ def make_method(cls: type[M], kind: str = "gpt2", *, config: dict[str, Any] | No
     """Build a method in float64, always the same; no parameter is zero or the identity."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        backbone = Backbone.from_config({"model_type": kind} | COMMON | CONFIGS[kind] | (config or {}))
+        backbone = Backbone.from_config({"model_type": kind} | COMMON | CONFIGS.get(kind, {}) | (config or {}))
         for module in backbone.modules():
             # Transformers' own is in float32 even in a float64 model.
             if type(module).__name__.endswith("RMSNorm"):

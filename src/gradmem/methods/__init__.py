@@ -2,7 +2,8 @@
 
 from .armt import ARMT
 from .base import Method, Written
+from .full_context import FullContext
 from .gradmem import GradMem
 from .rmt import RMT
 
-__all__ = ["ARMT", "RMT", "GradMem", "Method", "Written"]
+__all__ = ["ARMT", "RMT", "FullContext", "GradMem", "Method", "Written"]
