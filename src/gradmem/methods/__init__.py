@@ -4,6 +4,7 @@ from .armt import ARMT
 from .base import Method, Written
 from .full_context import FullContext
 from .gradmem import GradMem
+from .mamba import Mamba
 from .rmt import RMT
 
-__all__ = ["ARMT", "RMT", "FullContext", "GradMem", "Method", "Written"]
+__all__ = ["ARMT", "RMT", "FullContext", "GradMem", "Mamba", "Method", "Written"]

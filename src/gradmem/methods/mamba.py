@@ -1,0 +1,194 @@
+"""Mamba: the state of a selective state-space model after the context is the memory (arXiv 2312.00752)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from ..backbone import Backbone, Prefix, copies
+from ..batch import Tokens
+from ..errors import GradmemError
+from ..inner.precision import work_dtype
+from ..memory import Memory
+from ._one_pass import OnePassMethod
+
+State = tuple[Tensor, Tensor]
+"""Of a layer: its last inputs to the convolution (batch, k - 1, channels), and the recurrent state (batch, channels,
+n) of the scan."""
+
+
+class Mamba(OnePassMethod):
+    """Recurrent states of all layers, of a size that does not depend on the context.
+
+    The memory holds `conv`, shape (batch, layers, k - 1, channels), and `ssm`, shape (batch, layers, channels, n): the
+    last inputs of the convolution of width k, and the state of the scan.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Mamba, `model_type: mamba`.
+
+    Raises
+    ------
+    GradmemError
+        When the backbone is another model.
+    """
+
+    attends = False
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        kind = backbone.model.config.model_type
+        if kind != "mamba":
+            raise GradmemError(f"the mamba method runs on Mamba only, not on '{kind}': set `model_type: mamba`")
+
+    @property
+    def max_context(self) -> int:
+        """Longest context in tokens: the state takes any."""
+        return self.backbone.max_positions
+
+    def prefix(self, memory: Memory) -> Prefix:
+        """Take the states; nothing is run."""
+        states = memory.tensors["conv"], memory.tensors["ssm"]
+        return _StatePrefix(states, states[0].new_zeros(len(memory), self.backbone.width))
+
+    def check(self, memory: Memory, what: str) -> None:
+        """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
+        self._compare(memory, self._unwritten(1), what)
+
+    def read_hidden(self, prefix: Prefix, queries: Tokens) -> Tensor:
+        """Hidden states that predict; see `Method.read_hidden`. The first row is zeros: a state predicts nothing."""
+        hidden, _ = self._run(queries, prefix.states)  # type: ignore[attr-defined]
+        return torch.cat([prefix.last[:, None].to(hidden.dtype), hidden], dim=1)
+
+    def _continue(
+        self, prefix: Prefix, queries: list[list[int]], pad_id: int, options: dict[str, Any]
+    ) -> list[list[int]]:
+        """Run all of the queries but their last tokens, with which transformers' generation then begins.
+
+        Options that look at the prompt, as `repetition_penalty`, see its last token only.
+        """
+        model = self.backbone.model
+        device = prefix.last.device
+        given = Tokens.from_lists([query[:-1] for query in queries], pad_id).to(device)
+        _, states = self._run(given, prefix.states)  # type: ignore[attr-defined]
+        cache = DynamicCache(config=model.config)
+        for layer, state in enumerate(zip(*(tensor.unbind(1) for tensor in states), strict=True)):
+            # Generation repeats ids for beams and sequences, but not a cache that it is given.
+            conv, ssm = (tensor.repeat_interleave(copies(options), dim=0) for tensor in state)
+            # transformers keeps one more input than the convolution will need.
+            cache.update_conv_state(F.pad(conv.mT, (1, 0)).to(model.dtype), layer, conv_kernel_size=conv.shape[1] + 1)
+            cache.update_recurrent_state(ssm, layer)
+        ids = torch.tensor([query[-1:] for query in queries], device=device)
+        generated = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), cache_params=cache, pad_token_id=pad_id, **options
+        )
+        sequences = generated if isinstance(generated, Tensor) else generated.sequences
+        return sequences[:, 1:].tolist()
+
+    def _unwritten(self, batch: int) -> Memory:
+        config, like = self.backbone.model.config, self.backbone.model.base_model.layers[0].mixer.A_log
+        shapes = {
+            "conv": (config.conv_kernel - 1, config.intermediate_size),
+            "ssm": (config.intermediate_size, config.state_size),
+        }
+        return Memory(
+            {
+                name: like.new_zeros(batch, config.num_hidden_layers, *shape, dtype=work_dtype(like))
+                for name, shape in shapes.items()
+            }
+        )
+
+    def _written(self, context: Tokens) -> Memory:
+        unwritten = self._unwritten(len(context)).tensors
+        _, (conv, ssm) = self._run(context, (unwritten["conv"], unwritten["ssm"]))
+        return Memory({"conv": conv, "ssm": ssm})
+
+    def _run(self, tokens: Tokens, states: State) -> tuple[Tensor, State]:
+        """Run the blocks from given states, with a dimension of layers.
+
+        Transformers' own forward begins a sequence at a zero state, and steps by one token without gradients.
+        """
+        hidden, base = self.backbone.embed(tokens.ids), self.backbone.model.base_model
+        if not hidden.shape[1]:
+            return hidden, states
+        after = []
+        for layer, block in enumerate(base.layers):
+            normed = block.norm(hidden.to(block.norm.weight.dtype))
+            residual = hidden.float() if block.residual_in_fp32 else hidden
+            mixed, state = mix(block.mixer, normed, (states[0][:, layer], states[1][:, layer]), tokens.mask)
+            hidden = residual + mixed
+            after.append(state)
+        conv, ssm = (torch.stack(tensors, dim=1) for tensors in zip(*after, strict=True))
+        return base.norm_f(hidden), (conv, ssm)
+
+
+class _StatePrefix(Prefix):
+    """Recurrent states in the place of keys and values."""
+
+    def __init__(self, states: State, last: Tensor) -> None:
+        super().__init__(last, DynamicCache())
+        self.states = states
+
+    def select(self, rows: Tensor) -> Prefix:
+        """Rows of the prefix, in any order and any number of times."""
+        return _StatePrefix((self.states[0][rows], self.states[1][rows]), self.last[rows])
+
+
+def mix(mixer: Any, hidden: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
+    """What transformers' `MambaMixer` computes, from any state and with gradients (arXiv 2312.00752, section 3).
+
+    Parameters
+    ----------
+    mixer : MambaMixer
+    hidden : Tensor, shape (batch, length, d)
+    state : tuple of Tensor, shapes (batch, k - 1, channels) and (batch, channels, n)
+        The last inputs to the convolution of width k, and the state of the scan.
+    mask : Tensor, bool, shape (batch, length)
+        True at real tokens, which come first; the others leave the state as it is.
+
+    Returns
+    -------
+    Tensor, shape (batch, length, d)
+    tuple of Tensor
+        The state after the real tokens.
+    """
+    conv, ssm = state
+    inputs, gate = mixer.in_proj(hidden).chunk(2, dim=-1)
+    past = torch.cat([conv.to(inputs.dtype), inputs], dim=1)
+    kept = mask.sum(1)[:, None] + torch.arange(conv.shape[1], device=mask.device)
+    conv = past.take_along_dim(kept[..., None], dim=1)
+    x = mixer.act(F.conv1d(past.mT, mixer.conv1d.weight, mixer.conv1d.bias, groups=past.shape[2]).mT)
+
+    sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
+    rank, b, c = mixer.x_proj(x).split(sizes, dim=-1)
+    dtype = work_dtype(mixer.A_log)
+    dt = F.softplus(F.linear(rank, mixer.dt_proj.weight) + mixer.dt_proj.bias.to(dtype))
+    dt = (dt * mask[..., None])[..., None]
+    decay = torch.exp(-dt * torch.exp(mixer.A_log.to(dtype)))
+    states = scan(decay, dt * b[:, :, None] * x[..., None], ssm.to(dtype))
+    y = torch.einsum("blcn,bln->blc", states[:, 1:], c.to(dtype)) + mixer.D.to(dtype) * x
+    return mixer.out_proj((y * F.silu(gate)).to(hidden.dtype)), (conv, states[:, -1])
+
+
+def scan(decay: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
+    """States h_t = decay_t * h_(t-1) + inputs_t, the first of them the given one.
+
+    Parameters
+    ----------
+    decay, inputs : Tensor, shape (batch, length, channels, n)
+    state : Tensor, shape (batch, channels, n)
+
+    Returns
+    -------
+    Tensor, shape (batch, length + 1, channels, n)
+    """
+    states = [state]
+    # Slices one by one would each have a gradient of full length.
+    for a, b in zip(decay.unbind(1), inputs.unbind(1), strict=True):
+        states.append(a * states[-1] + b)
+    return torch.stack(states, dim=1)
