@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
@@ -267,8 +268,20 @@ def test_the_number_of_steps_is_an_argument(options: dict) -> None:
     assert len(method.write(context).losses) == 5
 
 
+@pytest.mark.parametrize("settle", [0.0, 0.5])
+def test_steps_beyond_those_trained_get_smaller(settle: float) -> None:
+    method, context = make_gradmem(write_steps=2, inner_lr=0.3, settle=settle), make_batch().context
+    states = [state.memory.tensors["memory"].detach() for state in method.trajectory(context, 5)]
+    for step, (before, after) in enumerate(pairwise(states)):
+        point = Memory({"memory": before.clone().requires_grad_()})
+        loss = (method.token_losses(point, context).sum(1) / context.lengths).sum()
+        (gradient,) = torch.autograd.grad(loss, point.tensors["memory"])
+        rate = 0.3 / [1, 1, 1 + settle, 1 + 2 * settle, 1 + 3 * settle][step]
+        assert distance(after, before - rate * gradient) < 1e-12
+
+
 def test_until_stops_samples_one_by_one() -> None:
-    method, context = make_gradmem(), make_batch().context
+    method, context = make_gradmem(write_steps=6), make_batch().context
     states = list(method.trajectory(context, 6))
     until = states[3].losses[2].median().item()
     written = method.write(context, 6, until=until)
@@ -505,6 +518,7 @@ def test_a_random_write_head_is_no_copy() -> None:
         {"n_mem": 0},
         {"write_steps": -1},
         {"inner_lr": 0.0},
+        {"settle": -1.0},
         {"inner_optimizer": "adamw"},
         {"order": "third"},
         {"last_k": -1},

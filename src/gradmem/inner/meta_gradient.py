@@ -47,6 +47,7 @@ def descend(
     steps: int,
     *,
     given: Sequence[Tensor] = (),
+    factor: Callable[[int], float] = lambda step: 1.0,
     order: Order = "second",
     last_k: int | None = None,
     strategy: Strategy = "unroll",
@@ -72,6 +73,8 @@ def descend(
         Steps to take at most.
     given : sequence of Tensor
         Further arguments of `loss`, the same at every step.
+    factor : callable
+        Factor on the learning rates at a step, counted from 0.
     order : {"none", "first", "second"}
         "second" differentiates through the gradients; "first" takes them as constants and keeps the identity path
         to the start; "none" detaches after every step.
@@ -101,7 +104,8 @@ def descend(
         if active is not None and not bool(active.any()):
             return
         clipped = {name: clip(grad, clip_value, clip_norm) for name, grad in zip(points, grads, strict=True)}
-        updated, state = update(points if second else now.tensors, clipped, state, rates)
+        now_rates = {name: rate * factor(index) for name, rate in rates.items()}
+        updated, state = update(points if second else now.tensors, clipped, state, now_rates)
         if active is not None:
             updated = {name: torch.where(_like(active, new), new, now.tensors[name]) for name, new in updated.items()}
         if order == "none" or not training:

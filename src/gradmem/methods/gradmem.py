@@ -36,6 +36,9 @@ class GradMem(PrefixMethod):
         Inner learning rate, on the mean token loss.
     learn_inner_lr : bool
         Meta-learn one inner learning rate for each memory vector, starting from `inner_lr`.
+    settle : float
+        How fast the inner learning rate falls beyond `write_steps`: the j-th step after them takes the rate divided
+        by 1 + settle * j. With 0, the paper's constant rate, a memory overshoots after more steps than were trained.
     inner_optimizer : {"sgd", "adam"}
     clip_value, clip_norm : float, optional
         Clips of the inner gradient, per sample and tensor.
@@ -64,6 +67,7 @@ class GradMem(PrefixMethod):
         write_steps: int = 5,
         inner_lr: float = 1.0,
         learn_inner_lr: bool = False,
+        settle: float = 0.5,
         inner_optimizer: Literal["sgd", "adam"] = "sgd",
         clip_value: float | None = None,
         clip_norm: float | None = None,
@@ -77,6 +81,7 @@ class GradMem(PrefixMethod):
     ) -> None:
         super().__init__(backbone, n_mem, write_steps, n_ctrl)
         require("inner_lr", inner_lr, inner_lr > 0, "positive")
+        require("settle", settle, settle >= 0, "at least 0")
         require("inner_optimizer", inner_optimizer, inner_optimizer in OPTIMIZERS, "sgd or adam")
         require("order", order, order in ("none", "first", "second"), "none, first or second")
         require("last_k", last_k, last_k is None or last_k >= 0, "at least 0")
@@ -84,7 +89,7 @@ class GradMem(PrefixMethod):
         require("clip_value", clip_value, clip_value is None or clip_value > 0, "positive")
         require("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "positive")
         require("write_lora", write_lora, write_lora >= 0, "at least 0")
-        self.inner_lr = inner_lr
+        self.inner_lr, self.settle = inner_lr, settle
         self.update = OPTIMIZERS[inner_optimizer]
         self.clip_value, self.clip_norm = clip_value, clip_norm
         self.order: Order = order
@@ -120,6 +125,7 @@ class GradMem(PrefixMethod):
             self._rates(),
             steps,
             given=[embeds],
+            factor=self._settling,
             order=self.order,
             last_k=self.last_k,
             strategy=self.strategy,
@@ -142,6 +148,9 @@ class GradMem(PrefixMethod):
             tensors["proj_weight"] = self.proj.weight.expand(batch, -1, -1)
             tensors["proj_bias"] = self.proj.bias.expand(batch, -1)
         return tensors
+
+    def _settling(self, step: int) -> float:
+        return 1 / (1 + self.settle * max(0, step + 1 - self.write_steps))
 
     def _rates(self) -> Rates:
         rates: dict[str, float | Tensor] = dict.fromkeys(("memory", "proj_weight", "proj_bias"), self.inner_lr)
