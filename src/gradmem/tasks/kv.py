@@ -79,6 +79,11 @@ class KV(Task):
         self.first = self._id(LETTERS[0])
         self._block = lru_cache(maxsize=4)(self._make_block)
 
+    @property
+    def label(self) -> str:
+        """The number of pairs."""
+        return f"{self.pairs} pairs"
+
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
         """Samples `start` to `start + size`; see `Task.batch`."""
         wanted = np.arange(start, start + size)
