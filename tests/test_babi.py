@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from collections import Counter
 from itertools import pairwise
 from mmap import mmap
@@ -335,6 +337,27 @@ def test_missing_data_is_named(tmp_path: Path) -> None:
         Babi(data=str(tmp_path / "none")).size("test")
     with pytest.raises(GradmemError, match=r"one file qa1_\*_test.txt"):
         Babi(data=str(tmp_path)).size("test")
+
+
+def test_data_sets_of_the_hub(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, config: str, split: str) -> list[dict]:
+        assert (name, config) == ("someone/babi-of-a-test", "en-qa1")
+        lines = (small / f"qa1_single_{split}.txt").read_text().splitlines()
+        parts = [[*line.partition(" ")[2].split("\t"), ""][:2] for line in lines]
+        ids = [line.partition(" ")[0] for line in lines]
+        return [{"story": {"id": ids, "text": [p[0] for p in parts], "answer": [p[1] for p in parts]}}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    theirs, ours = Babi("qa1", data="someone/babi-of-a-test"), Babi("qa1", data=str(small))
+    for split in ("train", "test"):
+        assert same(theirs.batch(split, 0, 2), ours.batch(split, 0, 2))
+    assert theirs.notes("test") == ours.notes("test")
+
+
+def test_text_that_is_not_utf8_is_named(small: Path) -> None:
+    (small / "qa1_single_test.txt").write_bytes(SMALL.encode() + b"1 Mary \xff\n")
+    with pytest.raises(GradmemError, match="line 9 is not UTF-8"):
+        Babi("qa1", data=str(small)).size("test")
 
 
 @needs("babi_v1.1_en")

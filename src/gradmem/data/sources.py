@@ -68,11 +68,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         When it cannot be read or is not UTF-8.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                yield number, line.rstrip("\n")
+                yield number, line.decode().rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise GradmemError(f"{path} is not UTF-8 text: {error.reason}") from error
+        raise GradmemError(f"{path} line {number} is not UTF-8 text: {error.reason}") from error
     except OSError as error:
         raise GradmemError(f"cannot read {path}: {error.strerror or error}") from error
 

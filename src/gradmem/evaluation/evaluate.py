@@ -20,7 +20,7 @@ from ..tasks.base import Split, Task
 UNLIMITED = 1000
 """Contexts where the caller does not say and the split has no end."""
 PROBED = 64
-"""Contexts whose longest one says how many to write at once."""
+"""Contexts at either end whose longest one says how many to write at once."""
 
 
 @dataclass
@@ -146,7 +146,8 @@ def evaluate(
     samples = (there or UNLIMITED) if samples is None else samples if there is None else min(samples, there)
     if samples < 2:
         raise GradmemError("evaluation needs at least 2 samples: memories are swapped between contexts")
-    length = built.batch(split, 0, min(samples, PROBED), seed).context.ids.shape[1]
+    probed = min(samples, PROBED)
+    length = max(built.batch(split, at, probed, seed).context.ids.shape[1] for at in (0, samples - probed))
     sizes = _split(samples, max(2, TOKENS_AT_ONCE // length))
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     scores: dict[tuple[str, str, int], list[Tensor]] = {}

@@ -18,7 +18,6 @@ from .evaluate import Result
 def table(results: Sequence[Result]) -> Table:
     """Table of results; every group of rows ends with its control rows."""
     first = results[0]
-    options = [key for key in first.task if key != "name" and _worth_a_column(results, key)]
     contexts = "/".join(dict.fromkeys(str(result.samples) for result in results))
     sources = ", ".join(dict.fromkeys(result.source for result in results))
     others = [name for name in first.metrics if not name.startswith(("unwritten_", "swapped_"))]
@@ -26,20 +25,20 @@ def table(results: Sequence[Result]) -> Table:
         title=f"{first.checkpoint}: exact match, {contexts} {first.split} contexts ({sources}), seed {first.seed}",
         caption=f"{first.n_mem} vectors of {first.d}, {first.bytes} bytes; {first.parameters:,} parameters; "
         "all queries of each context; 95 % interval bootstrapped over contexts",
+        pad_edge=False,
     )
-    for option in options:
-        built.add_column(option, justify="right")
-    for heading in ("memory", "steps", "EM %", "95 %", *others, "write loss"):
-        built.add_column(heading, justify="left" if heading == "memory" else "right")
-    groups: dict[tuple[str, ...], list[Result]] = {}
+    for heading in ("task", "memory", "steps", "EM %", "95 %", *others, "write loss"):
+        left = heading in ("task", "memory")
+        built.add_column(heading, justify="left" if left else "right", no_wrap=heading == "memory")
+    groups: dict[str, list[Result]] = {}
     for result in results:
-        groups.setdefault(tuple(str(result.task.get(option)) for option in options), []).append(result)
-    for key, group in groups.items():
-        cells = list(key)
+        groups.setdefault(json.dumps(result.task, sort_keys=True), []).append(result)
+    for group in groups.values():
+        label = group[0].label
         for result in group:
             low, high = (f"{100 * bound:.2f}" for bound in result.ci95)
             built.add_row(
-                *cells,
+                label,
                 "written" if result.steps else "unwritten",
                 str(result.steps),
                 f"{100 * result.exact_match:.2f}",
@@ -53,17 +52,11 @@ def table(results: Sequence[Result]) -> Table:
             ("swapped", last.swapped_steps, last.swapped),
         ):
             rest = [f"{last.metrics[f'{kind}_{name}']:.4f}" for name in others]
-            row = [*cells, f"control: {kind}", str(steps), f"{100 * match:.2f}", "", *rest, ""]
+            row = [label, f"control: {kind}", str(steps), f"{100 * match:.2f}", "", *rest, ""]
             built.add_row(*row, style="dim", end_section=kind == "swapped")
         if last.bits_per_vector is not None:
             built.caption = f"{built.caption}; {last.bits_per_vector:.1f} bits per vector after {last.steps} steps"
     return built
-
-
-def _worth_a_column(results: Sequence[Result], option: str) -> bool:
-    """Numbers are, and what differs; paths and names that all rows share are not."""
-    values = [result.task.get(option) for result in results]
-    return isinstance(values[0], int | float) or any(value != values[0] for value in values)
 
 
 def save_json(results: Sequence[Result], path: str | Path) -> Path:

@@ -81,8 +81,8 @@ class KV(Task):
 
     @property
     def label(self) -> str:
-        """The number of pairs."""
-        return f"{self.pairs} pairs"
+        """The number of pairs, and the noise between them."""
+        return f"{self.pairs} pairs" + (f", {self.noise:.0%} noise" if self.noise else "")
 
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
         """Samples `start` to `start + size`; see `Task.batch`."""

@@ -50,6 +50,11 @@ class Text(FileTask):
         self.tokenizer = pretrained_tokenizer(tokenizer)
         self.begin = str(self.tokenizer.bos_token or self.tokenizer.eos_token)
 
+    @property
+    def label(self) -> str:
+        """The length of a chunk."""
+        return f"chunks of {self.chunk} tokens"
+
     def source(self, split: Split) -> str:
         """The data."""
         return str(self.data)
