@@ -322,7 +322,6 @@ def test_a_malformed_line_is_named(small: Path, line: str, message: str) -> None
     [
         ({"tasks": "qa21"}, "unknown bAbI task 'qa21'"),
         ({"tasks": "qa1,qa1"}, "each task once"),
-        ({"tasks": "qa1,qa6"}, "qa6 cannot be generated"),
         ({"generated": 2.0}, "generated must be"),
         ({"max_context": 3}, "max_context must be"),
     ],
@@ -330,6 +329,33 @@ def test_a_malformed_line_is_named(small: Path, line: str, message: str) -> None
 def test_bad_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(GradmemError, match=message):
         Babi(**options)
+
+
+def test_what_cannot_be_generated_is_refused_when_it_is_wanted() -> None:
+    """Not before: a checkpoint of qa6 loads and answers without data."""
+    with pytest.raises(GradmemError, match="qa6 cannot be generated"):
+        Babi("qa1,qa6").batch("test", 0, 2)
+
+
+def test_exact_match_is_on_the_whole_answer(small: Path) -> None:
+    lines = "1 Mary got the milk there.\n2 Mary got the apple there.\n3 What is Mary carrying?\tmilk,apple\n"
+    (small / "qa8_lists_test.txt").write_text(lines)
+    task = Babi("qa8", data=str(small))
+    batch = task.batch("test", 0, 1)
+    target = batch.labels[batch.labels != -100]
+    assert task.tokenizer.decode(target) == "milk , apple [END]"
+    for wrong in (None, 0, 1, 2, 3):
+        predicted = target.clone()
+        if wrong is not None:
+            predicted[wrong] = task.encode("there")[0]
+        logits = torch.nn.functional.one_hot(predicted, len(task.tokenizer)).float()
+        assert task.judge(logits, batch)["exact_match"].tolist() == [wrong is None]
+
+
+def test_test_files_alone_can_be_measured(small: Path) -> None:
+    (small / "qa1_single_train.txt").unlink()
+    (note,) = Babi("qa1", data=str(small)).notes("test")
+    assert note.startswith("test contexts are not compared")
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:

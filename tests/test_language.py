@@ -215,7 +215,7 @@ def test_evaluation_generates_what_asking_gives(bytes_tokenizer: str, tmp_path: 
 
 def test_a_checkpoint_takes_its_tokenizer_along(bytes_tokenizer: str, paragraphs: str, tmp_path: Path) -> None:
     elsewhere = shutil.copytree(bytes_tokenizer, tmp_path / "tokenizer")
-    model = text_model({"name": "squad", "tokenizer": str(elsewhere)})
+    model = text_model({"name": "squad", "tokenizer": str(elsewhere), "data": paragraphs})
     model.save_pretrained(tmp_path / "checkpoint")
     shutil.rmtree(elsewhere)
     again = gradmem.load((tmp_path / "checkpoint").rename(tmp_path / "moved"))

@@ -163,13 +163,13 @@ def evaluate(
             progress=_progress,
         )
     console.print(table(results))
-    for note in dict.fromkeys(note for one in built for note in one.notes(split)):
-        console.print(note, markup=False, highlight=False)
     if json:
         console.print(f"saved {save_json(results, json)}")
     if figure:
         title = f"{checkpoint}: {results[0].samples} fresh contexts, seed {seed}"
         console.print(f"saved {steps_figure(results, figure, title)}")
+    for note in dict.fromkeys(note for one in built for note in one.notes(split)):
+        console.print(note, markup=False, highlight=False)
     return results
 
 

@@ -117,7 +117,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         """Write config, weights and tokenizer; each file appears whole or not at all."""
         with tempfile.TemporaryDirectory(dir=save_directory) as temporary:
             save_model(self.method, str(Path(temporary) / WEIGHTS))
-            spec = {**self.spec, "task": _beside(self.spec["task"], HERE)}
+            spec = {**self.spec, "task": _portable(self.spec["task"])}
             (Path(temporary) / CONFIG).write_text(json.dumps({"format": FORMAT, **spec}, indent=1))
             self.task.tokenizer.save_pretrained(temporary)
             for file in Path(temporary).iterdir():
@@ -346,6 +346,12 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         each = len(texts) // len(flat)
         answers = iter(texts if each == 1 else [texts[i : i + each] for i in range(0, len(texts), each)])
         return [[next(answers) for _ in queries] for queries in query]
+
+
+def _portable(task: Spec) -> Spec:
+    """A task without places on this machine: its tokenizer goes along, and who wants its data says where it is."""
+    local = task.get("data") is not None and Path(task["data"]).exists()
+    return _beside({name: value for name, value in task.items() if not (local and name == "data")}, HERE)
 
 
 def _beside(task: Spec, directory: str) -> Spec:

@@ -85,10 +85,6 @@ class Babi(FileTask):
         if max_context is not None and max_context < 16:
             raise GradmemError(f"max_context must be at least 16, not {max_context}")
         self.generated = generated if data else 1.0
-        hopeless = [name for name in self.tasks if name not in babi_stories.TASKS]
-        if self.generated and hopeless:
-            known = ", ".join(babi_stories.TASKS)
-            raise GradmemError(f"{', '.join(hopeless)} cannot be generated ({known} can): give `data`, a directory")
         self.max_context = max_context
         self.tokenizer = word_tokenizer()
         self.answer_length = 6  # three objects, two commas and the end
@@ -116,12 +112,17 @@ class Babi(FileTask):
     def notes(self, split: Split) -> list[str]:
         """What was cut, and which test stories training has too."""
         share, notes = self._share(split), []
-        if share:
+        if share and self.max_context:
             for name in self.tasks:
                 notes += self._cuts(f"generated contexts of {name}", self._told(name, split, 0, 0))
         if share < 1:
             notes += super().notes(split)
-        return notes + (self.repeated() if split == "test" and not share else [])
+        if split == "test" and not share:
+            try:
+                notes += self.repeated()
+            except GradmemError as error:
+                notes.append(f"test contexts are not compared with those of training: {error}")
+        return notes
 
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
         """Samples of a split; see `Task.batch`. Generated ones stand evenly between those from files."""
@@ -220,6 +221,11 @@ class Babi(FileTask):
         return [self._sample(one) for one in self._told(task, split, seed, block)]
 
     def _told(self, task: str, split: Split, seed: int, block: int) -> list[Asked]:
+        if task not in babi_stories.TASKS:
+            known = ", ".join(babi_stories.TASKS)
+            raise GradmemError(
+                f"{task} cannot be generated ({known} can): give `data`, a directory, and `generated: 0`"
+            )
         random = Random(f"{task} {split} {seed} {block}")
         told: list[babi_stories.Told] = []
         while len(told) < BLOCK:
