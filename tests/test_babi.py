@@ -158,8 +158,16 @@ def statistics(stories: list[Story]) -> dict[str, Counter]:
         "answers": Counter(one.answer for one in told),
         "statements": Counter(form(s) for story in stories for s in story[-1].statements),
         "questions": Counter(form(one.question) for one in told),
+        "rooms of a map": Counter(shape(one) for one in told),
         "statements before a question": Counter(min(e for e in edges if len(one.statements) <= e) for one in told),
     }
+
+
+def shape(told: Told) -> str:
+    """How the sentences of a map (qa4) name the same rooms: numbers of rooms in the order they are first named."""
+    text = " ".join([*told.statements, told.question, told.answer])
+    rooms = re.findall(rf"\b({ROOM})\b", text) if " of the " in text else []
+    return "".join(str(list(dict.fromkeys(rooms)).index(room)) for room in rooms)
 
 
 def variation(one: Counter, other: Counter) -> float:
