@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 from mmap import mmap
 from pathlib import Path
@@ -144,6 +145,7 @@ def test_the_solver_solves_what_is_generated(task: str) -> None:
 # --- Likeness to the training files ------------------------------------------------------------------------
 
 
+@cache
 def form(sentence: str) -> str:
     """A sentence without its particulars."""
     for pattern, letter in ((ROOM, "R"), (THING, "O"), ("Mary|John|Daniel|Sandra|Fred|Bill|Jeff", "P")):
