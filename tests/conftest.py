@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -36,8 +38,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": WIDE | {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
 }
 KINDS = list(CONFIGS)
+DATA = Path(os.environ.get("GRADMEM_DATA_DIR") or Path(__file__).parents[2] / "shared" / "data")
+"""Data sets that are no part of the repository; tests that need them are skipped where they are not."""
 TOLERANCE = 1e-10
 """Of what is computed in float64 throughout."""
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Skip a test where a data set is absent."""
+    absent = [name for name in names if not (DATA / name).exists()]
+    return pytest.mark.skipif(bool(absent), reason=f"{DATA} has no {', '.join(absent)}; see GRADMEM_DATA_DIR")
 
 
 def make_gradmem(kind: str = "gpt2", *, config: dict[str, Any] | None = None, **options: Any) -> GradMem:
@@ -121,6 +131,12 @@ def tiny_model(seed: int) -> MemoryModel:
             },
             {"name": "gradmem", "n_mem": 8, "write_steps": 2, "write_head": "random"},
         )
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tokenized data out of the user's cache, but share it among tests."""
+    monkeypatch.setenv("GRADMEM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")

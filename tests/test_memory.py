@@ -145,7 +145,7 @@ def test_beams_and_sequences_agree_with_generation_without_a_cache(tiny: MemoryM
         wanted = tiny.method.backbone.model.generate(
             inputs_embeds=prompt, attention_mask=mask, **settings, **options
         ).tolist()
-        texts = [tiny.task.answer_text(text) for text in tiny._decode(wanted)]
+        texts = [tiny.task.decode(row) for row in wanted]
         assert answer == (texts if len(texts) > 1 else texts[0])
 
 

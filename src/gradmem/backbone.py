@@ -92,12 +92,15 @@ class Backbone(nn.Module):
         return cls(model)
 
     @classmethod
-    def from_pretrained(cls, name: str) -> Backbone:
-        """Load pretrained weights by hub name or local directory."""
+    def from_pretrained(cls, name: str, vocabulary: int = 0) -> Backbone:
+        """Load pretrained weights by hub name or local directory; embeddings grow where `vocabulary` is larger."""
         try:
-            return cls(AutoModelForCausalLM.from_pretrained(name))
+            model = AutoModelForCausalLM.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise GradmemError(f"cannot load the backbone '{name}': {error}") from error
+        if vocabulary > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(vocabulary)
+        return cls(model)
 
     @property
     def width(self) -> int:

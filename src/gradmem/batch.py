@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class Tokens:
     mask: Tensor
 
     @classmethod
-    def from_lists(cls, rows: Sequence[Sequence[int]], pad_id: int = 0) -> Tokens:
+    def from_lists(cls, rows: Sequence[Sequence[int] | np.ndarray], pad_id: int = 0) -> Tokens:
         """Pad lists of ids on the right with `pad_id`."""
         length = max((len(row) for row in rows), default=0)
         ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
@@ -67,21 +68,25 @@ class Batch:
         The target tokens at their own positions (not shifted), -100 elsewhere.
     rows : Tensor, int64, shape (queries,)
         Index of the context that each query belongs to.
+    references : list of list of str
+        All answers to each query that count as right, where generated answers are judged as text; or nothing.
     """
 
     context: Tokens
     queries: Tokens
     labels: Tensor
     rows: Tensor
+    references: list[list[str]] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device."""
-        return Batch(self.context.to(device), self.queries.to(device), self.labels.to(device), self.rows.to(device))
+        moved = self.context.to(device), self.queries.to(device), self.labels.to(device), self.rows.to(device)
+        return Batch(*moved, self.references)
 
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of up to `size` contexts, each with its queries; sizes differ by at most one.
 
-        A part without queries trains nothing and is left out.
+        A part without queries trains nothing and is left out; so are references, which training does not look at.
         """
         count = -(-len(self.context) // size)
         for contexts in torch.arange(len(self.context), device=self.rows.device).tensor_split(count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -47,6 +48,8 @@ SHORT = {"-o": "--output"}
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; return 0, or 2 after one line that says what was wrong."""
     arguments = [_long(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    if arguments[:1] == ["eval"]:
+        arguments = [_task_option(argument) for argument in arguments]
     try:
         _run(arguments)
     except GradmemError as error:
@@ -72,6 +75,13 @@ def _long(argument: str) -> str:
         + equals
         + value
     )
+
+
+def _task_option(argument: str) -> str:
+    """`--tasks qa1` as `--task.tasks qa1`: what is no option of the command is one of the task."""
+    name = argument.removeprefix("--").partition("=")[0].partition(".")[0]
+    known = {*inspect.signature(commands.evaluate).parameters, "help", ""}
+    return argument if not argument.startswith("--") or name in known else f"--task.{argument[2:]}"
 
 
 def _run(arguments: list[str]) -> None:

@@ -25,6 +25,7 @@ from .evaluation.sweep import steps_figure as heatmap_figure
 from .evaluation.sweep import sweep as run_sweep
 from .evaluation.sweep import table as sweep_table
 from .memory import Memory, Precision, text_digest, write_bytes
+from .model import build_task
 from .tables import plan_table, provenance, receipt, tokens_of
 from .tasks.base import Split
 from .training.recipe import Recipe, recipe_names
@@ -107,13 +108,14 @@ def evaluate(
     checkpoint: str,
     pairs: Ints | None = None,
     steps: Ints | None = None,
-    samples: int = 1000,
+    samples: int | None = None,
     seed: int = 1,
     split: Split = "test",
     precision: Precision = "float32",
     device: str = "cpu",
     json: Path | None = None,
     figure: Path | None = None,
+    task: dict[str, Any] | None = None,
 ) -> list[Result]:
     """Measure exact match on fresh contexts, with control rows.
 
@@ -126,7 +128,7 @@ def evaluate(
     steps
         Numbers of write steps, as 0,1,5 or 0..5, all read off one trajectory; default: the checkpoint's own.
     samples
-        Contexts; all of their queries are asked.
+        Contexts; all of their queries are asked. Default: all of a test file, 1000 where contexts are generated.
     seed
         Seed of the contexts.
     split
@@ -138,21 +140,25 @@ def evaluate(
     json
         Also save the results to this file, as a list of rows.
     figure
-        Also draw exact match and write loss by step to this file (one number of pairs only).
+        Also draw exact match and write loss by step to this file (one number of pairs, or one task, only).
+    task
+        Options of the task that differ from the checkpoint's, each by its own name: --data DIR --tasks qa1,qa4.
     """
     model = load(checkpoint).to(_device(device))
-    tasks: list[dict[str, Any]] = [{"pairs": n} for n in pairs] if pairs else [{}]
+    given = [{**(task or {}), "pairs": n} for n in pairs] if pairs else [task or {}]
+    built = [build_task({**model.spec["task"], **options}) for options in given]
+    tasks = [{**options, **variant} for options, one in zip(given, built, strict=True) for variant in one.variants()]
     if figure and len(tasks) > 1:
-        raise GradmemError("a figure by step shows one number of pairs: give one")
+        raise GradmemError("a figure by step shows one number of pairs, or one task: give one")
     results: list[Result] = []
-    for task in tasks:
+    for options in tasks:
         results += measure(
             model,
             steps,
             samples,
             seed,
             split,
-            task,
+            options,
             convert=lambda memory: memory.rounded(precision),
             progress=_progress,
         )
@@ -162,6 +168,8 @@ def evaluate(
     if figure:
         title = f"{checkpoint}: {results[0].samples} fresh contexts, seed {seed}"
         console.print(f"saved {steps_figure(results, figure, title)}")
+    for note in dict.fromkeys(note for one in built for note in one.notes(split)):
+        console.print(note, markup=False, highlight=False)
     return results
 
 

@@ -29,6 +29,8 @@ from .tasks.base import Task
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HERE = "."
+"""In a checkpoint's config: the directory of the checkpoint itself."""
 Spec = dict[str, Any]
 
 
@@ -49,7 +51,7 @@ def build_method(spec: Spec, backbone: Backbone, *, trusted: bool = True) -> Met
 def build_backbone(spec: Spec, task: Task) -> Backbone:
     """Build a backbone from `pretrained: NAME` or the fields of a config; a new one fits the task's tokenizer."""
     if "pretrained" in spec:
-        return Backbone.from_pretrained(spec["pretrained"])
+        return Backbone.from_pretrained(spec["pretrained"], len(task.tokenizer))
     fields = {"vocab_size": len(task.tokenizer), "pad_token_id": task.pad_id, "eos_token_id": task.end_id}
     return Backbone.from_config({**fields, **spec})
 
@@ -115,7 +117,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         """Write config, weights and tokenizer; each file appears whole or not at all."""
         with tempfile.TemporaryDirectory(dir=save_directory) as temporary:
             save_model(self.method, str(Path(temporary) / WEIGHTS))
-            (Path(temporary) / CONFIG).write_text(json.dumps({"format": FORMAT, **self.spec}, indent=1))
+            spec = {**self.spec, "task": _portable(self.spec["task"])}
+            (Path(temporary) / CONFIG).write_text(json.dumps({"format": FORMAT, **spec}, indent=1))
             self.task.tokenizer.save_pretrained(temporary)
             for file in Path(temporary).iterdir():
                 os.replace(file, save_directory / file.name)
@@ -130,7 +133,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             config = json.loads((directory / CONFIG).read_text())
             if config["format"] != FORMAT:
                 raise GradmemError(f"{model_id} has format {config['format']}, this gradmem reads {FORMAT}")
-            model = cls.from_spec(config["task"], config["backbone"], config["method"], trusted=False)
+            task = _beside(config["task"], str(directory))
+            model = cls.from_spec(task, config["backbone"], config["method"], trusted=False)
             load_model(model.method, str(directory / WEIGHTS))
         except FileNotFoundError as error:
             raise GradmemError(f"{model_id} is no checkpoint: it has no {Path(error.filename).name}") from error
@@ -179,7 +183,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         Raises
         ------
         GradmemError
-            When it is empty, longer than `limit` tokens, or has characters that the tokenizer lacks.
+            When it is empty, longer than `limit` tokens, or has characters or words that the tokenizer lacks.
         """
         ids = self.task.encode(text)
         if not ids:
@@ -188,8 +192,10 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             raise GradmemError(f"the {what} has {len(ids)} tokens; the limit of '{self.name}' is {limit}")
         unknown_id = self.task.tokenizer.unk_token_id
         if unknown_id is not None and unknown_id in ids:
-            alien = sorted(c for c in set(text) if unknown_id in self.task.encode(c))
-            raise GradmemError(f"the {what} has characters that '{self.name}' does not know: {alien[:20]}")
+            pieces = zip(self.task.pieces(text), ids, strict=True)
+            alien = sorted({piece.strip() or piece for piece, i in pieces if i == unknown_id})
+            kind = "characters" if max(map(len, alien)) == 1 else "words"
+            raise GradmemError(f"the {what} has {kind} that '{self.name}' does not know: {alien[:20]}")
         return ids
 
     def write(
@@ -337,15 +343,21 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             with torch.no_grad():
                 memory.prefix = self.method.prefix(memory)
         generated = self.method.generate(memory.prefix, ids, rows, pad_id=self.task.pad_id, **settings)
-        texts = [self.task.answer_text(t) for t in self._decode(generated)]
+        texts = [self.task.decode(row) for row in generated]
         each = len(texts) // len(flat)
         answers = iter(texts if each == 1 else [texts[i : i + each] for i in range(0, len(texts), each)])
         return [[next(answers) for _ in queries] for queries in query]
 
-    def _decode(self, generated: list[list[int]]) -> list[str]:
-        pad, end = self.task.pad_id, self.task.end_id
-        cut = [row[: row.index(end)] if end in row else row for row in generated]
-        return list(self.task.tokenizer.batch_decode([[i for i in row if i != pad] for row in cut]))
+
+def _portable(task: Spec) -> Spec:
+    """A task without places on this machine: its tokenizer goes along, and who wants its data says where it is."""
+    local = task.get("data") is not None and Path(task["data"]).exists()
+    return _beside({name: value for name, value in task.items() if not (local and name == "data")}, HERE)
+
+
+def _beside(task: Spec, directory: str) -> Spec:
+    """A task whose tokenizer, where that is an option, is the one in the checkpoint's directory."""
+    return {**task, "tokenizer": directory} if "tokenizer" in task else task
 
 
 def _known(function: Any, options: dict[str, Any]) -> dict[str, Any]:

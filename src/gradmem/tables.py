@@ -59,7 +59,7 @@ def tokens_of(memory: Memory, text: str) -> list[str]:
     if memory.model is None:
         raise GradmemError("this memory is bound to no model")
     task = memory.model.task
-    return [task.tokenizer.decode([i]) for i in task.encode(task.context_text(text))]
+    return task.pieces(task.context_text(text))
 
 
 def plan_table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,11 @@ from ..memory import Memory
 from ..methods.base import Method
 from ..model import MemoryModel, build_task
 from ..tasks.base import Split, Task
-from ..training.step import exact_match
+
+UNLIMITED = 1000
+"""Contexts where the caller does not say and the split has no end."""
+PROBED = 64
+"""Contexts at either end whose longest one says how many to write at once."""
 
 
 @dataclass
@@ -40,10 +44,16 @@ class Result:
         Memory vectors and their width; n_mem is 0 where the memory is something else.
     bytes : int
         Bytes of one memory after the most steps, mean over contexts.
+    label, source : str
+        What the task calls itself, and where its contexts come from: "generated", or their data.
+    metrics : dict of float
+        The task's other metrics, averaged as exact match is; their controls are `unwritten_NAME`, `swapped_NAME`.
     """
 
     checkpoint: str
     task: dict[str, Any]
+    label: str
+    source: str
     steps: int
     exact_match: float
     ci95: tuple[float, float]
@@ -59,6 +69,14 @@ class Result:
     n_mem: int
     d: int
     bytes: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bits_per_vector(self) -> float | None:
+        """Bits by which each memory vector makes the target cheaper, where the task counts `bits`."""
+        if "bits" not in self.metrics or not self.n_mem:
+            return None
+        return (self.metrics["unwritten_bits"] - self.metrics["bits"]) / self.n_mem
 
     @property
     def size(self) -> str:
@@ -68,11 +86,15 @@ class Result:
     def row(self) -> dict[str, Any]:
         """The result as one flat row; the task's options (as `pairs`) stand beside the rest."""
         fields = asdict(self)
-        task = fields.pop("task")
+        task, metrics = fields.pop("task"), fields.pop("metrics")
+        if self.bits_per_vector is not None:
+            metrics["bits_per_vector"] = self.bits_per_vector
         return {
             "checkpoint": fields.pop("checkpoint"),
+            "task": fields.pop("label"),
             **{k: v for k, v in task.items() if k != "name"},
             **fields,
+            **metrics,
         }
 
 
@@ -92,7 +114,7 @@ def interval(scores: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[
 def evaluate(
     model: MemoryModel,
     steps: Sequence[int] | None = None,
-    samples: int = 1000,
+    samples: int | None = None,
     seed: int = 1,
     split: Split = "test",
     task: dict[str, Any] | None = None,
@@ -107,8 +129,9 @@ def evaluate(
     model : MemoryModel
     steps : sequence of int, optional
         Numbers of write steps; all are read off one trajectory. By default the checkpoint's own number.
-    samples : int
-        Contexts; all of their queries are asked.
+    samples : int, optional
+        Contexts, at most as many as the split has; all of their queries are asked. By default all of a split that
+        has an end, otherwise 1000.
     seed, split
         Which samples; nothing is trained on the "test" split of any seed.
     task : dict, optional
@@ -131,22 +154,28 @@ def evaluate(
     swapped_steps = steps[-1] if swapped_steps is None else swapped_steps
     if swapped_steps not in steps:
         raise GradmemError(f"the swapped control is after {swapped_steps} steps, which are not among {steps}")
-    if samples < 2:
-        raise GradmemError("evaluation needs at least 2 samples: memories are swapped between contexts")
     spec = {**model.spec["task"], **(task or {})}
     built = build_task(spec)
-    length = built.batch(split, 0, 1, seed).context.ids.shape[1]
-    if length > model.method.max_context:
-        raise GradmemError(f"contexts have {length} tokens; the limit of '{model.name}' is {model.method.max_context}")
+    there = built.size(split)
+    samples = (there or UNLIMITED) if samples is None else samples if there is None else min(samples, there)
+    if samples < 2:
+        raise GradmemError("evaluation needs at least 2 samples: memories are swapped between contexts")
+    probed = min(samples, PROBED)
+    length = max(built.batch(split, at, probed, seed).context.ids.shape[1] for at in (0, samples - probed))
     sizes = _split(samples, max(2, TOKENS_AT_ONCE // length))
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
-    scores: dict[tuple[str, int], list[Tensor]] = {}
+    scores: dict[tuple[str, str, int], list[Tensor]] = {}
     losses: dict[int, list[Tensor]] = {}
-    title = " ".join(f"{value} {key}" for key, value in spec.items() if key != "name")
     queries = nbytes = 0
+
+    def score(kind: str, step: int, memory: Memory, batch: Batch) -> None:
+        for name, values in _score(model.method, built, memory, batch).items():
+            scores.setdefault((name, kind, step), []).append(values)
+
     with torch.no_grad():
-        for start, size in progress(list(zip(starts, sizes, strict=True)), title):
+        for start, size in progress(list(zip(starts, sizes, strict=True)), built.label):
             batch = built.batch(split, start, size, seed).to(model.device)
+            _check_lengths(model, built, batch)
             queries += len(batch.rows)
             for step, written in enumerate(model.method.trajectory(batch.context, steps[-1])):
                 if step not in steps and step:
@@ -154,28 +183,37 @@ def evaluate(
                 memory = convert(written.memory)
                 token_losses = model.method.token_losses(memory, batch.context)
                 losses.setdefault(step, []).append(token_losses.sum(1) / batch.context.lengths)
-                scores.setdefault(("own", step), []).append(_score(model.method, built, memory, batch))
+                score("own", step, memory, batch)
+                if step == swapped_steps:
+                    score("swapped", step, memory.select(torch.arange(size).roll(1)), batch)
                 if step == steps[-1]:
                     nbytes += memory.nbytes
-                if step == swapped_steps:
-                    others = memory.select(torch.arange(size).roll(1))
-                    scores.setdefault(("swapped", step), []).append(_score(model.method, built, others, batch))
             if step < steps[-1]:
                 raise GradmemError(
                     f"{steps[-1]} steps asked for; the method of '{model.name}' takes no more than {step}"
                 )
     joined = {key: torch.cat(parts).double().cpu().numpy() for key, parts in scores.items()}
     method = model.method
+    others = [name for name in dict.fromkeys(name for name, _, _ in joined) if name != "exact_match"]
+
+    def mean(name: str, kind: str, step: int) -> float:
+        return float(joined[name, kind, step].mean())
+
+    def controls(name: str) -> tuple[float, float]:
+        return mean(name, "own", 0), mean(name, "swapped", swapped_steps)
+
     return [
         Result(
             checkpoint=model.name,
             task=spec,
+            label=built.label,
+            source=built.source(split),
             steps=step,
-            exact_match=float(joined["own", step].mean()),
-            ci95=interval(joined["own", step]),
+            exact_match=mean("exact_match", "own", step),
+            ci95=interval(joined["exact_match", "own", step]),
             write_loss=float(torch.cat(losses[step]).mean()),
-            unwritten=float(joined["own", 0].mean()),
-            swapped=float(joined["swapped", swapped_steps].mean()),
+            unwritten=controls("exact_match")[0],
+            swapped=controls("exact_match")[1],
             swapped_steps=swapped_steps,
             samples=samples,
             queries=queries,
@@ -185,6 +223,15 @@ def evaluate(
             n_mem=method.n_mem,
             d=method.backbone.width,
             bytes=round(nbytes / samples),
+            metrics={
+                key: value
+                for name in others
+                for key, value in zip(
+                    (name, f"unwritten_{name}", f"swapped_{name}"),
+                    (mean(name, "own", step), *controls(name)),
+                    strict=True,
+                )
+            },
         )
         for step in steps
     ]
@@ -196,10 +243,37 @@ def _split(samples: int, most: int) -> list[int]:
     return [samples // count + (i < samples % count) for i in range(count)]
 
 
-def _score(method: Method, task: Task, memory: Memory, batch: Batch) -> Tensor:
-    """Fraction of its queries that each context answers exactly, shape (contexts,)."""
-    logits = method.read_targets(memory, batch.queries, batch.labels, batch.rows)
-    correct = exact_match(logits.argmax(-1), batch.labels, task.scored(batch.labels)).double()
+def _check_lengths(model: MemoryModel, task: Task, batch: Batch) -> None:
+    """Refuse contexts and queries that the model cannot hold."""
+    asked = int((batch.labels == -100).logical_and(batch.queries.mask).sum(1).max()) + task.answer_length
+    longest = {
+        "contexts": (batch.context.ids.shape[1], model.method.max_context),
+        "queries": (max(asked, batch.queries.ids.shape[1]), model.method.max_query),
+    }
+    for what, (length, limit) in longest.items():
+        if length > limit:
+            raise GradmemError(f"{what} have {length} tokens; the limit of '{model.name}' is {limit}")
+
+
+def _score(method: Method, task: Task, memory: Memory, batch: Batch) -> dict[str, Tensor]:
+    """Every metric of each context, the mean over its queries, shape (contexts,)."""
+    found: dict[str, Tensor] = {}
+    if task.reads:
+        found |= task.judge(method.read_targets(memory, batch.queries, batch.labels, batch.rows), batch)
+    if task.generates:
+        found |= task.judge_generated(_generate(method, task, memory, batch), batch)
     count = torch.bincount(batch.rows, minlength=len(batch.context))
-    total = torch.zeros(len(batch.context), dtype=torch.double, device=correct.device)
-    return total.index_add(0, batch.rows, correct) / count
+    means = {}
+    for name, values in found.items():
+        values = values.to(batch.rows.device, torch.double)
+        total = torch.zeros(len(batch.context), dtype=torch.double, device=values.device)
+        means[name] = total.index_add(0, batch.rows, values) / count
+    return means
+
+
+def _generate(method: Method, task: Task, memory: Memory, batch: Batch) -> list[list[int]]:
+    """Greedy answers to the queries, from what stands before their targets."""
+    lengths = (batch.labels != -100).long().argmax(1).tolist()
+    prompts = [ids[:length].tolist() for ids, length in zip(batch.queries.ids, lengths, strict=True)]
+    options = {"max_new_tokens": task.answer_length, "do_sample": False, "eos_token_id": task.end_id}
+    return method.generate(memory, prompts, batch.rows, pad_id=task.pad_id, **options)

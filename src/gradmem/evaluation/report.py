@@ -17,44 +17,45 @@ from .evaluate import Result
 
 def table(results: Sequence[Result]) -> Table:
     """Table of results; every group of rows ends with its control rows."""
-    options = [key for key in results[0].task if key != "name"]
     first = results[0]
+    contexts = "/".join(dict.fromkeys(str(result.samples) for result in results))
+    sources = ", ".join(dict.fromkeys(result.source for result in results))
+    others = [name for name in first.metrics if not name.startswith(("unwritten_", "swapped_"))]
     built = Table(
-        title=f"{first.checkpoint}: exact match, {first.samples} {first.split} contexts, seed {first.seed}",
+        title=f"{first.checkpoint}: exact match, {contexts} {first.split} contexts ({sources}), seed {first.seed}",
         caption=f"memory: {first.size}; {first.parameters:,} parameters; "
         "all queries of each context; 95 % interval bootstrapped over contexts",
+        pad_edge=False,
     )
-    for option in options:
-        built.add_column(option, justify="right")
-    for heading in ("memory", "steps", "EM %", "95 %", "write loss"):
-        built.add_column(heading, justify="left" if heading == "memory" else "right")
-    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for heading in ("task", "memory", "steps", "EM %", "95 %", *others, "write loss"):
+        left = heading in ("task", "memory")
+        built.add_column(heading, justify="left" if left else "right", no_wrap=heading == "memory")
+    groups: dict[str, list[Result]] = {}
     for result in results:
-        groups.setdefault(tuple(result.task[option] for option in options), []).append(result)
-    for key, group in groups.items():
-        cells = [str(value) for value in key]
+        groups.setdefault(json.dumps(result.task, sort_keys=True), []).append(result)
+    for group in groups.values():
+        label = group[0].label
         for result in group:
             low, high = (f"{100 * bound:.2f}" for bound in result.ci95)
             built.add_row(
-                *cells,
+                label,
                 "written" if result.steps else "unwritten",
                 str(result.steps),
                 f"{100 * result.exact_match:.2f}",
                 f"{low} to {high}",
+                *(f"{result.metrics[name]:.4f}" for name in others),
                 f"{result.write_loss:.4f}",
             )
         last = group[-1]
-        built.add_row(*cells, "control: unwritten", "0", f"{100 * last.unwritten:.2f}", "", "", style="dim")
-        built.add_row(
-            *cells,
-            "control: swapped",
-            str(last.swapped_steps),
-            f"{100 * last.swapped:.2f}",
-            "",
-            "",
-            style="dim",
-            end_section=True,
-        )
+        for kind, steps, match in (
+            ("unwritten", 0, last.unwritten),
+            ("swapped", last.swapped_steps, last.swapped),
+        ):
+            rest = [f"{last.metrics[f'{kind}_{name}']:.4f}" for name in others]
+            row = [label, f"control: {kind}", str(steps), f"{100 * match:.2f}", "", *rest, ""]
+            built.add_row(*row, style="dim", end_section=kind == "swapped")
+        if last.bits_per_vector is not None:
+            built.caption = f"{built.caption}; {last.bits_per_vector:.1f} bits per vector after {last.steps} steps"
     return built
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch
+from ..data import Samples, collate, places
 
 Split = Literal["train", "valid", "test"]
 
@@ -16,13 +18,26 @@ Split = Literal["train", "valid", "test"]
 class Task(ABC):
     """Base of all tasks.
 
-    A task is one file in `gradmem/tasks/` with one subclass of this. `batch` serves training and evaluation; the
-    text methods serve people, and have defaults that pass text through.
+    A task is one file in `gradmem/tasks/` with one subclass of this. `batch` serves training and evaluation, `judge`
+    and `judge_generated` score answers; the text methods serve people, and have defaults that pass text through.
     """
 
     tokenizer: PreTrainedTokenizerFast
     answer_length: int
     """Most tokens that an answer takes."""
+    reads: bool = True
+    """Whether evaluation reads the targets token by token, the true ones before them, for `judge`."""
+    generates: bool = False
+    """Whether evaluation generates answers, for `judge_generated`."""
+
+    @property
+    def label(self) -> str:
+        """What tables call this task."""
+        return type(self).__name__.lower()
+
+    def variants(self) -> list[dict[str, Any]]:
+        """Options under which evaluation measures this task, one after the other."""
+        return [{}]
 
     @property
     def pad_id(self) -> int:
@@ -36,8 +51,32 @@ class Task(ABC):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, in which the names of special tokens mean nothing special."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        ids: list[int] = self.tokenizer(text, **options, verbose=False).input_ids  # limits are the memory's to know
         return ids
+
+    def pieces(self, text: str) -> list[str]:
+        """The part of a text that each of its tokens stands for, up to where the next one begins."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        starts = [start for start, _ in encoded.offset_mapping]
+        return [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The answer in generated tokens: what stands before the end token."""
+        ids = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
+        return self.answer_text(self.tokenizer.decode([i for i in ids if i != self.pad_id]))
+
+    def size(self, split: Split) -> int | None:
+        """Samples in a split; None where they are generated without end."""
+        return None
+
+    def source(self, split: Split) -> str:
+        """Where the samples of a split come from."""
+        return "generated"
+
+    def notes(self, split: Split) -> list[str]:
+        """What people should know of a split, as how many contexts were cut; reading it may take a while."""
+        return []
 
     @abstractmethod
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
@@ -49,6 +88,25 @@ class Task(ABC):
     def scored(self, labels: Tensor) -> Tensor:
         """Which label positions exact match looks at, bool, the shape of `labels`."""
         return labels != -100
+
+    def judge(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Score answers that were read token by token.
+
+        Parameters
+        ----------
+        logits : Tensor, shape (targets, vocabulary)
+            At the positions where labels are not -100, in order.
+
+        Returns
+        -------
+        dict of Tensor, shape (queries,)
+            By name, among them `exact_match` where nothing is generated.
+        """
+        return {"exact_match": exact_match(logits.argmax(-1), batch.labels, self.scored(batch.labels))}
+
+    def judge_generated(self, generated: list[list[int]], batch: Batch) -> dict[str, Tensor]:
+        """Score generated answers, the new tokens of each query; the result is as that of `judge`."""
+        raise NotImplementedError
 
     def context_text(self, text: str) -> str:
         """Bring a user's text into the form that the model was trained on."""
@@ -65,3 +123,59 @@ class Task(ABC):
     def examples(self, text: str) -> list[tuple[str, str]]:
         """Queries and true answers that a context text contains, where the task can tell."""
         return []
+
+
+class FileTask(Task):
+    """Base of tasks whose samples come from files: `load` makes those of a split."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[Split, Samples] = {}
+
+    @abstractmethod
+    def load(self, split: Split) -> Samples:
+        """Read the samples of a split, or take them from the cache."""
+
+    def samples(self, split: Split) -> Samples:
+        """The samples of a split, which are read when they are first asked for: a checkpoint needs no data."""
+        if split not in self._loaded:
+            self._loaded[split] = self.load(split)
+        return self._loaded[split]
+
+    def size(self, split: Split) -> int | None:
+        """Contexts in a split."""
+        return len(self.samples(split))
+
+    def notes(self, split: Split) -> list[str]:
+        """What was cut or left out."""
+        return self.samples(split).notes
+
+    def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
+        """Samples of a split, in training round and round in ever new orders; see `Task.batch`.
+
+        Raises
+        ------
+        GradmemError
+            When there are not as many, and training is not meant.
+        """
+        samples = self.samples(split)
+        chosen = places(split, start, size, len(samples), seed)
+        return collate([samples[int(i)] for i in chosen], self.pad_id)
+
+
+def exact_match(predicted: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
+    """Whether every scored target token of a query is predicted.
+
+    Parameters
+    ----------
+    predicted : Tensor, int64, shape (targets,)
+        Predictions at the positions where labels are not -100, in order.
+    labels : Tensor, int64, shape (queries, length)
+    scored : Tensor, bool, shape (queries, length)
+
+    Returns
+    -------
+    Tensor, bool, shape (queries,)
+    """
+    right = torch.ones_like(scored)
+    right[labels != -100] = predicted == labels[labels != -100]
+    return (right | ~scored).all(1)

@@ -79,6 +79,11 @@ class KV(Task):
         self.first = self._id(LETTERS[0])
         self._block = lru_cache(maxsize=4)(self._make_block)
 
+    @property
+    def label(self) -> str:
+        """The number of pairs, and the noise between them."""
+        return f"{self.pairs} pairs" + (f", {self.noise:.0%} noise" if self.noise else "")
+
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
         """Samples `start` to `start + size`; see `Task.batch`."""
         wanted = np.arange(start, start + size)

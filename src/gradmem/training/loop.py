@@ -113,6 +113,8 @@ class Trainer:
         place, specs = self.place, [{**self.recipe.task, **options} for options in stage.tasks]
         tasks = [build_task(spec) for spec in specs]
         progress.begin(self.place.stage, stage)
+        for note in dict.fromkeys(note for task in tasks for note in task.notes("train")):
+            progress.say(note)
         self._plan(stage, tasks, progress)
         while not self._finished(stage):
             started = time.monotonic()

@@ -146,7 +146,7 @@ def plan_stage(
     Weights, gradients and random numbers are afterwards as they were before.
     """
     share = stage.batch_size // processes
-    lengths = [task.batch("train", 0, 1, recipe.seed).context.ids.shape[1] for task in tasks]
+    lengths = [task.batch("train", 0, share, recipe.seed).context.ids.shape[1] for task in tasks]
     tokens, task = max(zip(lengths, tasks, strict=True), key=lambda pair: pair[0])
     step, before, steps = MetaStep(method, recipe.precision), method.strategy, max(stage.write_steps)
     strategies: Sequence[Strategy] = get_args(Strategy) if recipe.strategy == "auto" else [recipe.strategy]

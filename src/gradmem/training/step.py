@@ -10,25 +10,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..methods.base import Method
-
-
-def exact_match(predicted: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
-    """Whether every scored target token of a query is predicted.
-
-    Parameters
-    ----------
-    predicted : Tensor, int64, shape (targets,)
-        Predictions at the positions where labels are not -100, in order.
-    labels : Tensor, int64, shape (queries, length)
-    scored : Tensor, bool, shape (queries, length)
-
-    Returns
-    -------
-    Tensor, bool, shape (queries,)
-    """
-    right = torch.ones_like(scored)
-    right[labels != -100] = predicted == labels[labels != -100]
-    return (right | ~scored).all(1)
+from ..tasks.base import exact_match
 
 
 def outer_loss(loss: Tensor, write_loss: Tensor, weight: float) -> Tensor:

@@ -1,0 +1,145 @@
+"""Tokenized contexts with their queries, flat in arrays that may lie in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from ..batch import Batch, Tokens
+from ..errors import GradmemError
+
+
+@dataclass
+class Query:
+    """A query and its target.
+
+    Attributes
+    ----------
+    ids : sequence of int
+        Query and target tokens.
+    target : int
+        Where the target begins.
+    references : list of str
+        All answers that count as right, where generated answers are judged as text.
+    """
+
+    ids: Sequence[int] | np.ndarray
+    target: int
+    references: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Sample:
+    """A context, as token ids, and what is asked of its memory."""
+
+    context: Sequence[int] | np.ndarray
+    queries: list[Query]
+
+
+@dataclass
+class Samples:
+    """Any number of samples in flat arrays.
+
+    Attributes
+    ----------
+    arrays : dict of array
+        `context` and `query`: token ids one after the other; `context_end` (contexts,) and `query_end` (queries,):
+        where each ends; `target` (queries,): where in its query each target begins; `queries_end` (contexts,): how
+        many queries there are up to and with each context.
+    references : list of list of str
+        The references of every query, or nothing.
+    notes : list of str
+        What was cut or left out, in sentences that people are shown.
+    """
+
+    arrays: dict[str, np.ndarray]
+    references: list[list[str]]
+    notes: list[str]
+
+    @classmethod
+    def build(cls, samples: Iterable[Sample], notes: Iterable[str] = ()) -> Samples:
+        """Flatten samples; `notes` may be a list that grows while they are made."""
+        contexts: list[np.ndarray] = []
+        queries: list[Query] = []
+        counts: list[int] = []
+        for sample in samples:
+            contexts.append(np.asarray(sample.context, dtype=np.int32))
+            queries += sample.queries
+            counts.append(len(sample.queries))
+        rows = [np.asarray(query.ids, dtype=np.int32) for query in queries]
+        arrays = {
+            "context": _joined(contexts),
+            "context_end": np.cumsum([len(row) for row in contexts], dtype=np.int64),
+            "query": _joined(rows),
+            "query_end": np.cumsum([len(row) for row in rows], dtype=np.int64),
+            "target": np.array([query.target for query in queries], dtype=np.int32),
+            "queries_end": np.cumsum(counts, dtype=np.int64),
+        }
+        references = [query.references for query in queries]
+        return cls(arrays, references if any(references) else [], list(notes))
+
+    def __len__(self) -> int:
+        return len(self.arrays["context_end"])
+
+    def __getitem__(self, index: int) -> Sample:
+        first, last = self._span("queries_end", index)
+        return Sample(self._slice("context", index), [self._query(number) for number in range(first, last)])
+
+    def _query(self, number: int) -> Query:
+        references = self.references[number] if self.references else []
+        return Query(self._slice("query", number), int(self.arrays["target"][number]), references)
+
+    def _slice(self, name: str, index: int) -> np.ndarray:
+        first, last = self._span(f"{name}_end", index)
+        return self.arrays[name][first:last]
+
+    def _span(self, name: str, index: int) -> tuple[int, int]:
+        ends = self.arrays[name]
+        return (int(ends[index - 1]) if index else 0), int(ends[index])
+
+
+def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
+    """Make a batch: contexts and queries padded on the right, loss on the target tokens alone."""
+    queries = [query for sample in samples for query in sample.queries]
+    tokens = Tokens.from_lists([np.array(query.ids, dtype=np.int64) for query in queries], pad_id)
+    targets = torch.tensor([query.target for query in queries], dtype=torch.long)
+    wanted = tokens.mask & (torch.arange(tokens.ids.shape[1]) >= targets[:, None])
+    return Batch(
+        Tokens.from_lists([np.array(sample.context, dtype=np.int64) for sample in samples], pad_id),
+        tokens,
+        tokens.ids.masked_fill(~wanted, -100),
+        torch.arange(len(samples)).repeat_interleave(torch.tensor([len(sample.queries) for sample in samples])),
+        [query.references for query in queries],
+    )
+
+
+def places(split: str, start: int, count: int, size: int, seed: int) -> np.ndarray:
+    """Where samples `start` to `start + count` of a finite split stand.
+
+    Training goes round and round, each time in a new order; the other splits have one order and an end.
+
+    Raises
+    ------
+    GradmemError
+        When the split has no sample, or training is not meant and there are not as many.
+    """
+    if not size or (split != "train" and start + count > size):
+        raise GradmemError(f"the {split} split has {size} samples: there is none from {start} to {start + count}")
+    wanted = np.arange(start, start + count)
+    if split != "train":
+        return wanted
+    rounds = wanted // size
+    return np.concatenate([_order(size, seed, int(n))[wanted[rounds == n] % size] for n in np.unique(rounds)])
+
+
+@lru_cache(maxsize=8)
+def _order(size: int, seed: int, number: int) -> np.ndarray:
+    return np.random.default_rng([seed, number]).permutation(size)
+
+
+def _joined(rows: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)

@@ -1,0 +1,356 @@
+"""bAbI question answering (Weston et al., arXiv 1502.05698): qa1 to qa20 from files, qa1 to qa5 generated too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ..batch import Batch
+from ..data import Query, Sample, Samples, babi_stories, cached, collate, digest_files, places
+from ..data.sources import find_file, held_out, hub_rows, is_hub, read_lines
+from ..errors import GradmemError, unknown
+from .base import FileTask, Split
+
+LIST = """
+, . ? a above afraid after afternoon afterwards and antoine apple are back bathroom bedroom before below bernhard
+bigger bill blue bored box brian carrying cat cats chest chocolate chocolates cinema color container daniel did
+discarded do does down dropped e east either emily evening fit fits following football fred frog from garden gave
+gertrude get give go got grabbed gray green greg hallway handed he how hungry in inside is jason jeff jessica john
+journeyed julie julius kitchen left lily lion longer many mary maybe mice milk morning mouse moved n no none north not
+nothing objects of office one or pajamas park passed picked pink put received rectangle red rhino right s sandra
+school she sheep south sphere square suitcase sumit swan than that the then there they thirsty this three tired to
+took travelled triangle two up w was went west what where white who why will winona wolf wolves yann yellow yes
+yesterday you
+"""
+WORDS = LIST.split()
+"""All words of the training files of v1.1, in small letters: fixed, so that a checkpoint reads any copy of the data."""
+PEOPLE = """
+antoine bernhard bill brian daniel emily fred gertrude greg jason jeff jessica john julie julius lily mary sandra
+sumit winona yann
+"""
+NAMES = PEOPLE.split()
+TASKS = [f"qa{number}" for number in range(1, 21)]
+VALID = 10
+"""One in so many training stories is held out for validation."""
+BLOCK = 1024
+"""Samples of a task generated at once."""
+
+
+@dataclass
+class Asked:
+    """A story so far, and all that is asked at this point: questions with answers."""
+
+    statements: list[str]
+    questions: list[tuple[str, str]]
+
+
+class Babi(FileTask):
+    """Stories in sentences; questions about the story so far, answered in a word or a short list.
+
+    A context is all that was told before a question; questions at the same point share it.
+
+    Parameters
+    ----------
+    tasks : str, int, or list of these
+        Which of qa1 to qa20, as "qa1,qa4" or [1, 4].
+    data : str, optional
+        Directory with the official files, or a data set of the hub that is laid out as facebook/babi_qa. Training and
+        validation take the train files (a tenth of their stories is held out), test takes the test files. By
+        default stories are generated, which qa1 to qa5 can be.
+    generated : float
+        With `data`: the part of the training samples that is generated, 0 to 1.
+    max_context : int, optional
+        Most tokens of a context: of longer stories the oldest statements are left out, which is counted.
+    """
+
+    def __init__(
+        self,
+        tasks: str | int | list[str | int] = "qa1",
+        data: str | None = None,
+        generated: float = 0.0,
+        max_context: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.tasks, self.data = _names(tasks), data
+        if not 0 <= generated <= 1:
+            raise GradmemError(f"generated must be from 0 to 1, not {generated}")
+        if max_context is not None and max_context < 16:
+            raise GradmemError(f"max_context must be at least 16, not {max_context}")
+        self.generated = generated if data else 1.0
+        self.max_context = max_context
+        self.tokenizer = word_tokenizer()
+        self.answer_length = 6  # three objects, two commas and the end
+        self._ids = lru_cache(maxsize=65536)(self._make_ids)
+        self._block = lru_cache(maxsize=8)(self._make_block)
+
+    @property
+    def label(self) -> str:
+        """The tasks' numbers."""
+        return ",".join(self.tasks)
+
+    def variants(self) -> list[dict[str, Any]]:
+        """Each task is measured separately."""
+        return [{"tasks": name} for name in self.tasks]
+
+    def source(self, split: Split) -> str:
+        """Generated, or the data."""
+        share = self._share(split)
+        return "generated" if share == 1 else f"{self.data}, {share:.0%} generated" if share else str(self.data)
+
+    def size(self, split: Split) -> int | None:
+        """Contexts in a split; None where some are generated."""
+        return None if self._share(split) else super().size(split)
+
+    def notes(self, split: Split) -> list[str]:
+        """What was cut, and which test stories training has too."""
+        share, notes = self._share(split), []
+        if share and self.max_context:
+            for name in self.tasks:
+                notes += self._cuts(f"generated contexts of {name}", self._told(name, split, 0, 0))
+        if share < 1:
+            notes += super().notes(split)
+        if split == "test" and not share:
+            try:
+                notes += self.repeated()
+            except GradmemError as error:
+                notes.append(f"test contexts are not compared with those of training: {error}")
+        return notes
+
+    def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
+        """Samples of a split; see `Task.batch`. Generated ones stand evenly between those from files."""
+        share, chosen = self._share(split), []
+        for number in range(start, start + size):
+            before = int(number * share)
+            if int((number + 1) * share) > before:
+                chosen.append(self._generated(split, before, seed))
+            else:
+                samples = self.samples(split)
+                chosen.append(samples[int(places(split, number - before, 1, len(samples), seed)[0])])
+        return collate(chosen, self.pad_id)
+
+    def load(self, split: Split) -> Samples:
+        """Read the tasks' files, one task after the other.
+
+        Within a task stand the first contexts of all stories before the second ones, so that neighbours, which
+        evaluation swaps, tell of different worlds.
+        """
+        data = str(self.data)
+        about: dict[str, Any] = {"task": "babi", "split": split, "max_context": self.max_context, "held_out": VALID}
+        about |= {"words": WORDS}
+        if is_hub(data):
+            about |= {"hub": data, "tasks": self.tasks}
+        else:
+            about |= {"files": digest_files(self._file(name, split) for name in self.tasks)}
+
+        def make() -> Samples:
+            asked = [one for name in self.tasks for one in self._read(name, split)]
+            return Samples.build(map(self._sample, asked), self._cuts(f"{split} contexts", asked))
+
+        return cached(about, make)
+
+    def repeated(self) -> list[str]:
+        """For each task: how many test contexts, and contexts with questions, training files have word for word."""
+        found = []
+        for name in self.tasks:
+            known = [one for split in ("train", "valid") for one in self._read(name, split)]
+            contexts = {tuple(one.statements) for one in known}
+            asked = {(tuple(one.statements), question) for one in known for question in one.questions}
+            test = self._read(name, "test")
+            same = sum(tuple(one.statements) in contexts for one in test)
+            questions = [(tuple(one.statements), question) for one in test for question in one.questions]
+            found.append(
+                f"{name}: {same} of {len(test)} test contexts occur word for word in the training files, and "
+                f"{sum(question in asked for question in questions)} of {len(questions)} with the same question"
+            )
+        return found
+
+    # Text
+
+    def context_text(self, text: str) -> str:
+        """Accept sentences in any case and punctuation, or lines of the official format, whose questions are left out.
+
+        Raises
+        ------
+        GradmemError
+            When a question stands among the statements.
+        """
+        lines = [line for line in text.splitlines() if "\t" not in line]
+        told = []
+        for sentence in re.findall(r"[^.!?]+[.!?]*", "\n.\n".join(lines)):
+            words = _words(re.sub(r"^\s*\d+\s", "", sentence))
+            if words and "?" in sentence:
+                raise GradmemError(f"'{sentence.strip()}' is no statement: ask it of the memory, as a query")
+            told += [f"{words}."] if words else []
+        return " ".join(told)
+
+    def query_text(self, text: str) -> str:
+        """Accept a question in any case, with or without its question mark."""
+        words = _words(re.sub(r"^\s*\d+\s", "", text.partition("\t")[0]))
+        return f"{words}?" if words else ""
+
+    def answer_text(self, text: str) -> str:
+        """Names with a capital letter, lists as "apple,milk"."""
+        words = [word.capitalize() if word in NAMES else word for word in text.split()]
+        return " ".join(words).replace(" , ", ",")
+
+    def examples(self, text: str) -> list[tuple[str, str]]:
+        """Questions that stand in the text in the official format; only the last ones see the whole story."""
+        lines = [re.sub(r"^\s*\d+\s+", "", line).split("\t") for line in text.splitlines() if "\t" in line]
+        return [(parts[0].strip(), parts[1].strip()) for parts in lines]
+
+    # Samples
+
+    def _share(self, split: Split) -> float:
+        """The part of a split that is generated."""
+        return self.generated if split == "train" or self.data is None else 0.0
+
+    def _generated(self, split: Split, number: int, seed: int) -> Sample:
+        """Sample `number` of the endless generated ones; tasks take turns."""
+        turn, task = divmod(number, len(self.tasks))
+        return self._block(self.tasks[task], split, seed, turn // BLOCK)[turn % BLOCK]
+
+    def _make_block(self, task: str, split: Split, seed: int, block: int) -> list[Sample]:
+        return [self._sample(one) for one in self._told(task, split, seed, block)]
+
+    def _told(self, task: str, split: Split, seed: int, block: int) -> list[Asked]:
+        if task not in babi_stories.TASKS:
+            known = ", ".join(babi_stories.TASKS)
+            raise GradmemError(
+                f"{task} cannot be generated ({known} can): give `data`, a directory, and `generated: 0`"
+            )
+        random = Random(f"{task} {split} {seed} {block}")
+        told: list[babi_stories.Told] = []
+        while len(told) < BLOCK:
+            told += babi_stories.TASKS[task](random)
+        del told[BLOCK:]
+        random.shuffle(told)
+        return [Asked(one.statements, [(one.question, one.answer)]) for one in told]
+
+    def _sample(self, asked: Asked) -> Sample:
+        queries = []
+        for question, answer in asked.questions:
+            ids = self._ids(question)
+            queries.append(Query([*ids, *self._ids(answer), self.end_id], len(ids)))
+        return Sample([i for ids in self._kept(asked) for i in ids], queries)
+
+    def _kept(self, asked: Asked) -> list[list[int]]:
+        """The statements that `max_context` leaves, tokenized."""
+        sentences = [self._ids(statement) for statement in asked.statements]
+        if self.max_context is None:
+            return sentences
+        total, first = sum(map(len, sentences)), 0
+        while total > self.max_context:
+            total, first = total - len(sentences[first]), first + 1
+        return sentences[first:]
+
+    def _cuts(self, what: str, asked: list[Asked]) -> list[str]:
+        """How many contexts `max_context` cuts, in words."""
+        cut = sum(len(self._kept(one)) < len(one.statements) for one in asked) if self.max_context else 0
+        limit = f"to keep to {self.max_context} tokens"
+        return [f"the oldest statements of {cut} of {len(asked)} {what} are left out, {limit}"] if cut else []
+
+    def _make_ids(self, text: str) -> list[int]:
+        ids = self.encode(text)
+        if self.tokenizer.unk_token_id in ids:
+            raise GradmemError(f"'{text}' has words that are not in bAbI")
+        return ids
+
+    # Files
+
+    def _file(self, task: str, split: Split) -> Path:
+        return find_file(Path(str(self.data)), f"{task}_*_{'test' if split == 'test' else 'train'}.txt", task)
+
+    def _read(self, task: str, split: Split) -> list[Asked]:
+        """Contexts of a split of a task: first contexts of all stories, second ones, and so on."""
+        if is_hub(str(self.data)):
+            rows = hub_rows(str(self.data), "test" if split == "test" else "train", f"en-{task}")
+            source, lines = f"{self.data} {task}", _hub_lines(rows)
+        else:
+            file = self._file(task, split)
+            source, lines = str(file), read_lines(file)
+        stories = list(self._stories(lines, source))
+        train = len(stories) - held_out(len(stories), VALID)
+        mine = {"train": stories[:train], "valid": stories[train:], "test": stories}[split]
+        longest = max(map(len, mine), default=0)
+        return [story[turn] for turn in range(longest) for story in mine if turn < len(story)]
+
+    def _stories(self, lines: Iterable[tuple[int, str]], source: str) -> Iterator[list[Asked]]:
+        """Parse the official format: for each story, what is asked at each point.
+
+        Raises
+        ------
+        GradmemError
+            At a line that is neither statement nor question, with a number out of turn, or with an unknown word.
+        """
+        story: list[Asked] = []
+        statements: list[str] = []
+        before = 0
+        for number, line in lines:
+            shown, _, rest = line.lstrip().partition(" ")
+            parts = [part.strip() for part in rest.split("\t")]
+            if shown not in ("1", str(before + 1)) or not all(parts[:2]):
+                raise GradmemError(
+                    f"{source} line {number} is not in the format of bAbI: '{line[:60]}'; it has a number that counts "
+                    "up from 1, a sentence, and after a question a tab and the answer"
+                )
+            try:
+                for part in parts[:2]:
+                    self._ids(part)
+            except GradmemError as error:
+                raise GradmemError(f"{source} line {number}: {error}") from error
+            before = int(shown)
+            if before == 1:
+                if story:
+                    yield story
+                story, statements = [], []
+            if len(parts) == 1:
+                statements.append(parts[0])
+            elif story and len(story[-1].statements) == len(statements):
+                story[-1].questions.append((parts[0], parts[1]))
+            else:
+                story.append(Asked(list(statements), [(parts[0], parts[1])]))
+        if story:
+            yield story
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word of bAbI in small letters, and for comma, full stop and question mark."""
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[END]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w']+|[^\w\s]"), "removed", invert=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]")
+
+
+def _names(tasks: str | int | list[str | int]) -> list[str]:
+    given = tasks.split(",") if isinstance(tasks, str) else tasks if isinstance(tasks, list) else [tasks]
+    names = [f"qa{str(name).strip().removeprefix('qa')}" for name in given]
+    for name in names:
+        if name not in TASKS:
+            raise unknown("bAbI task", name, TASKS)
+    if not names or len(set(names)) < len(names):
+        raise GradmemError(f"`tasks` names each task once, as 'qa1,qa4', not {tasks!r}")
+    return names
+
+
+def _words(sentence: str) -> str:
+    """Words in small letters, without punctuation."""
+    return " ".join(re.findall(r"[\w']+", sentence.lower()))
+
+
+def _hub_lines(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, str]]:
+    """Stories of facebook/babi_qa as lines of the official format."""
+    number = 0
+    for row in rows:
+        story = row["story"]
+        for place, text, answer in zip(story["id"], story["text"], story["answer"], strict=True):
+            number += 1
+            yield number, f"{place} {text}\t{answer}" if answer else f"{place} {text}"

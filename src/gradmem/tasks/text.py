@@ -1,0 +1,136 @@
+"""Text compression: a chunk of a book is written, and the memory reproduces it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..batch import Batch
+from ..data import Query, Sample, Samples, cached, digest_files
+from ..data.pretrained import digest_tokenizer, pretrained_tokenizer
+from ..data.sources import held_out, hub_rows, is_hub, read_lines
+from ..errors import GradmemError
+from .base import FileTask, Split
+
+HELD_OUT = 20
+"""One in so many training chunks is held out for validation."""
+
+
+class Text(FileTask):
+    """Chunks of text files; the one query is a begin token, and its target the whole chunk.
+
+    Metrics are exact chunks, tokens right when read after the true ones (`token_accuracy`) and when generated
+    (`generated_accuracy`), and the `bits` that the chunk costs given the memory.
+
+    Parameters
+    ----------
+    tokenizer : str
+        Hub name or directory of a pretrained tokenizer.
+    data : str, optional
+        Directory with a folder `train` of text files, and `test` or `valid`; or a data set of the hub with a column
+        `text`. Test takes `test` where it is, otherwise `valid`; validation takes a twentieth of the training chunks.
+        Needed to train and to evaluate.
+    chunk : int
+        Tokens of a chunk. What is left at the end of a file is left out, which is counted.
+    """
+
+    generates = True
+
+    def __init__(self, tokenizer: str, data: str | None = None, chunk: int = 128) -> None:
+        super().__init__()
+        if chunk < 1:
+            raise GradmemError(f"chunk must be at least 1, not {chunk}")
+        self.data, self.chunk, self.answer_length = data, chunk, chunk
+        self.tokenizer = pretrained_tokenizer(tokenizer)
+        self.begin = str(self.tokenizer.bos_token or self.tokenizer.eos_token)
+
+    @property
+    def label(self) -> str:
+        """The length of a chunk."""
+        return f"chunks of {self.chunk} tokens"
+
+    def source(self, split: Split) -> str:
+        """The data."""
+        return str(self.data)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; the begin token, alone, is the query."""
+        return [self._begin_id] if text == self.begin else super().encode(text)
+
+    def query_text(self, text: str) -> str:
+        """Whatever is asked, the memory is told to begin."""
+        return self.begin
+
+    def load(self, split: Split) -> Samples:
+        """Read a split, or take it from the cache."""
+        if self.data is None:
+            raise GradmemError("text needs `data`: a directory with folders train and test, or a data set of the hub")
+        about: dict[str, Any] = {"task": "text", "split": split, "chunk": self.chunk, "held_out": HELD_OUT}
+        about |= {"tokenizer": digest_tokenizer(self.tokenizer)}
+        if is_hub(self.data):
+            name = "test" if split == "test" else "train"
+            texts = (row["text"] for row in hub_rows(self.data, name))
+            return cached(about | {"hub": self.data}, lambda: self._make(texts, split))
+        files = self._files(Path(self.data), split)
+        texts = ("\n".join(line for _, line in read_lines(file)) for file in files)
+        return cached(about | {"files": digest_files(files)}, lambda: self._make(texts, split))
+
+    def judge(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Tokens right and bits of each chunk, read token by token.
+
+        A chunk whose every token is right here is what greedy generation gives: exact match is the same for both.
+        """
+        wanted = batch.labels != -100
+        targets = batch.labels[wanted]
+        right = (logits.argmax(-1) == targets).double()
+        bits = F.cross_entropy(logits.float(), targets, reduction="none").double() / np.log(2)
+        rows = wanted.nonzero()[:, 0]
+        total = torch.zeros(len(wanted), dtype=torch.double, device=logits.device)
+        return super().judge(logits, batch) | {
+            "token_accuracy": total.index_add(0, rows, right) / wanted.sum(1),
+            "bits": total.index_add(0, rows, bits),
+        }
+
+    def judge_generated(self, generated: list[list[int]], batch: Batch) -> dict[str, Tensor]:
+        """Tokens of a chunk that stand at their place in what is generated."""
+        accuracy = []
+        for ids, labels in zip(generated, batch.labels.tolist(), strict=True):
+            target = [label for label in labels if label != -100]
+            accuracy.append(sum(a == b for a, b in zip(ids, target, strict=False)) / len(target))
+        return {"generated_accuracy": torch.tensor(accuracy, dtype=torch.double)}
+
+    @property
+    def _begin_id(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(self.begin))
+
+    def _files(self, directory: Path, split: Split) -> list[Path]:
+        names = ["test", "valid"] if split == "test" else ["train"]
+        for folder in (directory / name for name in names):
+            files = sorted(folder.glob("*.txt"))
+            if files:
+                return files
+        raise GradmemError(f"{directory} has no text files (*.txt) in a folder {' or '.join(names)}")
+
+    def _make(self, texts: Iterable[str], split: Split) -> Samples:
+        chunks: list[np.ndarray] = []
+        left = 0
+        for text in texts:
+            ids = np.array(self.encode(text), dtype=np.int32)
+            whole = len(ids) // self.chunk
+            chunks += list(ids[: whole * self.chunk].reshape(whole, self.chunk))
+            left += len(ids) - whole * self.chunk
+        train = len(chunks) - held_out(len(chunks), HELD_OUT)
+        mine = chunks[{"train": slice(train), "valid": slice(train, None), "test": slice(None)}[split]]
+        files = "test" if split == "test" else "training"
+        notes = [f"{left} tokens at the ends of the {files} texts, too few for a chunk, are left out"] if left else []
+        return Samples.build(self._samples(mine), notes)
+
+    def _samples(self, chunks: list[np.ndarray]) -> Iterator[Sample]:
+        for chunk in chunks:
+            yield Sample(chunk, [Query([self._begin_id, *chunk], 1)])
