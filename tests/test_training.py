@@ -26,7 +26,7 @@ from gradmem.model import MemoryModel
 from gradmem.tasks.kv import KV
 from gradmem.training import Recipe, Stage
 from gradmem.training.optim import build_optimizers
-from gradmem.training.recipe import recipe_names, recipe_path
+from gradmem.training.recipe import load_recipe, recipe_names
 from gradmem.training.state import load_state, save_state, states
 
 TASK = {"name": "kv", "pairs": 2, "key_length": 1, "value_length": 1, "alphabet": 8}
@@ -242,6 +242,15 @@ def test_until_ends_a_stage(tmp_path: Path) -> None:
     assert len(rows) < 300
 
 
+def test_a_run_ends_when_its_minutes_are_over(tmp_path: Path) -> None:
+    for _ in range(2):  # the second time there is nothing left to do
+        train(recipe(12, max_minutes=1e-6), tmp_path)
+        assert len(log(tmp_path)) <= 1
+        assert (tmp_path / "checkpoint").is_dir()
+    train(recipe(12), tmp_path)  # with more time it goes on in the same stage
+    assert len(log(tmp_path)) == 12
+
+
 def test_patience_halves_the_learning_rate(tmp_path: Path) -> None:
     """Exact match stays near zero on this task, so each 5 steps without progress halve the rate."""
     hard = {**TASK, "pairs": 3, "value_length": 4}
@@ -271,11 +280,19 @@ def test_frozen_model_has_nothing_to_train() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_packaged_recipes_build(name: str) -> None:
-    values = yaml.safe_load(recipe_path(name).read_text())
-    stages = [Stage(**stage) for stage in values.pop("stages")]
-    built = Recipe(stages=stages, **values)
-    for options in (options for stage in stages for options in stage.tasks):
+    built = load_recipe(name)
+    for options in (options for stage in built.stages for options in stage.tasks):
         MemoryModel.from_spec({**built.task, **options}, built.backbone, built.method)
+
+
+def test_a_recipe_extends_another(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: kv-32\nseed: 7\ntask: {name: kv, pairs: 3}\n")
+    whole, changed = load_recipe("kv-32"), load_recipe(str(mine))
+    assert changed == dataclasses.replace(whole, seed=7, task={"name": "kv", "pairs": 3})
+    mine.write_text("extends: kv-33\n")
+    with pytest.raises(GradmemError, match="kv-32"):
+        load_recipe(str(mine))
 
 
 def test_evaluate_agrees_with_asking_one_by_one(tmp_path: Path) -> None:

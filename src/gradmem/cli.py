@@ -10,14 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
 
 from . import __version__, commands
 from .demo import demo
 from .errors import GradmemError
-from .training.recipe import Recipe, recipe_names, recipe_path
+from .training.recipe import Recipe, recipe_names, recipe_values
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_type(commands.Ints, lambda numbers: ",".join(map(str, numbers)), commands.Ints.parse)
@@ -25,6 +24,7 @@ register_type(commands.Ints, lambda numbers: ",".join(map(str, numbers)), comman
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "eval": commands.evaluate,
     "sweep": commands.sweep,
+    "compare": commands.compare,
     "write": commands.write,
     "ask": commands.ask,
     "inspect": commands.inspect,
@@ -32,6 +32,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "list": commands.show_list,
 }
 CHECKPOINTS_HELP = "names of packaged checkpoints, directories, or hub names"
+SYSTEMS_HELP = "recipes, each trained in OUTPUT/NAME where that is not done yet, and checkpoints"
 QUERIES_HELP = "queries; without any, one a line from standard input, answered as JSON lines"
 BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
     commands.ask: {
@@ -40,6 +41,7 @@ BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
         "--jsonl": {"action": "store_true", "help": "print JSON lines also for queries given as arguments"},
     },
     commands.sweep: {"checkpoints": {"nargs": "+", "help": CHECKPOINTS_HELP}},
+    commands.compare: {"systems": {"nargs": "+", "help": SYSTEMS_HELP}},
     commands.inspect: {"--json": {"action": "store_true", "help": "print the records as JSON"}},
 }
 SHORT = {"-o": "--output"}
@@ -142,20 +144,8 @@ def _recipe_parser(function: Callable[..., Any], recipe: str | None) -> Argument
     parser.add_function_arguments(function, skip={"recipe", "output"})
     parser.add_class_arguments(Recipe)
     if recipe is not None:
-        parser.set_defaults(_read_recipe(recipe_path(recipe)))
+        parser.set_defaults(recipe_values(recipe))
     return parser
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise GradmemError(f"cannot read the recipe {path}: {error}") from error
-    known = {field.name for field in dataclasses.fields(Recipe)}
-    if not isinstance(values, dict) or not set(values) <= known:
-        extra = sorted(set(values) - known) if isinstance(values, dict) else []
-        raise GradmemError(f"{path} is no recipe: unknown {extra}; known: {', '.join(sorted(known))}")
-    return values
 
 
 def _train(options: Namespace, arguments: list[str]) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from .checkpoints import checkpoint_names, load, open_memory
 from .errors import GradmemError
+from .evaluation import compare as comparison
 from .evaluation.evaluate import Result
 from .evaluation.evaluate import evaluate as measure
 from .evaluation.report import save_json, steps_figure, table
@@ -25,10 +26,10 @@ from .evaluation.sweep import steps_figure as heatmap_figure
 from .evaluation.sweep import sweep as run_sweep
 from .evaluation.sweep import table as sweep_table
 from .memory import Memory, Precision, text_digest, write_bytes
-from .model import build_task
+from .model import MemoryModel, build_task
 from .tables import plan_table, provenance, receipt, tokens_of
 from .tasks.base import Split
-from .training.recipe import Recipe, recipe_names
+from .training.recipe import Recipe, load_recipe, recipe_names
 
 console = Console()
 
@@ -230,6 +231,63 @@ def sweep(
     for path in filter(None, saved):
         console.print(f"saved {path}")
     return points
+
+
+def compare(
+    systems: list[str],
+    pairs: Ints | None = None,
+    samples: int = 500,
+    seed: int = 1,
+    output: Path = Path("runs"),
+    json: Path | None = None,
+    csv: Path | None = None,
+    figures: Path | None = None,
+) -> list[comparison.Entry]:
+    """Compare systems on the same contexts: what each stores, in how many bytes, at what cost.
+
+    Parameters
+    ----------
+    systems
+        Recipes, each trained in OUTPUT/NAME where that is not done yet, and checkpoints.
+    pairs
+        Numbers of pairs; default: 4,8,16,32,64,96.
+    samples
+        Fresh contexts; all of their queries are asked.
+    seed
+        Seed of the contexts.
+    output
+        Directory of the runs.
+    json
+        Also save all numbers to this file, as a list of rows.
+    csv
+        Also save them to this file, as a table.
+    figures
+        Also draw exact match by pairs, by bytes, and the time of many queries, in this directory.
+    """
+    entries = comparison.compare(
+        [_system(name, output) for name in systems], pairs or [4, 8, 16, 32, 64, 96], samples, seed, progress=_progress
+    )
+    console.print(comparison.match_table(entries), comparison.cost_table(entries))
+    saved = [
+        *([write_bytes(json, _dumps([entry.row() for entry in entries]).encode())] if json else []),
+        *([comparison.save_csv(entries, csv)] if csv else []),
+        *(comparison.figures(entries, figures) if figures else []),
+    ]
+    for path in saved:
+        console.print(f"saved {path}")
+    return entries
+
+
+def _system(name: str, output: Path) -> tuple[MemoryModel, comparison.Training]:
+    """Load a checkpoint, or what a recipe trains."""
+    recipe = name in recipe_names() or name.endswith((".yaml", ".yml"))
+    if name in checkpoint_names() or not recipe:
+        return load(name), comparison.Training()
+    run = output / Path(name).stem
+    train(load_recipe(name), run)
+    model = load(run / "checkpoint")
+    model.name = run.name
+    return model, comparison.Training.of(run)
 
 
 def write(

@@ -5,6 +5,7 @@ from .base import Method, Written
 from .full_context import FullContext
 from .gradmem import GradMem
 from .mamba import Mamba
+from .mean_pool import MeanPool
 from .rmt import RMT
 
-__all__ = ["ARMT", "RMT", "FullContext", "GradMem", "Mamba", "Method", "Written"]
+__all__ = ["ARMT", "RMT", "FullContext", "GradMem", "Mamba", "MeanPool", "Method", "Written"]

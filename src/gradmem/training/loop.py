@@ -100,7 +100,7 @@ class Trainer:
         if self.main:
             (self.output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False))
         with self._log() as log, self._progress() as progress:
-            while self.place.stage < len(self.recipe.stages):
+            while self.place.stage < len(self.recipe.stages) and not self._time_is_over():
                 self._run_stage(self.recipe.stages[self.place.stage], log, progress)
         return self.model
 
@@ -116,7 +116,7 @@ class Trainer:
         for note in dict.fromkeys(note for task in tasks for note in task.notes("train")):
             progress.say(note)
         self._plan(stage, tasks, progress)
-        while not self._finished(stage):
+        while not (finished := self._finished(stage)) and not self._time_is_over():
             started = time.monotonic()
             try:
                 row = self._step(stage, tasks)
@@ -142,7 +142,8 @@ class Trainer:
             self.model.save_pretrained(temporary)
             replace(temporary, self.output / "checkpoint")
             self._validate(stage, progress)
-        place.next_stage()
+        if finished:
+            place.next_stage()
         self._save()
 
     def _plan(self, stage: Stage, tasks: list[Task], progress: Report) -> None:
@@ -189,6 +190,12 @@ class Trainer:
         shown = ", ".join(f"{r.exact_match:.2%} after {r.steps} steps" for r in results)
         last = results[-1]
         progress.say(f"validation EM {shown}; unwritten {last.unwritten:.2%}, swapped {last.swapped:.2%}")
+
+    def _time_is_over(self) -> bool:
+        """Whether the run has had its minutes; one process decides for all."""
+        most = self.recipe.max_minutes
+        over = most is not None and self.place.seconds >= 60 * most
+        return bool(broadcast_object_list([over])[0]) if most is not None else False
 
     def _finished(self, stage: Stage) -> bool:
         """Whether the stage is over; also starts its decay and halves stalled learning rates."""

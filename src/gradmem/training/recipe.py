@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from ..errors import GradmemError, unknown
 
@@ -82,12 +84,16 @@ class Recipe:
     """Keep the graph of every write step, or of one at a time; auto: the fastest that fits, measured at each stage."""
     micro_batch: int = 0
     """Contexts of one forward and backward pass, of which the gradients add up; 0: measured at each stage."""
+    max_minutes: float | None = None
+    """Training time after which the run ends where it is, for comparisons at equal time."""
     save_every: int = 50
     """Optimiser steps between resumable states."""
     valid_samples: int = 128
     """Validation contexts at the end of every stage."""
 
     def __post_init__(self) -> None:
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise GradmemError(f"max_minutes is a time above 0, not {self.max_minutes}")
         if not self.stages:
             raise GradmemError("a recipe needs at least one stage")
         for part in ("task", "method"):
@@ -115,3 +121,42 @@ def recipe_path(name: str) -> Path:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     raise unknown("recipe", name, recipe_names())
+
+
+def recipe_values(name: str) -> dict[str, Any]:
+    """Read the fields of a recipe, a packaged one by name or any by path, as plain data.
+
+    A recipe that says `extends: OTHER` has the fields of the other where it has none of its own.
+
+    Raises
+    ------
+    GradmemError
+        When the file cannot be read or has a field that no recipe has.
+    """
+    path = recipe_path(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise GradmemError(f"cannot read the recipe {path}: {error}") from error
+    if isinstance(values, dict) and "extends" in values:
+        values = {**recipe_values(str(values.pop("extends"))), **values}
+    known = {field.name for field in fields(Recipe)}
+    if not isinstance(values, dict) or not set(values) <= known:
+        extra = sorted(set(values) - known) if isinstance(values, dict) else []
+        raise GradmemError(f"{path} is no recipe: unknown {extra}; known: {', '.join(sorted(known))}")
+    return values
+
+
+def load_recipe(name: str, **changes: Any) -> Recipe:
+    """Read a recipe, a packaged one by name or any by path, with some fields changed.
+
+    Raises
+    ------
+    GradmemError
+        When the file cannot be read or is no recipe.
+    """
+    values = {**recipe_values(name), **changes}
+    try:
+        return Recipe(**{**values, "stages": [Stage(**stage) for stage in values.get("stages", [])]})
+    except TypeError as error:
+        raise GradmemError(f"{name} is no recipe: {error}") from error

@@ -1,0 +1,293 @@
+"""Several systems on the same contexts: who stores how much, in how many bytes, at what cost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..errors import GradmemError
+from ..memory import write_bytes
+from ..methods.base import Method
+from ..methods.full_context import FullContext
+from ..model import MemoryModel, build_task
+from .cost import Cost, break_even, measure
+from .evaluate import Result, evaluate
+from .published import BY_PAIRS
+from .report import figure
+
+AT_ONCE = 1000
+"""Most queries on the axis of the cost figure."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How much a system was trained: contexts seen and seconds; None where the run is not at hand."""
+
+    samples: int | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, run: Path) -> Training:
+        """Read it off the log of a run."""
+        log = run / "log.csv"
+        if not log.exists():
+            return cls()
+        with log.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return cls(int(rows[-1]["samples"]), float(rows[-1]["seconds"])) if rows else cls()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One system at one number of pairs.
+
+    Attributes
+    ----------
+    result : Result
+        Exact match with its control rows.
+    cost : Cost
+        Of the system.
+    reference : Cost
+        Of the full context with the same kind of backbone: a write is one pass over the context.
+    training : Training
+    """
+
+    result: Result
+    cost: Cost
+    reference: Cost
+    training: Training
+
+    @property
+    def beats_rereading(self) -> float:
+        """Queries from which on writing once is cheaper than reading the context again for each."""
+        again = self.reference.write_seconds + self.reference.query_seconds
+        return break_even(self.cost.write_seconds, self.cost.query_seconds, 0.0, again)
+
+    @property
+    def beats_kept_cache(self) -> float:
+        """Queries from which on writing once is cheaper than running the context once and keeping its KV-cache."""
+        reference = self.reference
+        return break_even(
+            self.cost.write_seconds, self.cost.query_seconds, reference.write_seconds, reference.query_seconds
+        )
+
+    def row(self) -> dict[str, Any]:
+        """All numbers as one flat row; a number of queries that is never reached is None."""
+        never = {math.inf: None}
+        return {
+            **self.result.row(),
+            **asdict(self.cost),
+            **{f"full_context_{key}": value for key, value in asdict(self.reference).items()},
+            "cheaper_than_rereading_from": never.get(self.beats_rereading, self.beats_rereading),
+            "cheaper_than_kept_cache_from": never.get(self.beats_kept_cache, self.beats_kept_cache),
+            "trained_samples": self.training.samples,
+            "trained_seconds": self.training.seconds,
+        }
+
+
+def compare(
+    systems: Sequence[tuple[MemoryModel, Training]],
+    pairs: Sequence[int],
+    samples: int = 500,
+    seed: int = 1,
+    repeats: int = 5,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
+) -> list[Entry]:
+    """Measure systems on the same contexts, each with the write steps that it was trained with.
+
+    Parameters
+    ----------
+    systems : sequence of (MemoryModel, Training)
+    pairs : sequence of int
+    samples, seed
+        Fresh contexts, of which all queries are asked.
+    repeats : int
+        Timed runs for the cost.
+
+    Raises
+    ------
+    GradmemError
+        When no system has a backbone whose KV-cache could be kept.
+    """
+    reference = _reference(model.method for model, _ in systems)
+    costs: dict[int, Cost] = {}
+    entries = []
+    for model, training in systems:
+        for count in pairs:
+            task = build_task({**model.spec["task"], "pairs": count})
+            if count not in costs:
+                costs[count] = measure(reference, task, repeats)
+            found = evaluate(model, None, samples, seed, task={"pairs": count}, progress=progress)
+            entries.append(Entry(found[-1], measure(model.method, task, repeats), costs[count], training))
+    return entries
+
+
+def _reference(methods: Iterable[Method]) -> FullContext:
+    """The full context on the first backbone that has a KV-cache."""
+    for method in methods:
+        try:
+            return FullContext(method.backbone)
+        except GradmemError:
+            continue
+    raise GradmemError("none of these systems has a KV-cache to compare with: add one on a transformer")
+
+
+def match_table(entries: Sequence[Entry]) -> Table:
+    """Exact match and bytes, each row with its controls."""
+    first = entries[0].result
+    built = _table(
+        f"exact match, {first.samples} {first.split} contexts, all queries, seed {first.seed}",
+        "95 % intervals bootstrapped over contexts; controls: unwritten, and swapped (memories of other contexts)",
+        ["system", "pairs", "bytes", "steps", "EM %", "95 %", "unwritten", "swapped"],
+    )
+    for entry, last in _with_ends(entries):
+        result = entry.result
+        built.add_row(
+            result.checkpoint,
+            str(result.task["pairs"]),
+            f"{entry.cost.bytes:,}",
+            str(result.steps),
+            f"{100 * result.exact_match:.2f}",
+            "{:.2f} to {:.2f}".format(*(100 * bound for bound in result.ci95)),
+            f"{100 * result.unwritten:.2f}",
+            f"{100 * result.swapped:.2f}",
+            end_section=last,
+        )
+    return built
+
+
+def cost_table(entries: Sequence[Entry]) -> Table:
+    """What writing and asking cost, and how much each system was trained."""
+    built = _table(
+        "cost of a context and of a query, all queries of a context asked at once",
+        "< again, < cache: number of queries to one context from which on writing once takes less time than reading "
+        "the context again for each, or than running it once and keeping its KV-cache",
+        ["system", "pairs", "write ms", "GFLOP", "query ms", "< again", "< cache", "trained on", "minutes"],
+    )
+    for entry, last in _with_ends(entries):
+        cost, training = entry.cost, entry.training
+        built.add_row(
+            entry.result.checkpoint,
+            str(entry.result.task["pairs"]),
+            f"{1000 * cost.write_seconds:.1f}",
+            f"{cost.write_flops / 1e9:.2f}",
+            f"{1000 * cost.query_seconds:.2f}",
+            _queries(entry.beats_rereading),
+            _queries(entry.beats_kept_cache),
+            f"{training.samples:,}" if training.samples else "",
+            f"{training.seconds / 60:.0f}" if training.seconds else "",
+            end_section=last,
+        )
+    return built
+
+
+def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
+    built = Table(title=title, caption=caption, pad_edge=False)
+    for heading in headings:
+        left = heading == "system"
+        built.add_column(heading, justify="left" if left else "right", no_wrap=not left)
+    return built
+
+
+def _with_ends(entries: Sequence[Entry]) -> Iterator[tuple[Entry, bool]]:
+    """Entries, and whether each is the last of its system."""
+    for entry, after in zip(entries, [*entries[1:], None], strict=True):
+        yield entry, after is None or after.result.checkpoint != entry.result.checkpoint
+
+
+def _queries(count: float) -> str:
+    return "never" if math.isinf(count) else f"{count:,.0f}"
+
+
+def save_csv(entries: Sequence[Entry], path: Path) -> Path:
+    """Save one line for each system and number of pairs."""
+    rows = [entry.row() for entry in entries]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_bytes(path, text.getvalue().encode())
+
+
+def figures(entries: Sequence[Entry], directory: Path) -> list[Path]:
+    """Draw exact match by pairs and by bytes, and the time of many queries."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return [
+        pairs_figure(entries, directory / "pairs.png"),
+        bytes_figure(entries, directory / "bytes.png"),
+        cost_figure(entries, directory / "cost.png"),
+    ]
+
+
+def pairs_figure(entries: Sequence[Entry], path: Path) -> Path:
+    """Exact match by pairs, ours solid and the paper's dashed (its figure 1)."""
+    with figure(path) as axis:
+        for name, curve in BY_PAIRS.items():
+            axis.plot(list(curve), list(curve.values()), "--", marker=".", alpha=0.5, label=f"paper: {name}")
+        for name, mine in _by_system(entries):
+            axis.plot(_pairs(mine), _match(mine), marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        ticks = sorted({*_pairs(entries), 4, 8, 16, 32, 64, 96})
+        axis.set_xticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
+        axis.set(xlabel="key-value pairs", ylabel="exact match, %", ylim=(-3, 103), title=_about(entries))
+        axis.legend(frameon=False, fontsize=7)
+    return path
+
+
+def bytes_figure(entries: Sequence[Entry], path: Path) -> Path:
+    """Exact match by bytes of memory; each point says its number of pairs."""
+    with figure(path) as axis:
+        for name, mine in _by_system(entries):
+            axis.plot([entry.cost.bytes for entry in mine], _match(mine), marker="o", label=name)
+            for entry, match in zip(mine, _match(mine), strict=True):
+                axis.annotate(f" {entry.result.task['pairs']}", (entry.cost.bytes, match), fontsize=7)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="bytes of memory (float32)", ylabel="exact match, %", ylim=(-3, 103))
+        axis.set_title(f"by number of pairs (at the points); {_about(entries)}", fontsize=9)
+        axis.legend(frameon=False, fontsize=7)
+    return path
+
+
+def cost_figure(entries: Sequence[Entry], path: Path) -> Path:
+    """Seconds for writing a context of the most pairs once and asking it many times."""
+    most = max(_pairs(entries))
+    mine = [entry for entry in entries if entry.result.task["pairs"] == most]
+    asked = [1, 2, 5, 10, 20, 50, 100, 200, 500, AT_ONCE]
+    with figure(path) as axis:
+        for entry in mine:
+            cost = entry.cost
+            times = [cost.write_seconds + n * cost.query_seconds for n in asked]
+            axis.plot(asked, times, marker="o", label=entry.result.checkpoint)
+        full = mine[0].reference
+        again = [n * (full.write_seconds + full.query_seconds) for n in asked]
+        kept = [full.write_seconds + n * full.query_seconds for n in asked]
+        axis.plot(asked, again, "k--", label="context read again for each query")
+        axis.plot(asked, kept, "k:", label="KV-cache kept")
+        axis.set(xscale="log", yscale="log", xlabel="queries to one context", ylabel="seconds, writing included")
+        axis.set_title(f"{most} pairs; queries answered {full.queries} at once")
+        axis.legend(frameon=False, fontsize=7)
+    return path
+
+
+def _by_system(entries: Sequence[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    for name in dict.fromkeys(entry.result.checkpoint for entry in entries):
+        yield name, [entry for entry in entries if entry.result.checkpoint == name]
+
+
+def _pairs(entries: Sequence[Entry]) -> list[int]:
+    return [entry.result.task["pairs"] for entry in entries]
+
+
+def _match(entries: Sequence[Entry]) -> list[float]:
+    return [100 * entry.result.exact_match for entry in entries]
+
+
+def _about(entries: Sequence[Entry]) -> str:
+    return f"{entries[0].result.samples} contexts, seed {entries[0].result.seed}"

@@ -1,0 +1,114 @@
+"""What writing and asking cost: seconds, FLOPs and bytes, and after how many queries writing once is cheaper."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..methods.base import Method
+from ..tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one context and of one query among those asked at once.
+
+    Attributes
+    ----------
+    write_seconds, write_flops
+        Of writing the context.
+    query_seconds, query_flops
+        Of generating one answer, where all queries of the context are asked at once.
+    queries : int
+        How many those are.
+    bytes : int
+        Of the memory.
+    """
+
+    write_seconds: float
+    write_flops: float
+    query_seconds: float
+    query_flops: float
+    queries: int
+    bytes: int
+
+
+def measure(method: Method, task: Task, repeats: int = 5) -> Cost:
+    """Write one test context and ask all its queries, by greedy generation.
+
+    Parameters
+    ----------
+    method : Method
+    task : Task
+    repeats : int
+        Timed runs, of which the median counts, after one that does not.
+    """
+    batch = task.batch("test", 0, 1).to(next(method.parameters()).device)
+    asked = batch.queries.mask & (batch.labels == -100)
+    queries = [ids[keep].tolist() for ids, keep in zip(batch.queries.ids, asked, strict=True)]
+    # No answer ends early: trained or not, a system pays for the same tokens.
+    length = task.answer_length
+    options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+
+    def write() -> Any:
+        return method.write(batch.context).memory
+
+    def ask() -> Any:
+        return method.generate(memory, queries, batch.rows, pad_id=task.pad_id, eos_token_id=task.end_id, **options)
+
+    with torch.no_grad():
+        memory = write()
+        return Cost(
+            write_seconds=seconds(write, repeats),
+            write_flops=flops(write),
+            query_seconds=seconds(ask, repeats) / len(queries),
+            query_flops=flops(ask) / len(queries),
+            queries=len(queries),
+            bytes=memory.nbytes,
+        )
+
+
+def seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of a run, after one that does not count."""
+    run()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def flops(run: Callable[[], Any]) -> float:
+    """Floating-point operations of the matrix products, convolutions and attention of a run."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def break_even(write: float, query: float, other_write: float, other_query: float) -> float:
+    """Number of queries from which on writing once is cheaper than another way.
+
+    Parameters
+    ----------
+    write, query : float
+        Cost of writing a context, and of a query to its memory.
+    other_write, other_query : float
+        Cost of what the other way does once for a context, and of its queries.
+
+    Returns
+    -------
+    float
+        A whole number, at least 1; infinite where it never is.
+    """
+    if write + query <= other_write + other_query:
+        return 1.0
+    saved = other_query - query
+    return math.ceil((write - other_write) / saved) if saved > 0 else math.inf
