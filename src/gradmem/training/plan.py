@@ -183,12 +183,18 @@ def _halves(contexts: int, most: int) -> list[int]:
 
 def _measure(run: Run, strategy: Strategy, size: int, contexts: int, device: torch.device) -> Trial:
     before = forget_peak(device)
-    start = time.perf_counter()
+    start = _clock(device)
     run(strategy, size)
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    seconds = (time.perf_counter() - start) * contexts / size
+    seconds = (_clock(device) - start) * contexts / size
     return Trial(strategy, size, seconds, max(0, peak(device) - before))
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds. On a CPU those of this process's threads, so that other work on the machine does not choose for us."""
+    if device.type == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 def gigabytes(size: int) -> str:
