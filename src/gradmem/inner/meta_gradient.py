@@ -71,7 +71,7 @@ def descend(
         Learning rate of each tensor, broadcast against it.
     steps : int
         Steps to take at most.
-    given : sequence of Tensor
+    given : sequence of Tensor, shapes (batch, ...)
         Further arguments of `loss`, the same at every step.
     factor : callable
         Factor on the learning rates at a step, counted from 0.
@@ -84,9 +84,11 @@ def descend(
         "unroll" keeps the graph of every step. "recompute" keeps that of the last one and builds the others again,
         one at a time, in the backward pass: memory does not grow with the number of steps. Same gradients.
     until : float, optional
-        A sample whose loss is at most this takes no further step.
+        A sample whose loss is at most this takes no further step, and without gradients costs no further time.
     """
     training = torch.is_grad_enabled()
+    if until is not None and not training:
+        loss = _of_unfinished(loss, until)
     if order == "none" or not training:
         tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     batch = next(iter(tensors.values())).shape[0]
@@ -113,6 +115,24 @@ def descend(
         taken = now.taken + (1 if active is None else active.long())
         now = Step(updated, [*now.losses, losses if training else losses.detach()], taken)
         yield now
+
+
+def _of_unfinished(loss: Loss, until: float) -> Loss:
+    """The same loss, not computed again for samples that have reached `until`: they stay where they are."""
+    known: Tensor | None = None
+
+    def of_unfinished(tensors: Tensors, *given: Tensor) -> Tensor:
+        nonlocal known
+        if known is None or bool((known > until).all()):
+            losses: Tensor = loss(tensors, *given)
+        else:
+            rows = (known > until).nonzero()[:, 0]
+            some = loss({name: tensor[rows] for name, tensor in tensors.items()}, *(tensor[rows] for tensor in given))
+            losses = known.index_copy(0, rows, some)
+        known = losses.detach()
+        return losses
+
+    return of_unfinished
 
 
 def _like(flags: Tensor, tensor: Tensor) -> Tensor:

@@ -114,9 +114,9 @@ class GradMem(PrefixMethod):
         embeds = self._embed_context(context)
         second = torch.is_grad_enabled() and self.order == "second"
 
-        def loss(tensors: Tensors, embeds: Tensor) -> Tensor:
+        def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
             with self.backbone.second_order() if second else nullcontext():
-                return sample_losses(self._losses(tensors, context, embeds), context.mask)
+                return sample_losses(self._losses(tensors, Tokens(ids, mask), embeds), mask)
 
         walk = descend(
             loss,
@@ -124,7 +124,7 @@ class GradMem(PrefixMethod):
             self.update,
             self._rates(),
             steps,
-            given=[embeds],
+            given=[embeds, context.ids, context.mask],
             factor=self._settling,
             order=self.order,
             last_k=self.last_k,
