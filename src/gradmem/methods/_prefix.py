@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -106,6 +107,14 @@ class PrefixMethod(Method):
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Loss of each context token under a memory, shape (batch, length), nats."""
         return self._losses(memory.tensors, context, self._embed_context(context))
+
+    @torch.no_grad()
+    def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
+        """Read contexts back as WRITE reads them, with its control vectors and output layer; see `Method`."""
+        prefix = self.backbone.prefix(self._surround("write", memory.tensors))
+        head = self.backbone.head if self.write_head is None else self.write_head
+        ids = self._likeliest(prefix, head, max(lengths))
+        return [row[:length] for row, length in zip(ids, lengths, strict=True)]
 
     # What WRITE is built of
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,11 @@ class Written:
     memory: Memory
     losses: Tensor
     taken: Tensor
+
+
+def final(trajectory: Iterable[Written]) -> Written:
+    """The end of a trajectory; of the way there nothing is kept, which may be hundreds of memories."""
+    return deque(trajectory, maxlen=1).pop()
 
 
 class Method(nn.Module, ABC):
@@ -141,8 +147,7 @@ class Method(nn.Module, ABC):
 
     def write(self, context: Tokens, steps: int | None = None, *, until: float | None = None) -> Written:
         """Write contexts into memories; the arguments are those of `trajectory`."""
-        *_, last = self.trajectory(context, self.write_steps if steps is None else steps, until=until)
-        return last
+        return final(self.trajectory(context, self.write_steps if steps is None else steps, until=until))
 
     def read_hidden(self, prefix: Prefix, queries: Tokens) -> Tensor:
         """Hidden states that predict: row t predicts query token t, the last row what follows.
@@ -227,6 +232,33 @@ class Method(nn.Module, ABC):
         with torch.no_grad():
             prefix = memory if isinstance(memory, Prefix) else self.prefix(memory)
             return self._continue(prefix if rows is None else prefix.select(rows), queries, pad_id, options)
+
+    @torch.no_grad()
+    def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
+        """Read contexts back from their memories, always the likeliest next token: what `token_losses` measures.
+
+        Where no token of a context has a loss beyond ln 2, this gives the context exactly: each token is then
+        likelier than all others together.
+
+        Parameters
+        ----------
+        memory : Memory
+        lengths : sequence of int
+            Tokens to read back from each row, at least 1.
+        """
+        prefix = self.prefix(memory)
+        with prefix.active():
+            ids = self._likeliest(prefix, self.backbone.head, max(lengths))
+        return [row[:length] for row, length in zip(ids, lengths, strict=True)]
+
+    def _likeliest(self, prefix: Prefix, head: nn.Module, length: int) -> list[list[int]]:
+        """The likeliest `length` tokens after a prefix, one after the other; the prefix is used up."""
+        tokens = [head(prefix.last).argmax(-1, keepdim=True)]
+        for done in range(length - 1):
+            embeds = self.backbone.embed(tokens[-1])
+            hidden = self.backbone.hidden(embeds, prefix.cache, **prefix.continued(1, done))
+            tokens.append(head(hidden[:, -1]).argmax(-1, keepdim=True))
+        return torch.cat(tokens, dim=1).tolist()
 
     def _check_write(self, context: Tokens, steps: int) -> None:
         """Refuse negative steps, and contexts that are empty or too long."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
@@ -136,6 +136,11 @@ class GradMem(PrefixMethod):
         for step in walk:
             losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(context))
             yield Written(Memory(step.tensors), losses, step.taken)
+
+    def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
+        """Read contexts back with the adapters of WRITE; see `Method.reconstruct`."""
+        with self.backbone.without_dropout(), _active(self.adapters):
+            return super().reconstruct(memory, lengths)
 
     def inner_lrs(self) -> list[float]:
         """Inner learning rate of each memory vector, or the one that all share."""
