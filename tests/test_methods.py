@@ -192,6 +192,20 @@ def test_token_losses(method: Method) -> None:
     assert not losses[~context.mask].any()
 
 
+def test_reconstruct(method: Method) -> None:
+    """Every token is the likeliest after those before it, by the losses of the receipt."""
+    memory = write(method, random_tokens([7, 5]))
+    found = method.reconstruct(memory, [3, 2])
+    assert list(map(len, found)) == [3, 2]
+    vocabulary = method.backbone.head.weight.shape[0]
+    for row, ids in enumerate(found):
+        for place, token in enumerate(ids):
+            each = Tokens.from_lists([[*ids[:place], other, 0] for other in range(vocabulary)])
+            with torch.no_grad():
+                losses = method.token_losses(memory.select([row] * vocabulary), each)[:, place]
+            assert losses[token] <= losses.min() + 1e-5
+
+
 def test_refused(method: Method) -> None:
     with pytest.raises(GradmemError, match="at least 0"):
         method.write(random_tokens([3]), -1)

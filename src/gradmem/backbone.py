@@ -219,16 +219,13 @@ class Prefix:
         mask, start = (None if tensor is None else tensor[rows] for tensor in (self.mask, self.start))
         return Prefix(self.last[rows], cache, mask, start)
 
-    def continued(self, length: int, done: int = 0) -> dict[str, Tensor]:
-        """Mask and positions for `Backbone.hidden` to run `length` tokens, where it needs them.
-
-        They follow the prefix and the `done` tokens that were run after it.
-        """
+    def continued(self, length: int) -> dict[str, Tensor]:
+        """Mask and positions for `Backbone.hidden` to run `length` tokens after the prefix, where it needs them."""
         given = {}
         if self.mask is not None:
-            given["mask"] = F.pad(self.mask, (0, done + length), value=True)
+            given["mask"] = F.pad(self.mask, (0, length), value=True)
         if self.start is not None:
-            given["positions"] = self.start[:, None] + torch.arange(done, done + length, device=self.start.device)
+            given["positions"] = self.start[:, None] + torch.arange(length, device=self.start.device)
         return given
 
     def active(self) -> AbstractContextManager[Any]:

@@ -113,8 +113,11 @@ class PrefixMethod(Method):
         """Read contexts back as WRITE reads them, with its control vectors and output layer; see `Method`."""
         prefix = self.backbone.prefix(self._surround("write", memory.tensors))
         head = self.backbone.head if self.write_head is None else self.write_head
-        ids = self._likeliest(prefix, head, max(lengths))
-        return [row[:length] for row, length in zip(ids, lengths, strict=True)]
+        tokens = [head(prefix.last).argmax(-1, keepdim=True)]
+        for _ in range(max(lengths) - 1):
+            hidden = self.backbone.hidden(self.backbone.embed(tokens[-1]), prefix.cache)
+            tokens.append(head(hidden[:, -1]).argmax(-1, keepdim=True))
+        return [row[:length] for row, length in zip(torch.cat(tokens, 1).tolist(), lengths, strict=True)]
 
     # What WRITE is built of
 

@@ -247,18 +247,13 @@ class Method(nn.Module, ABC):
             Tokens to read back from each row, at least 1.
         """
         prefix = self.prefix(memory)
-        with prefix.active():
-            ids = self._likeliest(prefix, self.backbone.head, max(lengths))
-        return [row[:length] for row, length in zip(ids, lengths, strict=True)]
-
-    def _likeliest(self, prefix: Prefix, head: nn.Module, length: int) -> list[list[int]]:
-        """The likeliest `length` tokens after a prefix, one after the other; the prefix is used up."""
-        tokens = [head(prefix.last).argmax(-1, keepdim=True)]
-        for done in range(length - 1):
-            embeds = self.backbone.embed(tokens[-1])
-            hidden = self.backbone.hidden(embeds, prefix.cache, **prefix.continued(1, done))
-            tokens.append(head(hidden[:, -1]).argmax(-1, keepdim=True))
-        return torch.cat(tokens, dim=1).tolist()
+        every = torch.arange(len(memory), device=prefix.last.device)
+        ids = self.backbone.head(prefix.last).argmax(-1, keepdim=True)
+        while ids.shape[1] < max(lengths):
+            # From the start each time: what a method keeps of tokens that were read is its own affair.
+            hidden = self.read_hidden(prefix.select(every), Tokens(ids, torch.ones_like(ids, dtype=torch.bool)))
+            ids = torch.cat([ids, self.backbone.head(hidden[:, -1:]).argmax(-1)], dim=1)
+        return [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
 
     def _check_write(self, context: Tokens, steps: int) -> None:
         """Refuse negative steps, and contexts that are empty or too long."""
