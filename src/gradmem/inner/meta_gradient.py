@@ -71,7 +71,7 @@ def descend(
         Learning rate of each tensor, broadcast against it.
     steps : int
         Steps to take at most.
-    given : sequence of Tensor, shapes (batch, ...)
+    given : sequence of Tensor
         Further arguments of `loss`, the same at every step.
     factor : callable
         Factor on the learning rates at a step, counted from 0.
@@ -84,11 +84,9 @@ def descend(
         "unroll" keeps the graph of every step. "recompute" keeps that of the last one and builds the others again,
         one at a time, in the backward pass: memory does not grow with the number of steps. Same gradients.
     until : float, optional
-        A sample whose loss is at most this takes no further step, and without gradients costs no further time.
+        A sample whose loss is at most this takes no further step; see also `of_unfinished`.
     """
     training = torch.is_grad_enabled()
-    if until is not None and not training:
-        loss = _of_unfinished(loss, until)
     if order == "none" or not training:
         tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     batch = next(iter(tensors.values())).shape[0]
@@ -117,11 +115,15 @@ def descend(
         yield now
 
 
-def _of_unfinished(loss: Loss, until: float) -> Loss:
-    """The same loss, not computed again for samples that have reached `until`: they stay where they are."""
+def of_unfinished(loss: Loss, until: float) -> Loss:
+    """The same loss for `descend`, not computed again for samples that have reached `until`: they cost no more time.
+
+    For one descent without gradients. All that `loss` knows of single samples must come through `given`, of shapes
+    (batch, ...), where the rows of those that go on can be picked.
+    """
     known: Tensor | None = None
 
-    def of_unfinished(tensors: Tensors, *given: Tensor) -> Tensor:
+    def unfinished(tensors: Tensors, *given: Tensor) -> Tensor:
         nonlocal known
         if known is None or bool((known > until).all()):
             losses: Tensor = loss(tensors, *given)
@@ -132,7 +134,7 @@ def _of_unfinished(loss: Loss, until: float) -> Loss:
         known = losses.detach()
         return losses
 
-    return of_unfinished
+    return unfinished
 
 
 def _like(flags: Tensor, tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
-from ..inner.meta_gradient import Order, descend
+from ..inner.meta_gradient import Order, descend, of_unfinished
 from ..inner.objective import sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors
 from ..memory import Memory
@@ -119,7 +119,7 @@ class GradMem(PrefixMethod):
                 return sample_losses(self._losses(tensors, Tokens(ids, mask), embeds), mask)
 
         walk = descend(
-            loss,
+            loss if until is None or torch.is_grad_enabled() else of_unfinished(loss, until),
             self._start(len(context)),
             self.update,
             self._rates(),
