@@ -112,7 +112,10 @@ BAD = {
     "unknown method": (["train", "kv-32", "--method.name", "gradmen", "--output", "{t}/r"], "did you mean 'gradmem'"),
     "unknown method option": (["train", "kv-32", "--method.n_men", "3", "--output", "{t}/r"], "'n_mem'"),
     "bad method option": (["train", "kv-32", "--method.n_mem", "0", "--output", "{t}/r"], "n_mem must be at least 1"),
-    "unknown task": (["train", "kv-32", "--task.name", "kw", "--output", "{t}/r"], "known: babi, kv, squad, text"),
+    "unknown task": (
+        ["train", "kv-32", "--task.name", "kw", "--output", "{t}/r"],
+        "known: babi, kv, plain",
+    ),
     "bad value": (["train", "kv-32", "--precision", "int4"], "int4"),
     "bad stage": (["train", "kv-32", "--stages", "[{{max_steps: 0, write_steps: [1]}}]"], "max_steps"),
     "unknown checkpoint": (["eval", "kv-31"], "unknown checkpoint"),

@@ -27,6 +27,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "compare": commands.compare,
     "write": commands.write,
     "ask": commands.ask,
+    "restore": commands.restore,
     "inspect": commands.inspect,
     "demo": demo,
     "list": commands.show_list,
@@ -45,13 +46,15 @@ BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
     commands.inspect: {"--json": {"action": "store_true", "help": "print the records as JSON"}},
 }
 SHORT = {"-o": "--output"}
+INNER = {"eval": "task", "write": "options"}
+"""Commands that take any option of a task or a method, and their parameter for these."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; return 0, or 2 after one line that says what was wrong."""
     arguments = [_long(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
-    if arguments[:1] == ["eval"]:
-        arguments = [_task_option(argument) for argument in arguments]
+    if arguments and arguments[0] in INNER:
+        arguments = [_inner_option(argument, arguments[0]) for argument in arguments]
     try:
         _run(arguments)
     except GradmemError as error:
@@ -79,11 +82,12 @@ def _long(argument: str) -> str:
     )
 
 
-def _task_option(argument: str) -> str:
-    """`--tasks qa1` as `--task.tasks qa1`: what is no option of the command is one of the task."""
+def _inner_option(argument: str, command: str) -> str:
+    """`--tasks qa1` as `--task.tasks qa1`: what is no option of the command is one of its task or its method."""
     name = argument.removeprefix("--").partition("=")[0].partition(".")[0]
-    known = {*inspect.signature(commands.evaluate).parameters, "help", ""}
-    return argument if not argument.startswith("--") or name in known else f"--task.{argument[2:]}"
+    known = {*inspect.signature(FUNCTIONS[command]).parameters, "help", ""}
+    inner = argument.startswith("--") and name not in known
+    return f"--{INNER[command]}.{argument[2:]}" if inner else argument
 
 
 def _run(arguments: list[str]) -> None:

@@ -25,9 +25,9 @@ from .evaluation.sweep import Point, pairs_figure, save_csv
 from .evaluation.sweep import steps_figure as heatmap_figure
 from .evaluation.sweep import sweep as run_sweep
 from .evaluation.sweep import table as sweep_table
-from .memory import Memory, Precision, text_digest, write_bytes
+from .memory import Memory, Precision, write_bytes, written_texts
 from .model import MemoryModel, build_task
-from .tables import plan_table, provenance, receipt, tokens_of
+from .tables import differences, plan_table, provenance, receipt, receipts, restored, tokens_of
 from .tasks.base import Split
 from .training.recipe import Recipe, load_recipe, recipe_names
 
@@ -294,38 +294,49 @@ def write(
     checkpoint: str,
     file: Path,
     output: Path = Path("memory.safetensors"),
+    method: str | None = None,
+    chunk: int | None = None,
     steps: int | None = None,
     until: float | None = None,
-    max_steps: int = 30,
+    max_steps: int | None = None,
     precision: Precision = "float32",
     device: str = "cpu",
+    options: dict[str, Any] | None = None,
 ) -> Memory:
     """Write a text file into a memory file and print the receipt.
 
     Parameters
     ----------
     checkpoint
-        Name of a packaged checkpoint, directory, or hub name.
+        Name of a packaged checkpoint, directory, or hub name; or a plain language model, which needs no training.
     file
         Text to write; - for standard input.
     output
         Memory file (short: -o).
+    method
+        For a plain language model: a method that needs no training; default: cram.
+    chunk
+        Cut the text after so many tokens, each part for a memory of its own; default: what the model is for.
     steps
         Write steps; default: as many as the checkpoint was trained for.
     until
         Instead of steps: stop at this write loss, in mean nats per token.
     max_steps
-        Most steps that `until` may take.
+        Most steps that `until` may take; default: 30, or as many as the method takes where that is more.
     precision
         Precision of the memory file.
     device
         Device to run on.
+    options
+        Options of the method, each by its own name: --n_mem 32 --inner_lr 0.03.
     """
-    model = load(checkpoint).to(_device(device))
+    given = ({"name": method} if method else {}) | (options or {})
+    model = load(checkpoint, given or None).to(_device(device))
     text = read_text(file)
-    memory = model.write(text, steps, until=until, max_steps=max_steps)
+    chunks = model.chunks(text, chunk)
+    memory = model.write(chunks, steps, until=until, max_steps=max_steps, progress=_progress)
     memory.save(output, precision)
-    console.print(receipt(memory.records[0], tokens_of(memory, text)))
+    console.print(receipt(memory.records[0], tokens_of(memory, text)) if len(memory) == 1 else receipts(memory.records))
     console.print(f"saved {output}: {output.stat().st_size} bytes for {len(text.encode())} bytes of text")
     return memory
 
@@ -358,6 +369,42 @@ def ask(memory: Path, queries: list[str], jsonl: bool = False, device: str = "cp
     return answers
 
 
+def restore(memory: Path, output: Path | None = None, context: Path | None = None, device: str = "cpu") -> str:
+    """Read the text back from a memory file alone, and say how sure that is.
+
+    Parameters
+    ----------
+    memory
+        Memory file.
+    output
+        File for the text (short: -o); default: standard output.
+    context
+        The text that was written: shows where the restored one differs.
+    device
+        Device to run on.
+    """
+    opened = open_memory(memory)
+    if opened.model is None:
+        raise GradmemError(f"{memory} is bound to no model")
+    model = opened.model.to(_device(device))
+    original = None if context is None else written_texts(read_text(context), opened.records, str(context))
+    ids = model.reconstruct(model.bind(opened), _progress)
+    texts = [model.task.text(row) for row in ids]
+    text = "".join(texts)
+    if output:
+        write_bytes(output, text.encode())
+    else:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    # Beside the text, not in it.
+    notes = Console(stderr=True)
+    notes.print(restored(opened.records, texts))
+    if original is not None:
+        wanted = [original.get(record.context_sha256) for record in opened.records]
+        notes.print(differences(model.task, ids, wanted))
+    return text
+
+
 def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Memory:
     """Show where a memory comes from and what it kept.
 
@@ -375,13 +422,12 @@ def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Me
         print(_dumps([record.row() for record in loaded.records]))
         return loaded
     text = read_text(context) if context else None
-    written = None if text is None else text_digest(text)
-    if written and written not in [record.context_sha256 for record in loaded.records]:
-        raise GradmemError(f"{context} is not the text that was written into {memory}")
-    tokens = None if text is None else tokens_of(open_memory(memory), text)
+    texts = {} if text is None else written_texts(text, loaded.records, str(context))
+    bound = open_memory(memory) if texts else loaded
     for record in loaded.records:
         console.print(provenance(record, loaded, memory))
-        console.print(receipt(record, tokens if record.context_sha256 == written else None))
+        written = texts.get(record.context_sha256)
+        console.print(receipt(record, None if written is None else tokens_of(bound, written)))
     return loaded
 
 
@@ -402,7 +448,7 @@ def read_text(path: Path) -> str:
     if str(path) == "-":
         return _stdin()
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()  # line ends as they are: a memory is of the text to the letter
     except UnicodeDecodeError as error:
         raise GradmemError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class Record:
     Attributes
     ----------
     method, model : str
-        Name of the method, and name or path of the checkpoint.
+        Name of the method, and name or path of the checkpoint or the plain language model.
     backbone, checkpoint, tokenizer : str
         SHA-256 of the backbone's weights, of all weights and settings, and of the tokenizer.
     context_sha256 : str
@@ -53,6 +53,8 @@ class Record:
         Mean token loss before each step and after the last, nats.
     token_losses : list of float
         Loss of each context token under the final memory, nats. Numbers only: no token is kept.
+    options : dict
+        Options of the method, where a plain language model wrote it: there they stand in no checkpoint.
     """
 
     method: str
@@ -66,8 +68,9 @@ class Record:
     inner_lr: list[float]
     losses: list[float]
     token_losses: list[float]
+    options: dict[str, Any] = field(default_factory=dict)
 
-    LOST = 0.6931471805599453
+    LOST: ClassVar[float] = 0.6931471805599453
     """Nats beyond which a token counts as lost: the memory gives it less than an even chance."""
 
     @property
@@ -172,6 +175,18 @@ class Memory:
         if self.model is None:
             raise GradmemError("this memory is bound to no model: open it with gradmem.open(FILE) or model.open(FILE)")
         return self.model.ask(self, query, **generate)
+
+    def restore(self) -> list[str]:
+        """Text that each row gives back, from the memory alone; see `MemoryModel.restore`.
+
+        Raises
+        ------
+        GradmemError
+            When the memory is bound to no model, or says nothing of what was written.
+        """
+        if self.model is None:
+            raise GradmemError("this memory is bound to no model: open it with gradmem.open(FILE) or model.open(FILE)")
+        return self.model.restore(self)
 
     def save(self, path: str | os.PathLike[str], precision: Precision = "float32") -> Path:
         """Save as one safetensors file, which appears whole or not at all.
@@ -291,6 +306,36 @@ def _umask() -> int:
 def text_digest(text: str) -> str:
     """SHA-256 of a text, UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def written_texts(text: str, records: Sequence[Record], what: str) -> dict[str, str]:
+    """Find what was written: the text of one record, or all their texts one after the other.
+
+    Returns
+    -------
+    dict of str
+        The texts by their SHA-256.
+
+    Raises
+    ------
+    GradmemError
+        When `text` is not what was written.
+    """
+    whole, hasher, begin = text_digest(text), hashlib.sha256(), 0
+    if any(record.context_sha256 == whole for record in records):
+        return {whole: text}
+    found: dict[str, str] = {}
+    characters = iter(enumerate(text, 1))
+    for record in records:
+        for end, character in characters:
+            hasher.update(character.encode())
+            if hasher.hexdigest() == record.context_sha256:
+                found[record.context_sha256] = text[begin:end]
+                hasher, begin = hashlib.sha256(), end
+                break
+    if begin < len(text) or any(record.context_sha256 not in found for record in records):
+        raise GradmemError(f"{what} is not the text that was written")
+    return found
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

@@ -8,8 +8,10 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from functools import cached_property
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from .backbone import Backbone
 from .batch import TOKENS_AT_ONCE, Tokens
 from .errors import GradmemError
 from .memory import Memory, Record, digest, text_digest
-from .methods.base import Method, Written
+from .methods.base import Method, Written, final
 from .plugins import check_options, find
 from .tasks.base import Task
 
@@ -32,6 +34,11 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HERE = "."
 """In a checkpoint's config: the directory of the checkpoint itself."""
 Spec = dict[str, Any]
+Progress = Callable[..., Iterable[Any]]
+
+
+def _silent(steps: Iterable[Any], title: str = "", total: int | None = None) -> Iterable[Any]:
+    return steps
 
 
 def build_task(spec: Spec, *, trusted: bool = True) -> Task:
@@ -79,6 +86,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
 
     def __init__(self, method: Method, task: Task, spec: dict[str, Spec], name: str = "unnamed") -> None:
         self.method, self.task, self.spec, self.name = method, task, spec, name
+        self.options: Spec = {}
+        """Options of the method that a plain language model's memories need to say."""
 
     @classmethod
     def from_spec(cls, task: Spec, backbone: Spec, method: Spec, *, trusted: bool = True) -> MemoryModel:
@@ -92,6 +101,30 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             "method": dict(method),
         }
         return cls(build_method(method, built, trusted=trusted), built_task, copy.deepcopy(spec))
+
+    @classmethod
+    def from_language_model(cls, name: str, method: Spec) -> MemoryModel:
+        """Build a model of a pretrained language model as it is and a method that needs no training, as `cram`.
+
+        Parameters
+        ----------
+        name : str
+            Directory or hub name of the language model.
+        method : dict
+            `name` and options of the method. What it draws is always the same.
+
+        Raises
+        ------
+        GradmemError
+            When model or tokenizer cannot be loaded, or the method does not know an option.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = cls.from_spec({"name": "plain", "tokenizer": name}, {"pretrained": name}, method, trusted=False)
+        model.method.requires_grad_(False)
+        model.name, model.options = name, {key: value for key, value in method.items() if key != "name"}
+        model.method.eval()
+        return model
 
     # Checkpoints
 
@@ -198,13 +231,47 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             raise GradmemError(f"the {what} has {kind} that '{self.name}' does not know: {alien[:20]}")
         return ids
 
+    def chunks(self, text: str, size: int | None = None) -> list[str]:
+        """Cut a long text into parts to write, each at most `size` tokens when it stands alone.
+
+        Parameters
+        ----------
+        text : str
+        size : int, optional
+            By default the task's own, or the whole text where it has none; never more than the model can write.
+
+        Raises
+        ------
+        GradmemError
+            When `size` is less than a character takes.
+        """
+        size = self.task.chunk if size is None else size
+        if size is None or not text:
+            return [text]
+        if size < 1:
+            raise GradmemError(f"a chunk has at least 1 token, not {size}")
+        size = min(size, self.method.max_context)
+        ends = [*accumulate(map(len, self.task.pieces(text))), len(text)]
+        chunks, begin = [], 0
+        while begin < len(text):
+            last = min(bisect_right(ends, begin) + size, len(ends)) - 1
+            # A part alone may take a token more than within the text, and an end may stand within a character.
+            while ends[last] > begin and len(self.task.encode(text[begin : ends[last]])) > size:
+                last -= 1
+            if ends[last] <= begin:
+                raise GradmemError(f"a chunk of {size} tokens is less than one character takes: give a longer one")
+            chunks.append(text[begin : ends[last]])
+            begin = ends[last]
+        return chunks
+
     def write(
         self,
         text: str | Sequence[str],
         steps: int | None = None,
         *,
         until: float | None = None,
-        max_steps: int = 30,
+        max_steps: int | None = None,
+        progress: Progress = _silent,
     ) -> Memory:
         """Write one text, or several at once, into a memory each.
 
@@ -214,8 +281,11 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         steps : int, optional
             Write steps; by default as many as the checkpoint was trained for.
         until : float, optional
-            Instead of a number of steps: each text stops at this write loss (mean nats per token), after
-            `max_steps` at the latest.
+            Instead of a number of steps: each text stops at this write loss (mean nats per token).
+        max_steps : int, optional
+            Most steps that `until` may take; by default 30, or as many as the method takes where that is more.
+        progress : callable
+            `progress(steps, title, total)` passes the write steps on and may show them, as `rich.progress.track` does.
 
         Returns
         -------
@@ -235,22 +305,26 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
                 raise GradmemError("give `steps` or `until`, not both")
             if not until > 0:
                 raise GradmemError(f"`until` is a loss above 0, not {until}")
-            steps = max_steps
+            steps = max(30, self.method.write_steps) if max_steps is None else max_steps
         ids = [self.encode(self.task.context_text(t), "context", self.method.max_context) for t in texts]
         size = max(1, TOKENS_AT_ONCE // max(map(len, ids)))
-        parts = [
-            self._write(texts[first : first + size], ids[first : first + size], steps, until)
-            for first in range(0, len(texts), size)
-        ]
+        steps = self.method.write_steps if steps is None else steps
+        parts = []
+        for first in range(0, len(texts), size):
+            title = f"writing {min(first + size, len(texts))} of {len(texts)}"
+            shown = partial(progress, title=title, total=steps + 1)
+            parts.append(self._write(texts[first : first + size], ids[first : first + size], steps, until, shown))
         memory = Memory.join(parts)
         memory.model = self
         return memory
 
-    def _write(self, texts: list[str], ids: list[list[int]], steps: int | None, until: float | None) -> Memory:
+    def _write(
+        self, texts: list[str], ids: list[list[int]], steps: int, until: float | None, progress: Callable[..., Any]
+    ) -> Memory:
         """Write texts in one batch."""
         context = Tokens.from_lists(ids, self.task.pad_id).to(self.device)
         with torch.no_grad():
-            written = self.method.write(context, steps, until=until)
+            written = final(progress(self.method.trajectory(context, steps, until=until)))
             token_losses = self.method.token_losses(written.memory, context)
         records = [
             self._record(text, written, token_losses[row, : len(ids[row])].tolist(), row)
@@ -271,6 +345,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             inner_lr=[round(rate, 6) for rate in self.method.inner_lrs()],
             losses=[round(loss, 6) for loss in losses],
             token_losses=[round(loss, 3) for loss in token_losses],
+            options=self.options,
         )
 
     def open(self, path: str | os.PathLike[str]) -> Memory:
@@ -297,6 +372,31 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         self.method.check(memory, what)
         tensors = {name: tensor.to(self.device) for name, tensor in memory.tensors.items()}
         return Memory(tensors, memory.records, self)
+
+    def reconstruct(self, memory: Memory, progress: Progress = _silent) -> list[list[int]]:
+        """Token ids that each row of a memory gives back, as many as were written; see `Method.reconstruct`.
+
+        Raises
+        ------
+        GradmemError
+            When the memory has no records, or one with more tokens than the model can write.
+        """
+        lengths = [record.context_tokens for record in memory.records]
+        if not lengths:
+            raise GradmemError("the memory does not say how many tokens were written")
+        if not all(isinstance(length, int) and 1 <= length <= self.method.max_context for length in lengths):
+            raise GradmemError(f"the memory is damaged: it cannot hold contexts of {max(lengths, key=abs)} tokens")
+        size = max(1, TOKENS_AT_ONCE // max(lengths))
+        starts = range(0, len(lengths), size)
+        found: list[list[int]] = []
+        for first in progress(starts, title="reading back", total=len(starts)):
+            rows = range(first, min(first + size, len(lengths)))
+            found += self.method.reconstruct(memory.select(rows), [lengths[row] for row in rows])
+        return found
+
+    def restore(self, memory: Memory) -> list[str]:
+        """Text that each row of a memory gives back, from the memory alone; see `reconstruct`."""
+        return [self.task.text(ids) for ids in self.reconstruct(memory)]
 
     def ask(self, memory: Memory, query: Any, **options: Any) -> Any:
         """Answer queries from a memory alone.

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import GradmemError
-from .memory import Memory, Record
+from .memory import Memory, Record, text_digest
+from .tasks.base import Task
 
 
 def provenance(record: Record, memory: Memory, path: Path) -> Table:
@@ -37,7 +38,7 @@ def provenance(record: Record, memory: Memory, path: Path) -> Table:
 def receipt(record: Record, tokens: Sequence[str] | None = None) -> Table:
     """A write receipt as a table: loss by step, and what was lost (with its tokens where they are at hand)."""
     built = Table(title="write receipt", show_header=False)
-    built.add_row("write loss by step", "  ".join(f"{loss:.4f}" for loss in record.losses))
+    built.add_row("write loss by step", _by_step(record.losses))
     kept = record.context_tokens - len(record.lost)
     built.add_row("tokens kept", f"{kept} of {record.context_tokens} (loss below ln 2 = 0.693)")
     if tokens is None:
@@ -51,6 +52,73 @@ def receipt(record: Record, tokens: Sequence[str] | None = None) -> Table:
     built.add_row("text (lost in red)", text)
     if lost_at:
         built.add_row("lost", " ".join(f"{tokens[i]!r}@{i}" for i in record.lost))
+    return built
+
+
+SHOWN = 10
+"""Losses of a receipt that fit a line; of more steps only some are shown."""
+
+
+def _by_step(losses: Sequence[float]) -> str:
+    if len(losses) <= SHOWN:
+        return "  ".join(f"{loss:.4f}" for loss in losses)
+    last = len(losses) - 1
+    return "  ".join(
+        f"{losses[step]:.4f} @{step}" for step in (i * last // (SHOWN // 2) for i in range(SHOWN // 2 + 1))
+    )
+
+
+def receipts(records: Sequence[Record]) -> Table:
+    """Write receipts of the chunks of a text, one a line, and their sum."""
+    built = Table(title="write receipts", show_footer=True)
+    kept = [record.context_tokens - len(record.lost) for record in records]
+    tokens = [record.context_tokens for record in records]
+    columns = {
+        "chunk": ([str(i) for i in range(1, len(records) + 1)], "all"),
+        "tokens": (tokens, str(sum(tokens))),
+        "steps": ([record.steps for record in records], ""),
+        "write loss before": ([f"{record.loss_before:.4f}" for record in records], ""),
+        "after": ([f"{record.loss_after:.4f}" for record in records], ""),
+        "tokens kept": (kept, str(sum(kept))),
+    }
+    for heading, (_, footer) in columns.items():
+        built.add_column(heading, footer, justify="right")
+    for cells in zip(*(cells for cells, _ in columns.values()), strict=True):
+        built.add_row(*map(str, cells))
+    return built
+
+
+def restored(records: Sequence[Record], texts: Sequence[str]) -> Table:
+    """How sure a restored text is, by what the records say alone."""
+    built = Table(title="restored", show_header=False)
+    exact = [text_digest(text) == record.context_sha256 for record, text in zip(records, texts, strict=True)]
+    tokens, lost = (sum(map(len, rows)) for rows in zip(*((r.token_losses, r.lost) for r in records), strict=True))
+    built.add_row("exact, by SHA-256", "yes" if all(exact) else f"{sum(exact)} of {len(exact)} chunks")
+    built.add_row("uncertain tokens", f"{lost} of {tokens} (loss above ln 2 = 0.693)")
+    for number, (record, same) in enumerate(zip(records, exact, strict=True), 1):
+        if not same:
+            positions = ", ".join(map(str, record.lost)) or "none: the tokenizer may not keep all of this text"
+            built.add_row(f"uncertain in chunk {number}", positions)
+    return built
+
+
+def differences(task: Task, ids: Sequence[Sequence[int]], originals: Sequence[str | None]) -> Table:
+    """Where restored tokens differ from those of the texts that were written, for rows whose text is at hand."""
+    built = Table(title="compared with the original", show_header=False)
+    right = total = 0
+    first: tuple[str, str] | None = None
+    for number, (found, text) in enumerate(zip(ids, originals, strict=True), 1):
+        if text is None:
+            continue
+        wanted = task.encode(task.context_text(text))
+        same = [a == b for a, b in zip(found, wanted, strict=False)]
+        right, total = right + sum(same), total + len(same)
+        if not all(same) and first is None:
+            at = same.index(False)
+            piece = f"{task.pieces(task.context_text(text))[at]!r}, restored as {task.text([found[at]])!r}"
+            first = f"first difference, chunk {number}, token {at}", piece
+    built.add_row("tokens right", f"{right} of {total} ({right / total:.2%})")
+    built.add_row(*(first or ("differences", "none")))
     return built
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
 
 from ..errors import GradmemError, unknown
 from ..memory import Memory
@@ -17,22 +21,32 @@ def checkpoint_names() -> list[str]:
     return sorted(path.name for path in here.iterdir() if (path / CONFIG).is_file())
 
 
-def load(name: str | os.PathLike[str]) -> MemoryModel:
-    """Load a checkpoint: a name of the package, a directory, or a hub name `owner/model`.
+def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> MemoryModel:
+    """Load a checkpoint, or a plain language model: a name of the package, a directory, or a hub name `owner/model`.
+
+    Parameters
+    ----------
+    name : str or path
+    method : dict, optional
+        For a plain language model only: `name` and options of a method that needs no training, by default `cram`.
 
     Raises
     ------
     GradmemError
-        When there is none of that name, or it is damaged.
+        When there is none of that name, it is damaged, or a checkpoint is given another method.
     """
     name = os.fspath(name)
+    if name not in checkpoint_names() and _is_language_model(name):
+        return MemoryModel.from_language_model(name, {"name": "cram"} | (method or {}))
+    if method is not None:
+        raise GradmemError(f"'{name}' has a method of its own: only plain language models take another")
     if name in checkpoint_names():
         model = MemoryModel.from_pretrained(str(resources.files(__name__) / name))
         model.name = name
         return model
     if Path(name).is_dir():
         return MemoryModel.from_pretrained(name)
-    if name.count("/") != 1 or name.startswith((".", "/")) or Path(name).exists():
+    if not _is_hub_name(name):
         raise unknown("checkpoint", name, checkpoint_names())
     try:
         return MemoryModel.from_pretrained(name)
@@ -40,6 +54,25 @@ def load(name: str | os.PathLike[str]) -> MemoryModel:
         raise
     except Exception as error:  # the hub client raises its own, requests' and the system's errors
         raise GradmemError(f"'{name}' is no directory, and the hub does not give it: {error}") from error
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+
+
+def _is_language_model(name: str) -> bool:
+    """Whether a directory or a hub name holds a plain language model: a config without our format."""
+    file = str(Path(name) / CONFIG)
+    if _is_hub_name(name):
+        try:
+            file = hf_hub_download(name, CONFIG)
+        except Exception:  # whatever is wrong, loading says so
+            return False
+    try:
+        config = json.loads(Path(file).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "format" not in config and "model_type" in config
 
 
 def open_memory(path: str | os.PathLike[str]) -> Memory:
@@ -53,4 +86,7 @@ def open_memory(path: str | os.PathLike[str]) -> Memory:
     memory = Memory.load(path)
     if not memory.records:
         raise GradmemError(f"{path} does not say which model wrote it")
-    return load(memory.records[0].model).bind(memory, str(path))
+    record = memory.records[0]
+    # Only a plain language model needs to be told the method: a checkpoint knows.
+    method = {"name": record.method, **record.options} if _is_language_model(record.model) else None
+    return load(record.model, method).bind(memory, str(path))

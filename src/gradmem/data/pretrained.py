@@ -21,6 +21,21 @@ def pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
     Raises
     ------
     GradmemError
+        As `plain_tokenizer` does.
+    """
+    tokenizer = plain_tokenizer(name)
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in (*ends, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    return tokenizer
+
+
+def plain_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer by hub name or directory, with the tokens that it has.
+
+    Raises
+    ------
+    GradmemError
         When there is none of that name, or it has no end token or no fast implementation.
     """
     directory = Path(name)
@@ -37,11 +52,8 @@ def pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise GradmemError(f"cannot load the tokenizer '{name}': {reason}") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise GradmemError(f"the tokenizer '{name}' has no end token or no fast implementation: choose another")
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    if tokenizer.unk_token_id in ends:
+    if tokenizer.unk_token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         tokenizer.unk_token = None  # byte-level tokenizers know everything; the end token is not a sign of alien text
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in (*ends, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"pad_token": PAD})
     return tokenizer
 
 

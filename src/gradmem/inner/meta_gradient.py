@@ -84,7 +84,7 @@ def descend(
         "unroll" keeps the graph of every step. "recompute" keeps that of the last one and builds the others again,
         one at a time, in the backward pass: memory does not grow with the number of steps. Same gradients.
     until : float, optional
-        A sample whose loss is at most this takes no further step.
+        A sample whose loss is at most this takes no further step; see also `of_unfinished`.
     """
     training = torch.is_grad_enabled()
     if order == "none" or not training:
@@ -113,6 +113,28 @@ def descend(
         taken = now.taken + (1 if active is None else active.long())
         now = Step(updated, [*now.losses, losses if training else losses.detach()], taken)
         yield now
+
+
+def of_unfinished(loss: Loss, until: float) -> Loss:
+    """The same loss for `descend`, not computed again for samples that have reached `until`: they cost no more time.
+
+    For one descent without gradients. All that `loss` knows of single samples must come through `given`, of shapes
+    (batch, ...), where the rows of those that go on can be picked.
+    """
+    known: Tensor | None = None
+
+    def unfinished(tensors: Tensors, *given: Tensor) -> Tensor:
+        nonlocal known
+        if known is None or bool((known > until).all()):
+            losses: Tensor = loss(tensors, *given)
+        else:
+            rows = (known > until).nonzero()[:, 0]
+            some = loss({name: tensor[rows] for name, tensor in tensors.items()}, *(tensor[rows] for tensor in given))
+            losses = known.index_copy(0, rows, some)
+        known = losses.detach()
+        return losses
+
+    return unfinished
 
 
 def _like(flags: Tensor, tensor: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from .armt import ARMT
 from .base import Method, Written
+from .cram import Cram
 from .full_context import FullContext
 from .gradmem import GradMem
 from .mamba import Mamba
 from .mean_pool import MeanPool
 from .rmt import RMT
 
-__all__ = ["ARMT", "RMT", "FullContext", "GradMem", "Mamba", "MeanPool", "Method", "Written"]
+__all__ = ["ARMT", "RMT", "Cram", "FullContext", "GradMem", "Mamba", "MeanPool", "Method", "Written"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -106,6 +107,17 @@ class PrefixMethod(Method):
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Loss of each context token under a memory, shape (batch, length), nats."""
         return self._losses(memory.tensors, context, self._embed_context(context))
+
+    @torch.no_grad()
+    def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
+        """Read contexts back as WRITE reads them, with its control vectors and output layer; see `Method`."""
+        prefix = self.backbone.prefix(self._surround("write", memory.tensors))
+        head = self.backbone.head if self.write_head is None else self.write_head
+        tokens = [head(prefix.last).argmax(-1, keepdim=True)]
+        for _ in range(max(lengths) - 1):
+            hidden = self.backbone.hidden(self.backbone.embed(tokens[-1]), prefix.cache)
+            tokens.append(head(hidden[:, -1]).argmax(-1, keepdim=True))
+        return [row[:length] for row, length in zip(torch.cat(tokens, 1).tolist(), lengths, strict=True)]
 
     # What WRITE is built of
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,11 @@ class Written:
     memory: Memory
     losses: Tensor
     taken: Tensor
+
+
+def final(trajectory: Iterable[Written]) -> Written:
+    """The end of a trajectory; of the way there nothing is kept, which may be hundreds of memories."""
+    return deque(trajectory, maxlen=1).pop()
 
 
 class Method(nn.Module, ABC):
@@ -141,8 +147,7 @@ class Method(nn.Module, ABC):
 
     def write(self, context: Tokens, steps: int | None = None, *, until: float | None = None) -> Written:
         """Write contexts into memories; the arguments are those of `trajectory`."""
-        *_, last = self.trajectory(context, self.write_steps if steps is None else steps, until=until)
-        return last
+        return final(self.trajectory(context, self.write_steps if steps is None else steps, until=until))
 
     def read_hidden(self, prefix: Prefix, queries: Tokens) -> Tensor:
         """Hidden states that predict: row t predicts query token t, the last row what follows.
@@ -227,6 +232,28 @@ class Method(nn.Module, ABC):
         with torch.no_grad():
             prefix = memory if isinstance(memory, Prefix) else self.prefix(memory)
             return self._continue(prefix if rows is None else prefix.select(rows), queries, pad_id, options)
+
+    @torch.no_grad()
+    def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
+        """Read contexts back from their memories, always the likeliest next token: what `token_losses` measures.
+
+        Where no token of a context has a loss beyond ln 2, this gives the context exactly: each token is then
+        likelier than all others together.
+
+        Parameters
+        ----------
+        memory : Memory
+        lengths : sequence of int
+            Tokens to read back from each row, at least 1.
+        """
+        prefix = self.prefix(memory)
+        every = torch.arange(len(memory), device=prefix.last.device)
+        ids = self.backbone.head(prefix.last).argmax(-1, keepdim=True)
+        while ids.shape[1] < max(lengths):
+            # From the start each time: what a method keeps of tokens that were read is its own affair.
+            hidden = self.read_hidden(prefix.select(every), Tokens(ids, torch.ones_like(ids, dtype=torch.bool)))
+            ids = torch.cat([ids, self.backbone.head(hidden[:, -1:]).argmax(-1)], dim=1)
+        return [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
 
     def _check_write(self, context: Tokens, steps: int) -> None:
         """Refuse negative steps, and contexts that are empty or too long."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
-from ..inner.meta_gradient import Order, descend
+from ..inner.meta_gradient import Order, descend, of_unfinished
 from ..inner.objective import sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors
 from ..memory import Memory
@@ -114,17 +114,17 @@ class GradMem(PrefixMethod):
         embeds = self._embed_context(context)
         second = torch.is_grad_enabled() and self.order == "second"
 
-        def loss(tensors: Tensors, embeds: Tensor) -> Tensor:
+        def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
             with self.backbone.second_order() if second else nullcontext():
-                return sample_losses(self._losses(tensors, context, embeds), context.mask)
+                return sample_losses(self._losses(tensors, Tokens(ids, mask), embeds), mask)
 
         walk = descend(
-            loss,
+            loss if until is None or torch.is_grad_enabled() else of_unfinished(loss, until),
             self._start(len(context)),
             self.update,
             self._rates(),
             steps,
-            given=[embeds],
+            given=[embeds, context.ids, context.mask],
             factor=self._settling,
             order=self.order,
             last_k=self.last_k,
@@ -136,6 +136,11 @@ class GradMem(PrefixMethod):
         for step in walk:
             losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(context))
             yield Written(Memory(step.tensors), losses, step.taken)
+
+    def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
+        """Read contexts back with the adapters of WRITE; see `Method.reconstruct`."""
+        with self.backbone.without_dropout(), _active(self.adapters):
+            return super().reconstruct(memory, lengths)
 
     def inner_lrs(self) -> list[float]:
         """Inner learning rate of each memory vector, or the one that all share."""

@@ -25,6 +25,8 @@ class Task(ABC):
     tokenizer: PreTrainedTokenizerFast
     answer_length: int
     """Most tokens that an answer takes."""
+    chunk: int | None = None
+    """Tokens that a long text is cut after, each part for a memory of its own; None where texts stay whole."""
     reads: bool = True
     """Whether evaluation reads the targets token by token, the true ones before them, for `judge`."""
     generates: bool = False
@@ -60,6 +62,11 @@ class Task(ABC):
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         starts = [start for start, _ in encoded.offset_mapping]
         return [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
+
+    def text(self, ids: list[int]) -> str:
+        """The text that token ids stand for, to the letter where the tokenizer keeps everything."""
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text
 
     def decode(self, ids: list[int]) -> str:
         """The answer in generated tokens: what stands before the end token."""

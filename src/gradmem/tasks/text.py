@@ -41,6 +41,7 @@ class Text(FileTask):
     """
 
     generates = True
+    chunk: int
 
     def __init__(self, tokenizer: str, data: str | None = None, chunk: int = 128) -> None:
         super().__init__()

@@ -1,0 +1,69 @@
+"""Cramming: WRITE without any training, on a language model as it is (arXiv 2502.13063)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from ..backbone import Backbone
+from ..batch import Tokens
+from ..errors import require
+from .base import Written
+from .gradmem import GradMem
+
+
+class Cram(GradMem):
+    """Memory vectors that many steps of Adam fit to one text, until a frozen language model reproduces it.
+
+    GradMem without meta-training: nothing here is trained, so hundreds of steps do what a few do there. The same text
+    always gives the same memory.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Any pretrained language model; its weights stay as they are.
+    n_mem : int
+        Memory vectors m.
+    write_steps : int
+        Default number of write steps; with `until`, the most.
+    inner_lr : float
+        Learning rate of Adam.
+    start : {"random", "mean"}
+        Where every memory starts: at vectors drawn as wide as the token embeddings, or at the mean token embedding.
+    seed : int
+        Seed of the drawn vectors.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        n_mem: int = 16,
+        write_steps: int = 1000,
+        inner_lr: float = 0.1,
+        start: Literal["random", "mean"] = "random",
+        seed: int = 0,
+    ) -> None:
+        require("start", start, start in ("random", "mean"), "random or mean")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            super().__init__(
+                backbone,
+                n_mem=n_mem,
+                write_steps=write_steps,
+                inner_lr=inner_lr,
+                settle=0.0,
+                inner_optimizer="adam",
+                order="none",
+                freeze_backbone=True,
+            )
+        self.initial_memory.requires_grad_(False)
+        if start == "mean":
+            self.initial_memory.copy_(backbone.model.get_input_embeddings().weight.detach().mean(0))
+
+    @torch.no_grad()
+    def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
+        """Yield the memory before the first write step and after every step; see `Method.trajectory`."""
+        yield from super().trajectory(context, steps, until=until)
