@@ -466,3 +466,40 @@ def test_a_model_writes_and_answers_and_names_unknown_words() -> None:
         model.write("Zebedee went to the zoo.")
     with pytest.raises(GradmemError, match="is no statement"):
         model.write("Mary moved to the bathroom. Where is Mary?")
+
+
+# --- Pretrained tokenizers ---------------------------------------------------------------------------------
+
+
+@needs("babi_v1.1_en", "gpt2_tokenizer")
+@pytest.mark.parametrize("name", ["qa1", "qa4", "qa20"])
+def test_pretrained_tokenizers_see_the_files_as_they_are(name: str) -> None:
+    """But for names in small letters, which questions of qa20 have; and people may write as they like."""
+    task = Babi(name, data=str(OFFICIAL), tokenizer=str(DATA / "gpt2_tokenizer"))
+    told = [one for story in official(name, "test") for one in story]
+    batch = task.batch("test", 0, task.size("test") or 0)
+    wanted, got = Counter(), Counter()
+    for one in told:
+        context = " ".join(one.statements)
+        question = re.sub("antoine|jason|sumit|yann", lambda name: name[0].capitalize(), one.question)
+        wanted[context, f"{question} {one.answer}<|endoftext|>"] += 1
+        assert task.context_text(context.lower()) == context
+        assert task.query_text(one.question.lower().rstrip("?")) == question
+    for query, mask, row in zip(batch.queries.ids, batch.queries.mask, batch.rows, strict=True):
+        context = batch.context.ids[row][batch.context.mask[row]]
+        got[task.tokenizer.decode(context), task.tokenizer.decode(query[mask])] += 1
+    assert got == wanted
+    labels = [task.decode(row[row != -100].tolist()) for row in batch.labels]
+    assert set(labels) == {one.answer for one in told}
+    assert (batch.labels != -100).sum(1).max() <= task.answer_length
+
+
+@needs("stories260K_hf")
+@pytest.mark.parametrize("answer", ["Bill", "kitchen", "milk,football,apple", "n,w", "nothing"])
+def test_answers_of_many_tokens_come_back(answer: str) -> None:
+    task = Babi(tokenizer=str(DATA / "stories260K_hf"))
+    prompt, target = task.encode_pair("Where is Mary?", f" {answer}")
+    assert task.tokenizer.decode(prompt) == "Where is Mary?"
+    assert len(prompt) < len(task.encode(f"Where is Mary? {answer}")) < len(prompt) + len(target)
+    assert task.decode([*target, task.pad_id]) == answer
+    assert len(target) <= task.answer_length

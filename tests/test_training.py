@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import gradmem
 from conftest import make_batch, random_tokens
@@ -279,10 +281,28 @@ def test_frozen_model_has_nothing_to_train() -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_packaged_recipes_build(name: str) -> None:
+def test_packaged_recipes_build(name: str, stand_ins: dict[str, str]) -> None:
     built = load_recipe(name)
+    backbone, task = dict(built.backbone), dict(built.task)
+    for part, option in ((backbone, "pretrained"), (task, "tokenizer")):
+        if option in part:
+            part[option] = stand_ins[part[option]]
     for options in (options for stage in built.stages for options in stage.tasks):
-        MemoryModel.from_spec({**built.task, **options}, built.backbone, built.method)
+        MemoryModel.from_spec({**task, **options}, backbone, built.method)
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """For each hub name in a packaged recipe: a directory with a small random model of the same type and tokenizer."""
+    place = tmp_path_factory.mktemp("stand-ins") / "gpt2"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*letters, "<|endoftext|>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(place)
+    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=16, n_layer=1, n_head=2)).save_pretrained(place)
+    return {"openai-community/gpt2": str(place)}
 
 
 def test_a_recipe_extends_another(tmp_path: Path) -> None:

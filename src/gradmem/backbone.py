@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from .data.gguf import pretrained_place
 from .errors import GradmemError
 from .inner import attention
 from .inner.closed_form import closed_forms, replaced
+
+SPARE = 0.95
+"""Smallest part of a pretrained model's embeddings that its tokenizer has tokens for."""
+ADDED = 4
+"""Most special tokens that a pretrained model's tokenizer may have got since, as one to pad with."""
 
 
 class Backbone(nn.Module):
@@ -92,14 +98,31 @@ class Backbone(nn.Module):
         return cls(model)
 
     @classmethod
-    def from_pretrained(cls, name: str, vocabulary: int = 0) -> Backbone:
-        """Load pretrained weights by hub name or local directory; embeddings grow where `vocabulary` is larger."""
+    def from_pretrained(cls, name: str, vocabulary: int | None = None, dtype: str = "float32") -> Backbone:
+        """Load pretrained weights.
+
+        Parameters
+        ----------
+        name : str
+            Hub name, local directory, GGUF file, or the short name of a model that comes as a Python package.
+        vocabulary : int, optional
+            Tokens of the tokenizer it is to be used with. The embeddings grow where the tokenizer has got a pad token.
+        dtype : str
+            Type of the weights, as PyTorch names it.
+
+        Raises
+        ------
+        GradmemError
+            When the weights cannot be loaded, or the tokenizer is not that of the model.
+        """
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise GradmemError(f"the backbone's dtype is a type of weights like 'float32' or 'bfloat16', not '{dtype}'")
         try:
-            model = AutoModelForCausalLM.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(pretrained_place(name), dtype=dtype)
         except (OSError, ValueError) as error:
             raise GradmemError(f"cannot load the backbone '{name}': {error}") from error
-        if vocabulary > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(vocabulary)
+        if vocabulary is not None:
+            _fit(model, vocabulary, name)
         return cls(model)
 
     @property
@@ -187,6 +210,19 @@ class Backbone(nn.Module):
                 yield
         finally:
             config._attn_implementation = before
+
+
+def _fit(model: PreTrainedModel, vocabulary: int, name: str) -> None:
+    """Let the embeddings grow by a pad token or so; refuse a tokenizer that is not the model's."""
+    known = model.get_input_embeddings().num_embeddings
+    # Many models have a few more embeddings than tokens, for round sizes.
+    if not SPARE * known <= vocabulary <= known + ADDED:
+        raise GradmemError(
+            f"the backbone '{name}' knows {known} tokens and the task's tokenizer has {vocabulary}: they do not belong "
+            f"together; give the task `tokenizer: {name}`"
+        )
+    if vocabulary > known:
+        model.resize_token_embeddings(vocabulary)
 
 
 class Prefix:

@@ -56,9 +56,12 @@ def build_method(spec: Spec, backbone: Backbone, *, trusted: bool = True) -> Met
 
 
 def build_backbone(spec: Spec, task: Task) -> Backbone:
-    """Build a backbone from `pretrained: NAME` or the fields of a config; a new one fits the task's tokenizer."""
+    """Build a backbone from `pretrained: NAME` (and `dtype`) or the fields of a config, for the task's tokenizer."""
     if "pretrained" in spec:
-        return Backbone.from_pretrained(spec["pretrained"], len(task.tokenizer))
+        options = {key: value for key, value in spec.items() if key != "pretrained"}
+        if extra := sorted(options.keys() - {"dtype"}):
+            raise GradmemError(f"a pretrained backbone is what it is: leave out {', '.join(extra)}")
+        return Backbone.from_pretrained(spec["pretrained"], len(task.tokenizer), **options)
     fields = {"vocab_size": len(task.tokenizer), "pad_token_id": task.pad_id, "eos_token_id": task.end_id}
     return Backbone.from_config({**fields, **spec})
 
@@ -95,9 +98,11 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         built_task = build_task(task, trusted=trusted)
         built = build_backbone(backbone, built_task)
         config = built.model.config
+        fields = {**config.to_diff_dict(), "model_type": config.model_type}
+        fields.pop("_name_or_path", None)  # a place on this machine, perhaps
         spec = {
             "task": dict(task),
-            "backbone": {**config.to_diff_dict(), "model_type": config.model_type},
+            "backbone": fields,
             "method": dict(method),
         }
         return cls(build_method(method, built, trusted=trusted), built_task, copy.deepcopy(spec))
@@ -457,7 +462,7 @@ def _portable(task: Spec) -> Spec:
 
 def _beside(task: Spec, directory: str) -> Spec:
     """A task whose tokenizer, where that is an option, is the one in the checkpoint's directory."""
-    return {**task, "tokenizer": directory} if "tokenizer" in task else task
+    return {**task, "tokenizer": directory} if task.get("tokenizer") else task
 
 
 def _known(function: Any, options: dict[str, Any]) -> dict[str, Any]:

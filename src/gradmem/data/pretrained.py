@@ -8,12 +8,13 @@ from pathlib import Path
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from ..errors import GradmemError
+from .gguf import pretrained_place
 
 PAD = "[PAD]"
 
 
 def pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer by hub name or directory, and give it a pad token of its own where it has none.
+    """Load a tokenizer by hub name, directory or GGUF file, and give it a pad token of its own where it has none.
 
     Many models pad with their end token, or do not pad at all; then a true end would look like padding. A backbone
     that is loaded with such a tokenizer grows by the one embedding.
@@ -38,15 +39,16 @@ def plain_tokenizer(name: str) -> PreTrainedTokenizerFast:
     GradmemError
         When there is none of that name, or it has no end token or no fast implementation.
     """
-    directory = Path(name)
+    place = pretrained_place(name)
+    directory = Path(place)
     try:
         if (directory / "vocab.bpe").is_file():  # GPT-2 as it was first released
             files = {"vocab": str(directory / "encoder.json"), "merges": str(directory / "vocab.bpe")}
             tokenizer = GPT2TokenizerFast(**files)
         elif (directory / "tokenizer.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(place)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(place)
     except Exception as error:  # the hub's client, tokenizers and the system each raise their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GradmemError(f"cannot load the tokenizer '{name}': {reason}") from error

@@ -69,7 +69,11 @@ def digest_files(paths: Iterable[Path]) -> list[str]:
     digests = []
     for path in paths:
         try:
-            digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            with path.open("rb") as file:
+                digest = hashlib.sha256()
+                while part := file.read(1 << 20):
+                    digest.update(part)
+            digests.append(digest.hexdigest())
         except OSError as error:
             raise GradmemError(f"cannot read {path}: {error.strerror or error}") from error
     return digests

@@ -18,6 +18,7 @@ from ..memory import Memory
 from .base import Method
 
 Head = Literal["none", "copy", "random"]
+Phase = Literal["write", "read"]
 
 
 class PrefixMethod(Method):
@@ -122,14 +123,14 @@ class PrefixMethod(Method):
     # What WRITE is built of
 
     @abstractmethod
-    def _project(self, phase: Literal["write", "read"], tensors: Tensors) -> Tensor:
+    def _project(self, phase: Phase, tensors: Tensors) -> Tensor:
         """Memory vectors as they enter the model, P(M), shape (batch, m, d)."""
 
     def _start(self, batch: int) -> Tensors:
         """Tensors of the unwritten memory."""
         return {"memory": self.initial_memory.expand(batch, -1, -1)}
 
-    def _surround(self, phase: Literal["write", "read"], tensors: Tensors) -> Tensor:
+    def _surround(self, phase: Phase, tensors: Tensors) -> Tensor:
         """Prefix embeddings `[start (c) ; P(M) (m) ; end (c)]`, shape (batch, m + 2c, d)."""
         memory = self._project(phase, tensors)
         if not self.control:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..backbone import Backbone
+from ..backbone import Backbone, Prefix
 from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.meta_gradient import Order, descend, of_unfinished
 from ..inner.objective import sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors
 from ..memory import Memory
-from ._prefix import Head, PrefixMethod
+from ._prefix import Head, Phase, PrefixMethod
 from .base import Written
 
 
@@ -53,10 +54,11 @@ class GradMem(PrefixMethod):
         updates along with its memory.
     write_head : {"none", "copy", "random"}
         Output layer of its own for WRITE, starting as a copy of the LM head or drawn independently.
-    write_lora : int
-        Rank of LoRA adapters that are active in WRITE only; 0 for none.
+    write_lora, read_lora : int
+        Rank of LoRA adapters that are active in WRITE only, and of others that are active in READ only; 0 for none.
     freeze_backbone : bool
-        Train only what this method adds.
+        Train only what this method adds: memory and control vectors, projection, write head, inner learning rates and
+        adapters.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class GradMem(PrefixMethod):
         projection: Literal["none", "proj", "per_sample"] = "none",
         write_head: Head = "none",
         write_lora: int = 0,
+        read_lora: int = 0,
         freeze_backbone: bool = False,
     ) -> None:
         super().__init__(backbone, n_mem, write_steps, n_ctrl)
@@ -89,6 +92,7 @@ class GradMem(PrefixMethod):
         require("clip_value", clip_value, clip_value is None or clip_value > 0, "positive")
         require("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "positive")
         require("write_lora", write_lora, write_lora >= 0, "at least 0")
+        require("read_lora", read_lora, read_lora >= 0, "at least 0")
         self.inner_lr, self.settle = inner_lr, settle
         self.update = OPTIMIZERS[inner_optimizer]
         self.clip_value, self.clip_norm = clip_value, clip_norm
@@ -106,7 +110,8 @@ class GradMem(PrefixMethod):
         )
         self.proj = None if projection == "none" else self._new_projection(identity=True)
         self.write_head = self._new_write_head(write_head)
-        self.adapters = _add_lora(backbone, write_lora) if write_lora else []
+        ranks: dict[Phase, int] = {"write": write_lora, "read": read_lora}
+        self.adapters = _add_lora(backbone, {phase: rank for phase, rank in ranks.items() if rank})
 
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
         """Yield the memory before the first write step and after every step; see `Method.trajectory`."""
@@ -139,8 +144,14 @@ class GradMem(PrefixMethod):
 
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
         """Read contexts back with the adapters of WRITE; see `Method.reconstruct`."""
-        with self.backbone.without_dropout(), _active(self.adapters):
+        with self.backbone.without_dropout(), _active(self.adapters, "write"):
             return super().reconstruct(memory, lengths)
+
+    def prefix(self, memory: Memory) -> Prefix:
+        """Run what READ puts before a query; where it has adapters, they stay active for what follows the prefix."""
+        with _active(self.adapters, "read"):
+            prefix = super().prefix(memory)
+        return _AdaptedPrefix(prefix, self.adapters) if self.adapters else prefix
 
     def inner_lrs(self) -> list[float]:
         """Inner learning rate of each memory vector, or the one that all share."""
@@ -163,47 +174,69 @@ class GradMem(PrefixMethod):
             rates["memory"] = self.log_inner_lr.exp().to(self.initial_memory.dtype)
         return rates
 
-    def _project(self, phase: Literal["write", "read"], tensors: Tensors) -> Tensor:
+    def _project(self, phase: Phase, tensors: Tensors) -> Tensor:
         memory = tensors["memory"].to(self.initial_memory.dtype)
         if "proj_weight" in tensors:
             return torch.baddbmm(tensors["proj_bias"][:, None], memory, tensors["proj_weight"].transpose(1, 2))
         return memory if self.proj is None else self.proj(memory)
 
     def _losses(self, tensors: Tensors, context: Tokens, embeds: Tensor) -> Tensor:
-        with self.backbone.without_dropout(), _active(self.adapters):
+        with self.backbone.without_dropout(), _active(self.adapters, "write"):
             return super()._losses(tensors, context, embeds)
 
 
-def _add_lora(backbone: Backbone, rank: int) -> list[nn.Module]:
-    """Put LoRA adapters on all linear layers of the blocks, switched off; return the adapted layers."""
+class _AdaptedPrefix(Prefix):
+    """A prefix that the adapters of READ have run, and run on from."""
+
+    def __init__(self, plain: Prefix, adapters: list[nn.Module]) -> None:
+        super().__init__(plain.last, plain.cache, plain.mask, plain.start)
+        self.adapters = adapters
+
+    def select(self, rows: Tensor) -> Prefix:
+        """Rows of the prefix, in any order and any number of times; the original stays as it is."""
+        return _AdaptedPrefix(super().select(rows), self.adapters)
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Context in which the adapters of READ are active."""
+        return _active(self.adapters, "read")
+
+
+def _add_lora(backbone: Backbone, ranks: dict[Phase, int]) -> list[nn.Module]:
+    """Put LoRA adapters for some phases on all linear layers of the blocks, switched off; return the adapted layers."""
+    if not ranks:
+        return []
     try:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
-        raise GradmemError("write_lora needs peft: pip install 'gradmem[train]'") from error
+        raise GradmemError("write_lora and read_lora need peft: pip install 'gradmem[train]'") from error
     transposed = any(isinstance(module, Conv1D) for module in backbone.modules())
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=transposed
-    )
     trainable = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
-    inject_adapter_in_model(config, backbone.model)
+    for phase, rank in ranks.items():
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=transposed
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two sets of adapters are meant
+            inject_adapter_in_model(config, backbone.model, adapter_name=phase)
     layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_("lora_" in name or name.replace(".base_layer", "") in trainable)
-    _switch(layers, False)
+    _switch(layers, None)
     return layers
 
 
-def _switch(layers: list[nn.Module], on: bool) -> None:
-    # Not enable_adapters(), which also clears requires_grad of the adapter weights.
+def _switch(layers: list[nn.Module], phase: Phase | None) -> None:
+    # Not set_adapter(), which also clears requires_grad of the other adapters' weights.
     for layer in layers:
-        layer._disable_adapters = not on  # type: ignore[assignment]
+        layer._active_adapter = [phase] if phase in layer.lora_A else []  # type: ignore
 
 
 @contextmanager
-def _active(layers: list[nn.Module]) -> Iterator[None]:
-    _switch(layers, True)
+def _active(layers: list[nn.Module], phase: Phase) -> Iterator[None]:
+    """Let the adapters of a phase act, where it has any, and none afterwards."""
+    _switch(layers, phase)
     try:
         yield
     finally:
-        _switch(layers, False)
+        _switch(layers, None)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch
 from ..data import Query, Sample, Samples, babi_stories, cached, collate, digest_files, places
+from ..data.pretrained import digest_tokenizer, pretrained_tokenizer
 from ..data.sources import find_file, held_out, hub_rows, is_hub, read_lines
 from ..errors import GradmemError, unknown
 from .base import FileTask, Split
@@ -40,6 +41,8 @@ NAMES = PEOPLE.split()
 TASKS = [f"qa{number}" for number in range(1, 21)]
 VALID = 10
 """One in so many training stories is held out for validation."""
+LONGEST = "football,apple,milk"
+"""The answer with most tokens."""
 BLOCK = 1024
 """Samples of a task generated at once."""
 
@@ -69,6 +72,10 @@ class Babi(FileTask):
         With `data`: the part of the training samples that is generated, 0 to 1.
     max_context : int, optional
         Most tokens of a context: of longer stories the oldest statements are left out, which is counted.
+    tokenizer : str, optional
+        Hub name, directory or GGUF file of a pretrained tokenizer, for a pretrained backbone: stories, questions and
+        answers are then spelled as in the files, names always with capitals.
+        By default every word is a token, in small letters.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Babi(FileTask):
         data: str | None = None,
         generated: float = 0.0,
         max_context: int | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         super().__init__()
         self.tasks, self.data = _names(tasks), data
@@ -86,9 +94,10 @@ class Babi(FileTask):
             raise GradmemError(f"max_context must be at least 16, not {max_context}")
         self.generated = generated if data else 1.0
         self.max_context = max_context
-        self.tokenizer = word_tokenizer()
-        self.answer_length = 6  # three objects, two commas and the end
+        self.cased = tokenizer is not None
+        self.tokenizer = pretrained_tokenizer(tokenizer) if tokenizer else word_tokenizer()
         self._ids = lru_cache(maxsize=65536)(self._make_ids)
+        self.answer_length = max(len(self.encode(f" {answer}")) for answer in (*WORDS, *NAMES, LONGEST)) + 1
         self._block = lru_cache(maxsize=8)(self._make_block)
 
     @property
@@ -144,7 +153,7 @@ class Babi(FileTask):
         """
         data = str(self.data)
         about: dict[str, Any] = {"task": "babi", "split": split, "max_context": self.max_context, "held_out": VALID}
-        about |= {"words": WORDS}
+        about |= {"tokenizer": digest_tokenizer(self.tokenizer)}
         if is_hub(data):
             about |= {"hub": data, "tasks": self.tasks}
         else:
@@ -185,7 +194,7 @@ class Babi(FileTask):
         lines = [line for line in text.splitlines() if "\t" not in line]
         told = []
         for sentence in re.findall(r"[^.!?]+[.!?]*", "\n.\n".join(lines)):
-            words = _words(re.sub(r"^\s*\d+\s", "", sentence))
+            words = self._spelled(re.sub(r"^\s*\d+\s", "", sentence))
             if words and "?" in sentence:
                 raise GradmemError(f"'{sentence.strip()}' is no statement: ask it of the memory, as a query")
             told += [f"{words}."] if words else []
@@ -193,7 +202,7 @@ class Babi(FileTask):
 
     def query_text(self, text: str) -> str:
         """Accept a question in any case, with or without its question mark."""
-        words = _words(re.sub(r"^\s*\d+\s", "", text.partition("\t")[0]))
+        words = self._spelled(re.sub(r"^\s*\d+\s", "", text.partition("\t")[0]))
         return f"{words}?" if words else ""
 
     def answer_text(self, text: str) -> str:
@@ -205,6 +214,13 @@ class Babi(FileTask):
         """Questions that stand in the text in the official format; only the last ones see the whole story."""
         lines = [re.sub(r"^\s*\d+\s+", "", line).split("\t") for line in text.splitlines() if "\t" in line]
         return [(parts[0].strip(), parts[1].strip()) for parts in lines]
+
+    def _spelled(self, sentence: str) -> str:
+        """Words without punctuation, in small letters; for pretrained tokenizers names and the first have capitals."""
+        words = re.findall(r"[\w']+", sentence.lower())
+        if self.cased:
+            words = [word.capitalize() if not i or word in NAMES else word for i, word in enumerate(words)]
+        return " ".join(words)
 
     # Samples
 
@@ -237,19 +253,20 @@ class Babi(FileTask):
     def _sample(self, asked: Asked) -> Sample:
         queries = []
         for question, answer in asked.questions:
-            ids = self._ids(question)
-            queries.append(Query([*ids, *self._ids(answer), self.end_id], len(ids)))
-        return Sample([i for ids in self._kept(asked) for i in ids], queries)
+            prompt, target = self.encode_pair(self.query_text(question), f" {answer}")
+            queries.append(Query([*prompt, *target], len(prompt)))
+        return Sample(self.encode(" ".join(self._kept(asked))), queries)
 
-    def _kept(self, asked: Asked) -> list[list[int]]:
-        """The statements that `max_context` leaves, tokenized."""
-        sentences = [self._ids(statement) for statement in asked.statements]
-        if self.max_context is None:
-            return sentences
-        total, first = sum(map(len, sentences)), 0
-        while total > self.max_context:
-            total, first = total - len(sentences[first]), first + 1
-        return sentences[first:]
+    def _kept(self, asked: Asked) -> list[str]:
+        """The statements that `max_context` leaves."""
+        kept = asked.statements
+        while self.max_context is not None and len(kept) > 1 and self._length(kept) > self.max_context:
+            kept = kept[1:]
+        return kept
+
+    def _length(self, statements: list[str]) -> int:
+        """Tokens of a story, or, where spaces belong to words, hardly more."""
+        return sum(len(self._ids(f" {statement}" if self.cased else statement)) for statement in statements)
 
     def _cuts(self, what: str, asked: list[Asked]) -> list[str]:
         """How many contexts `max_context` cuts, in words."""
@@ -339,11 +356,6 @@ def _names(tasks: str | int | list[str | int]) -> list[str]:
     if not names or len(set(names)) < len(names):
         raise GradmemError(f"`tasks` names each task once, as 'qa1,qa4', not {tasks!r}")
     return names
-
-
-def _words(sentence: str) -> str:
-    """Words in small letters, without punctuation."""
-    return " ".join(re.findall(r"[\w']+", sentence.lower()))
 
 
 def _hub_lines(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, str]]:

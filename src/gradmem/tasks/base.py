@@ -57,6 +57,15 @@ class Task(ABC):
         ids: list[int] = self.tokenizer(text, **options, verbose=False).input_ids  # limits are the memory's to know
         return ids
 
+    def encode_pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt, and of its target (the end token included) as they stand after it in one text.
+
+        Some tokenizers begin every text as if after a space.
+        """
+        ids, both = self.encode(prompt), self.encode(prompt + answer)
+        split = both[: len(ids)] == ids
+        return ids, [*(both[len(ids) :] if split else self.encode(answer)), self.end_id]
+
     def pieces(self, text: str) -> list[str]:
         """The part of a text that each of its tokens stands for, up to where the next one begins."""
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)

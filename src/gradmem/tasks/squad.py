@@ -30,7 +30,7 @@ class Squad(FileTask):
     Parameters
     ----------
     tokenizer : str
-        Hub name or directory of a pretrained tokenizer.
+        Hub name, directory or GGUF file of a pretrained tokenizer.
     data : str, optional
         Directory with one `train*` and one `dev*` file, as JSON of the official form or as JSON lines with `context`,
         `question` and `answers`; or a data set of the hub in this form. Training and validation take the train file
@@ -143,7 +143,7 @@ class Squad(FileTask):
             for question, answers in questions:
                 asked += 1
                 lost += not any(answer in kept for answer in answers)
-                prompt, target = self._ids(self.query_text(question), " " + answers[0].strip())
+                prompt, target = self.encode_pair(self.query_text(question), " " + answers[0].strip())
                 if len(target) > self.answer_length:
                     long += 1
                     if split == "train":
@@ -162,12 +162,6 @@ class Squad(FileTask):
                 f"{long} of {asked} {split} targets are longer than {self.answer_length} tokens and are {what}"
             )
         return Samples.build(samples, notes)
-
-    def _ids(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """Tokens of a prompt and of its target as they stand in one text, which some tokenizers begin with a space."""
-        ids, both = self.encode(prompt), self.encode(prompt + answer)
-        split = both[: len(ids)] == ids
-        return ids, [*(both[len(ids) :] if split else self.encode(answer)), self.end_id]
 
 
 def read_rows(path: Path) -> Iterator[Row]:
