@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import platform
 import re
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -94,17 +93,6 @@ def parser(description: str | None, repeats: int = 10) -> argparse.ArgumentParse
     made.add_argument("--repeats", type=int, default=repeats, metavar="N", help="timed runs after a warm-up")
     made.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows here too")
     return made
-
-
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median time of `run` in seconds, after one run that does not count."""
-    run()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:

@@ -7,7 +7,8 @@ from functools import partial
 
 import torch
 
-from common import Row, machine, measure, parser, report, seconds
+from common import Row, machine, measure, parser, report
+from gradmem.evaluation.cost import seconds
 from gradmem.tasks.kv import KV
 
 SAMPLES = 4096

@@ -29,10 +29,10 @@ from common import (
     parser,
     plain_model,
     report,
-    seconds,
 )
 from gradmem.backbone import Backbone
 from gradmem.batch import Batch, Tokens
+from gradmem.evaluation.cost import seconds
 from gradmem.inner import Strategy
 from gradmem.methods import GradMem
 from gradmem.training.memory_use import forget_peak, free_memory, peak

@@ -124,8 +124,11 @@ def run(name: str, recipe: Recipe, output: Path, seconds: float, plain: bool) ->
 def arms(output: Path, seconds: float) -> dict[str, list[dict[str, float]]]:
     """Run all arms."""
     curves = {"ours": run("ours", load_recipe("kv-16", save_every=25), output, seconds, plain=False)}
-    tried = {rate: run(f"fair-{rate:g}", fair(rate), output, seconds / 4, plain=True) for rate in LEARNING_RATES}
-    best = max(tried, key=lambda rate: (tried[rate][-1]["exact_match"], -final_loss(output / f"fair-{rate:g}")))
+    tried = {}
+    for rate in LEARNING_RATES:
+        name = f"fair-{rate:g}"
+        tried[rate] = trial(run(name, fair(rate), output, seconds / 4, plain=True), output / name, seconds / 4)
+    best = max(tried, key=lambda rate: tried[rate])
     slow = load_recipe("kv-16-published", save_every=100, strategy="unroll", micro_batch=64)
     curves["published"] = run("published", slow, output, seconds, plain=True)
     name = f"published, made fair (lr {best:g})"
@@ -133,11 +136,12 @@ def arms(output: Path, seconds: float) -> dict[str, list[dict[str, float]]]:
     return curves
 
 
-def final_loss(directory: Path) -> float:
-    """Mean training loss of the last 100 steps."""
+def trial(curve: Sequence[dict[str, float]], directory: Path, seconds: float) -> tuple[float, float]:
+    """How good an arm was at the end of its trial: exact match, then minus the mean loss of its last 100 steps."""
+    end = next((row for row in curve if row["cpu_seconds"] >= seconds), curve[-1])
     with (directory / "log.csv").open(newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)][-100:]
-    return sum(losses) / len(losses)
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if int(row["step"]) <= end["step"]][-100:]
+    return end["exact_match"], -sum(losses) / len(losses)
 
 
 def summary(name: str, curve: Sequence[dict[str, float]]) -> Row:

@@ -27,8 +27,8 @@ from common import (
     paper_model,
     parser,
     report,
-    seconds,
 )
+from gradmem.evaluation.cost import seconds
 from gradmem.methods import Method
 from gradmem.model import MemoryModel
 

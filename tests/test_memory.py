@@ -186,12 +186,33 @@ def damage(path: Path, how: str) -> None:
         data = data.replace(b"gradmem-memory", b"gradmem-mamory")
     elif how == "no record":
         data = data.replace(b'\\"method\\"', b'\\"mothod\\"')
+    elif how == "options are no table":
+        data = data.replace(b'\\"options\\": {}', b'\\"options\\": 55')
+    elif how == "options name a method":
+        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+        records = json.loads(header["__metadata__"]["records"])
+        records[0]["options"] = {"name": "other"}
+        header["__metadata__"]["records"] = json.dumps(records)
+        new = json.dumps(header).encode()
+        data = struct.pack("<Q", len(new)) + new + data[8 + struct.unpack("<Q", data[:8])[0] :]
     assert data != path.read_bytes()
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "empty", "bit flipped", "header too long", "text", "newer", "foreign", "no record"]
+    "how",
+    [
+        "truncated",
+        "empty",
+        "bit flipped",
+        "header too long",
+        "text",
+        "newer",
+        "foreign",
+        "no record",
+        "options are no table",
+        "options name a method",
+    ],
 )
 def test_damaged_file(tiny: MemoryModel, tmp_path: Path, how: str) -> None:
     path = tiny.write(TEXT).save(tmp_path / "m.safetensors")

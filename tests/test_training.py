@@ -310,6 +310,12 @@ def test_a_recipe_extends_another(tmp_path: Path) -> None:
     mine.write_text("extends: kv-32\nseed: 7\ntask: {name: kv, pairs: 3}\n")
     whole, changed = load_recipe("kv-32"), load_recipe(str(mine))
     assert changed == dataclasses.replace(whole, seed=7, task={"name": "kv", "pairs": 3})
+    other = tmp_path / "other.yaml"
+    other.write_text("extends: mine.yaml\nseed: 8\n")  # beside it, wherever we are
+    assert load_recipe(str(other)) == dataclasses.replace(changed, seed=8)
+    mine.write_text("extends: other.yaml\n")
+    with pytest.raises(GradmemError, match="extends itself"):
+        load_recipe(str(mine))
     mine.write_text("extends: kv-33\n")
     with pytest.raises(GradmemError, match="kv-32"):
         load_recipe(str(mine))

@@ -20,8 +20,8 @@ from .errors import GradmemError
 from .evaluation import compare as comparison
 from .evaluation.evaluate import Result
 from .evaluation.evaluate import evaluate as measure
-from .evaluation.report import save_json, steps_figure, table
-from .evaluation.sweep import Point, pairs_figure, save_csv
+from .evaluation.report import save_csv, save_json, steps_figure, table
+from .evaluation.sweep import Point, pairs_figure
 from .evaluation.sweep import steps_figure as heatmap_figure
 from .evaluation.sweep import sweep as run_sweep
 from .evaluation.sweep import table as sweep_table
@@ -101,7 +101,7 @@ def plan(recipe: Recipe, json: Path | None = None) -> list[dict[str, Any]]:
         rows += [about | asdict(t) | {"chosen": t is made.chosen, "budget": made.budget} for t in made.trials]
     console.print(plan_table(rows))
     if json:
-        console.print(f"saved {write_bytes(json, _dumps(rows).encode())}")
+        console.print(f"saved {save_json(rows, json)}")
     return rows
 
 
@@ -165,7 +165,7 @@ def evaluate(
         )
     console.print(table(results))
     if json:
-        console.print(f"saved {save_json(results, json)}")
+        console.print(f"saved {save_json([result.row() for result in results], json)}")
     if figure:
         title = f"{checkpoint}: {results[0].samples} fresh contexts, seed {seed}"
         console.print(f"saved {steps_figure(results, figure, title)}")
@@ -222,9 +222,10 @@ def sweep(
             raise GradmemError(f"'{name}' was trained on no number of pairs: a sweep is for key-value tasks")
         points += run_sweep(model, pairs or [own], steps or range(31), samples, valid_samples, seed, _progress)
     console.print(sweep_table(points))
+    rows = [row for point in points for row in point.rows()]
     saved = [
-        json and write_bytes(json, _dumps([row for point in points for row in point.rows()]).encode()),
-        csv and save_csv(points, csv),
+        json and save_json(rows, json),
+        csv and save_csv(rows, csv),
         figure and pairs_figure(points, figure),
         heatmap and heatmap_figure(points, heatmap),
     ]
@@ -268,12 +269,13 @@ def compare(
         [_system(name, output) for name in systems], pairs or [4, 8, 16, 32, 64, 96], samples, seed, progress=_progress
     )
     console.print(comparison.match_table(entries), comparison.cost_table(entries))
+    rows = [entry.row() for entry in entries]
     saved = [
-        *([write_bytes(json, _dumps([entry.row() for entry in entries]).encode())] if json else []),
-        *([comparison.save_csv(entries, csv)] if csv else []),
+        json and save_json(rows, json),
+        csv and save_csv(rows, csv),
         *(comparison.figures(entries, figures) if figures else []),
     ]
-    for path in saved:
+    for path in filter(None, saved):
         console.print(f"saved {path}")
     return entries
 

@@ -70,6 +70,10 @@ class Record:
     token_losses: list[float]
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.options, dict) or "name" in self.options:
+            raise ValueError("a record's options are those of its method")
+
     LOST: ClassVar[float] = 0.6931471805599453
     """Nats beyond which a token counts as lost: the memory gives it less than an even chance."""
 

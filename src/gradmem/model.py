@@ -23,6 +23,7 @@ from safetensors.torch import load_model, save_model
 from . import methods, tasks
 from .backbone import Backbone
 from .batch import TOKENS_AT_ONCE, Tokens
+from .data.pretrained import digest_tokenizer
 from .errors import GradmemError
 from .memory import Memory, Record, digest, text_digest
 from .methods.base import Method, Written, final
@@ -194,7 +195,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of the `backbone` weights, the whole `checkpoint` (weights and settings) and the `tokenizer`."""
-        tokenizer = hashlib.sha256(self.task.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        tokenizer = digest_tokenizer(self.task.tokenizer)
         settings = json.dumps(self.spec["method"], sort_keys=True) + tokenizer
         weights = digest(self.method.state_dict())
         return {

@@ -136,7 +136,8 @@ def plan_table(rows: Sequence[dict[str, Any]]) -> Table:
     built = Table(
         title="training steps, measured here",
         caption=f"at most {hours:.1f} hours in all; {rows[0]['budget'] / 1e9:.1f} GB may be used. Chosen: the fastest "
-        "that fits; what takes more memory must save 5 % of the time",
+        "that fits; what takes more memory must save 5 % of the time. On a CPU seconds are processor time by thread, "
+        "which other work on the machine does not change",
     )
     for heading in ("stage", "K", "strategy", "contexts at a time", "s / step", "GB", "at most, hours", ""):
         built.add_column(heading, justify="left" if heading in ("strategy", "") else "right")

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from ..data.gguf import pretrained_place
 from ..errors import GradmemError, unknown
 from ..memory import Memory
 from ..model import CONFIG, MemoryModel
@@ -22,11 +23,12 @@ def checkpoint_names() -> list[str]:
 
 
 def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> MemoryModel:
-    """Load a checkpoint, or a plain language model: a name of the package, a directory, or a hub name `owner/model`.
+    """Load a checkpoint (a name of the package, a directory, or a hub name `owner/model`) or a plain language model.
 
     Parameters
     ----------
     name : str or path
+        For a plain language model also a GGUF file, or the short name of a model that comes as a Python package.
     method : dict, optional
         For a plain language model only: `name` and options of a method that needs no training, by default `cram`.
 
@@ -61,8 +63,8 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _is_language_model(name: str) -> bool:
-    """Whether a directory or a hub name holds a plain language model: a config without our format."""
-    file = str(Path(name) / CONFIG)
+    """Whether a name stands for a plain language model, whose config is without our format."""
+    file = str(Path(pretrained_place(name)) / CONFIG)
     if _is_hub_name(name):
         try:
             file = hf_hub_download(name, CONFIG)

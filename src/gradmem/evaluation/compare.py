@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,17 +12,15 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import GradmemError
-from ..memory import write_bytes
 from ..methods.base import Method
 from ..methods.full_context import FullContext
 from ..model import MemoryModel, build_task
 from .cost import Cost, break_even, measure
 from .evaluate import Result, evaluate
-from .published import BY_PAIRS
-from .report import figure
+from .report import by_pairs, figure
 
-AT_ONCE = 1000
-"""Most queries on the axis of the cost figure."""
+ASKED = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+"""Numbers of queries in the cost figure."""
 
 
 @dataclass(frozen=True)
@@ -206,16 +203,6 @@ def _queries(count: float) -> str:
     return "never" if math.isinf(count) else f"{count:,.0f}"
 
 
-def save_csv(entries: Sequence[Entry], path: Path) -> Path:
-    """Save one line for each system and number of pairs."""
-    rows = [entry.row() for entry in entries]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return write_bytes(path, text.getvalue().encode())
-
-
 def figures(entries: Sequence[Entry], directory: Path) -> list[Path]:
     """Draw exact match by pairs and by bytes, and the time of many queries."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -229,14 +216,9 @@ def figures(entries: Sequence[Entry], directory: Path) -> list[Path]:
 def pairs_figure(entries: Sequence[Entry], path: Path) -> Path:
     """Exact match by pairs, ours solid and the paper's dashed (its figure 1)."""
     with figure(path) as axis:
-        for name, curve in BY_PAIRS.items():
-            axis.plot(list(curve), list(curve.values()), "--", marker=".", alpha=0.5, label=f"paper: {name}")
+        by_pairs(axis, _pairs(entries), _about(entries))
         for name, mine in _by_system(entries):
             axis.plot(_pairs(mine), _match(mine), marker="o", label=name)
-        axis.set_xscale("log", base=2)
-        ticks = sorted({*_pairs(entries), 4, 8, 16, 32, 64, 96})
-        axis.set_xticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
-        axis.set(xlabel="key-value pairs", ylabel="exact match, %", ylim=(-3, 103), title=_about(entries))
         axis.legend(frameon=False, fontsize=7)
     return path
 
@@ -259,17 +241,16 @@ def cost_figure(entries: Sequence[Entry], path: Path) -> Path:
     """Seconds for writing a context of the most pairs once and asking it many times."""
     most = max(_pairs(entries))
     mine = [entry for entry in entries if entry.result.task["pairs"] == most]
-    asked = [1, 2, 5, 10, 20, 50, 100, 200, 500, AT_ONCE]
     with figure(path) as axis:
         for entry in mine:
             cost = entry.cost
-            times = [cost.write_seconds + n * cost.query_seconds for n in asked]
-            axis.plot(asked, times, marker="o", label=entry.result.checkpoint)
+            times = [cost.write_seconds + n * cost.query_seconds for n in ASKED]
+            axis.plot(ASKED, times, marker="o", label=entry.result.checkpoint)
         full = mine[0].reference
-        again = [n * (full.write_seconds + full.query_seconds) for n in asked]
-        kept = [full.write_seconds + n * full.query_seconds for n in asked]
-        axis.plot(asked, again, "k--", label="context read again for each query")
-        axis.plot(asked, kept, "k:", label="KV-cache kept")
+        again = [n * (full.write_seconds + full.query_seconds) for n in ASKED]
+        kept = [full.write_seconds + n * full.query_seconds for n in ASKED]
+        axis.plot(ASKED, again, "k--", label="context read again for each query")
+        axis.plot(ASKED, kept, "k:", label="KV-cache kept")
         axis.set(xscale="log", yscale="log", xlabel="queries to one context", ylabel="seconds, writing included")
         axis.set_title(f"{most} pairs; queries answered {full.queries} at once")
         axis.legend(frameon=False, fontsize=7)

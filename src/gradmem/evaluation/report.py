@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from rich.table import Table
 from ..errors import GradmemError
 from ..memory import write_bytes
 from .evaluate import Result
+from .published import BY_PAIRS
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -59,9 +62,18 @@ def table(results: Sequence[Result]) -> Table:
     return built
 
 
-def save_json(results: Sequence[Result], path: str | Path) -> Path:
-    """Save results as a JSON list of rows."""
-    return write_bytes(Path(path), json.dumps([result.row() for result in results], indent=1).encode())
+def save_json(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Save rows as a JSON list."""
+    return write_bytes(path, json.dumps(rows, indent=1).encode())
+
+
+def save_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Save rows as a table; a column that a row lacks stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_bytes(path, text.getvalue().encode())
 
 
 @contextmanager
@@ -88,6 +100,16 @@ def figure(path: str | Path, rows: int = 1, height: float = 4.2) -> Iterator[Any
         raise GradmemError(f"cannot write the figure {path}: {failure}") from failure
     finally:
         pyplot.close(drawn)
+
+
+def by_pairs(axis: Any, pairs: Iterable[int], title: str) -> None:
+    """Prepare axes for exact match by pairs, the paper's curves dashed (its figure 1)."""
+    for name, curve in BY_PAIRS.items():
+        axis.plot(list(curve), list(curve.values()), "--", marker=".", alpha=0.5, label=f"paper: {name}")
+    axis.set_xscale("log", base=2)
+    ticks = sorted({*pairs, 4, 8, 16, 32, 64, 96})
+    axis.set_xticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
+    axis.set(xlabel="key-value pairs", ylabel="exact match, %", ylim=(-3, 103), title=title)
 
 
 def steps_figure(results: Sequence[Result], path: str | Path, title: str) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,11 +11,10 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import GradmemError
-from ..memory import write_bytes
 from ..model import MemoryModel
 from .evaluate import Result, evaluate
-from .published import BEST_OF_30, BY_PAIRS, BY_STEPS
-from .report import figure
+from .published import BEST_OF_30, BY_STEPS
+from .report import by_pairs, figure
 
 FEW = 5
 """Steps that the paper calls few."""
@@ -126,21 +123,10 @@ def _shown(result: Result) -> str:
     return f"{100 * result.exact_match:.2f} (K={result.steps})\n{low:.2f} to {high:.2f}"
 
 
-def save_csv(points: Sequence[Point], path: Path) -> Path:
-    """Save one line for each pair of pairs and steps."""
-    rows = [row for point in points for row in point.rows()]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return write_bytes(path, text.getvalue().encode())
-
-
 def pairs_figure(points: Sequence[Point], path: Path) -> Path:
     """Draw exact match by pairs, ours solid and the paper's dashed (its figure 1)."""
     with figure(path) as axis:
-        for name, curve in BY_PAIRS.items():
-            axis.plot(list(curve), list(curve.values()), "--", marker=".", alpha=0.6, label=f"paper: {name}")
+        by_pairs(axis, [point.pairs for point in points], _about(points))
         for checkpoint in dict.fromkeys(point.checkpoint for point in points):
             mine = sorted((p for p in points if p.checkpoint == checkpoint), key=lambda p: p.pairs)
             kinds = {"1 step": lambda p: 1, f"<= {FEW} steps": lambda p: p.few, "best": lambda p: p.best}
@@ -148,11 +134,6 @@ def pairs_figure(points: Sequence[Point], path: Path) -> Path:
                 known = [p for p in mine if chosen(p) in p.results]
                 values = [100 * p.results[chosen(p)].exact_match for p in known]
                 axis.plot([p.pairs for p in known], values, marker="o", label=f"{checkpoint}: {kind}")
-        axis.set_xscale("log", base=2)
-        ticks = sorted({point.pairs for point in points} | {4, 8, 16, 32, 64, 96})
-        axis.set_xticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
-        axis.set(xlabel="key-value pairs", ylabel="exact match, %", ylim=(-3, 103))
-        axis.set_title(_about(points))
         axis.legend(frameon=False, fontsize=7)
     return path
 

@@ -1,4 +1,4 @@
-"""What the methods share that read the context once and keep what the model's layers keep of it."""
+"""What the methods share that read the context once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,6 @@ class OnePassMethod(Method):
     """
 
     write_steps = 1
-
-    @property
-    def n_mem(self) -> int:
-        """Zero: the memory is no vectors before the input."""
-        return 0
 
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
         """Yield the memory before and after the pass; see `Method.trajectory`."""

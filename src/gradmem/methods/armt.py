@@ -17,14 +17,14 @@ from ..errors import GradmemError, require
 from ..inner.objective import token_losses
 from ..inner.precision import no_autocast
 from ..memory import Memory
-from .base import Method, Written
+from ._one_pass import OnePassMethod
 
 State = list[tuple[Tensor, Tensor]]
 """What the memory of each layer holds: A (batch, features, d) and z (batch, features)."""
 EPSILON = 1e-5
 
 
-class ARMT(Method):
+class ARMT(OnePassMethod):
     """Memory that learned tokens write into an associative matrix of every layer, and every position reads from.
 
     WRITE runs the context once, in one segment or several, each followed by the M memory tokens, whose hidden states
@@ -49,8 +49,6 @@ class ARMT(Method):
         Treat pads as the published experiments did: memory tokens attend to the pads of their segment, are numbered
         after them, and also write where a segment is all pads. By default a row is written as it is alone.
     """
-
-    write_steps = 1
 
     def __init__(
         self,
@@ -107,22 +105,6 @@ class ARMT(Method):
         """Longest query and answer in tokens."""
         return self.backbone.max_positions
 
-    def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
-        """Yield the empty memory, and with any steps that of the whole context; see `Method.trajectory`.
-
-        A second step is not defined, so the trajectory ends after one.
-        """
-        self._check_write(context, steps)
-        self._refuse_until(until)
-        losses, taken = self.memory_tokens.new_zeros(0, len(context)), torch.zeros_like(context.lengths)
-        yield Written(_pack([layer.empty(len(context)) for layer in self.associative]), losses, taken)
-        if steps:
-            state = None
-            for segment in self.segments(context):
-                _, state = self.write_segment(segment, state)
-            assert state is not None
-            yield Written(_pack(state), losses, taken + 1)
-
     def write_segment(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
         """Run one segment and its memory tokens: read the state in every layer, then write to it.
 
@@ -172,7 +154,7 @@ class ARMT(Method):
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
-        self._compare(memory, _pack([layer.empty(1) for layer in self.associative]), what)
+        self._compare(memory, self._unwritten(1), what)
 
     @contextmanager
     def reading(self, state: State | None) -> Iterator[None]:
@@ -186,6 +168,16 @@ class ARMT(Method):
         """Split contexts into the segments that they are written in."""
         length = self.segment_length or context.ids.shape[1]
         return [Tokens(*part) for part in zip(context.ids.split(length, 1), context.mask.split(length, 1), strict=True)]
+
+    def _unwritten(self, batch: int) -> Memory:
+        return _pack([layer.empty(batch) for layer in self.associative])
+
+    def _written(self, context: Tokens) -> Memory:
+        state: State | None = None
+        for segment in self.segments(context):
+            _, state = self.write_segment(segment, state)
+        assert state is not None
+        return _pack(state)
 
     @contextmanager
     def _watching(self) -> Iterator[list[Tensor]]:

@@ -141,9 +141,9 @@ class Method(nn.Module, ABC):
         """Raise `GradmemError` when the tensors of a memory are not what this method writes."""
 
     @property
-    @abstractmethod
     def n_mem(self) -> int:
         """Number of memory vectors; 0 where the memory is something else."""
+        return 0
 
     def write(self, context: Tokens, steps: int | None = None, *, until: float | None = None) -> Written:
         """Write contexts into memories; the arguments are those of `trajectory`."""

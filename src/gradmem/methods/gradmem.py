@@ -188,7 +188,7 @@ class GradMem(PrefixMethod):
 class _AdaptedPrefix(Prefix):
     """A prefix that the adapters of READ have run, and run on from."""
 
-    def __init__(self, plain: Prefix, adapters: list[nn.Module]) -> None:
+    def __init__(self, plain: Prefix, adapters: list[Any]) -> None:
         super().__init__(plain.last, plain.cache, plain.mask, plain.start)
         self.adapters = adapters
 
@@ -201,7 +201,7 @@ class _AdaptedPrefix(Prefix):
         return _active(self.adapters, "read")
 
 
-def _add_lora(backbone: Backbone, ranks: dict[Phase, int]) -> list[nn.Module]:
+def _add_lora(backbone: Backbone, ranks: dict[Phase, int]) -> list[Any]:
     """Put LoRA adapters for some phases on all linear layers of the blocks, switched off; return the adapted layers."""
     if not ranks:
         return []
@@ -226,14 +226,14 @@ def _add_lora(backbone: Backbone, ranks: dict[Phase, int]) -> list[nn.Module]:
     return layers
 
 
-def _switch(layers: list[nn.Module], phase: Phase | None) -> None:
-    # Not set_adapter(), which also clears requires_grad of the other adapters' weights.
+def _switch(layers: list[Any], phase: Phase | None) -> None:
+    # peft's layers. Not set_adapter(), which also clears requires_grad of the other adapters' weights.
     for layer in layers:
-        layer._active_adapter = [phase] if phase in layer.lora_A else []  # type: ignore
+        layer._active_adapter = [phase] if phase in layer.lora_A else []
 
 
 @contextmanager
-def _active(layers: list[nn.Module], phase: Phase) -> Iterator[None]:
+def _active(layers: list[Any], phase: Phase) -> Iterator[None]:
     """Let the adapters of a phase act, where it has any, and none afterwards."""
     _switch(layers, phase)
     try:

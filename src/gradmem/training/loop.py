@@ -186,16 +186,16 @@ class Trainer:
         steps = sorted(set(stage.write_steps))
         results = evaluate(self.model, steps, self.recipe.valid_samples, self.recipe.seed, split="valid")
         self.model.method.train()
-        save_json(results, self.output / f"valid-{self.place.stage + 1}.json")
+        save_json([result.row() for result in results], self.output / f"valid-{self.place.stage + 1}.json")
         shown = ", ".join(f"{r.exact_match:.2%} after {r.steps} steps" for r in results)
         last = results[-1]
         progress.say(f"validation EM {shown}; unwritten {last.unwritten:.2%}, swapped {last.swapped:.2%}")
 
     def _time_is_over(self) -> bool:
         """Whether the run has had its minutes; one process decides for all."""
-        most = self.recipe.max_minutes
-        over = most is not None and self.place.seconds >= 60 * most
-        return bool(broadcast_object_list([over])[0]) if most is not None else False
+        if self.recipe.max_minutes is None:
+            return False
+        return bool(broadcast_object_list([self.place.seconds >= 60 * self.recipe.max_minutes])[0])
 
     def _finished(self, stage: Stage) -> bool:
         """Whether the stage is over; also starts its decay and halves stalled learning rates."""

@@ -38,7 +38,7 @@ class Trial:
     micro_batch : int
         Contexts at a time.
     seconds : float
-        Of a whole optimiser step.
+        Of a whole optimiser step; on a CPU processor time, divided by the number of threads.
     bytes : int
         Peak memory beyond what was in use before.
     """

@@ -123,23 +123,34 @@ def recipe_path(name: str) -> Path:
     raise unknown("recipe", name, recipe_names())
 
 
-def recipe_values(name: str) -> dict[str, Any]:
+def recipe_values(name: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read the fields of a recipe, a packaged one by name or any by path, as plain data.
 
-    A recipe that says `extends: OTHER` has the fields of the other where it has none of its own.
+    A recipe that says `extends: OTHER` has the fields of the other where it has none of its own. The other is a
+    packaged one, or a path from the directory of the recipe.
+
+    Parameters
+    ----------
+    name : str
+    extending : tuple of Path
+        Recipes that extend this one.
 
     Raises
     ------
     GradmemError
-        When the file cannot be read or has a field that no recipe has.
+        When the file cannot be read, has a field that no recipe has, or extends itself.
     """
     path = recipe_path(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise GradmemError(f"cannot read the recipe {path}: {error}") from error
+    if path in extending:
+        raise GradmemError(f"{path} extends itself")
     if isinstance(values, dict) and "extends" in values:
-        values = {**recipe_values(str(values.pop("extends"))), **values}
+        other = str(values.pop("extends"))
+        other = other if other in recipe_names() else str(path.parent / other)
+        values = {**recipe_values(other, (*extending, path)), **values}
     known = {field.name for field in fields(Recipe)}
     if not isinstance(values, dict) or not set(values) <= known:
         extra = sorted(set(values) - known) if isinstance(values, dict) else []
