@@ -152,7 +152,7 @@ def match_table(entries: Sequence[Entry]) -> Table:
             f"{entry.cost.bytes:,}",
             str(result.steps),
             f"{100 * result.exact_match:.2f}",
-            "{:.2f} to {:.2f}".format(*(100 * bound for bound in result.ci95)),
+            "{:.2f} to\n{:.2f}".format(*(100 * bound for bound in result.ci95)),
             f"{100 * result.unwritten:.2f}",
             f"{100 * result.swapped:.2f}",
             end_section=last,
@@ -166,7 +166,7 @@ def cost_table(entries: Sequence[Entry]) -> Table:
         "cost of a context and of a query, all queries of a context asked at once",
         "< again, < cache: number of queries to one context from which on writing once takes less time than reading "
         "the context again for each, or than running it once and keeping its KV-cache",
-        ["system", "pairs", "write ms", "GFLOP", "query ms", "< again", "< cache", "trained on", "minutes"],
+        ["system", "pairs", "write ms", "GFLOP", "query ms", "< again", "< cache", "trained on", "min"],
     )
     for entry, last in _with_ends(entries):
         cost, training = entry.cost, entry.training
@@ -178,7 +178,7 @@ def cost_table(entries: Sequence[Entry]) -> Table:
             f"{1000 * cost.query_seconds:.2f}",
             _queries(entry.beats_rereading),
             _queries(entry.beats_kept_cache),
-            f"{training.samples:,}" if training.samples else "",
+            f"{training.samples / 1000:,.1f}k" if training.samples else "",
             f"{training.seconds / 60:.0f}" if training.seconds else "",
             end_section=last,
         )
@@ -186,10 +186,11 @@ def cost_table(entries: Sequence[Entry]) -> Table:
 
 
 def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
-    built = Table(title=title, caption=caption, pad_edge=False)
+    built = Table(title=title, caption=caption, pad_edge=False, padding=0)
     for heading in headings:
         left = heading == "system"
-        built.add_column(heading, justify="left" if left else "right", no_wrap=not left)
+        # Headings and intervals may take two lines, names and numbers must be read whole.
+        built.add_column(heading, justify="left" if left else "right", no_wrap=left)
     return built
 
 
