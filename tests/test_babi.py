@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from mmap import mmap
@@ -110,15 +111,22 @@ def official(task: str, split: str) -> list[Story]:
             statements = []
         if "\t" in rest:
             question, answer, _ = rest.split("\t")
-            stories[-1].append(Told(list(statements), question.strip(), answer))
+            stories[-1].append(Told(list(statements), [(question.strip(), answer)]))
         else:
             statements.append(rest)
     return stories
 
 
-def generated(task: str, count: int, seed: int = 0) -> list[Story]:
+def generated(task: str, count: int, seed: int = 0, every: bool = False) -> list[Story]:
     random = Random(seed)
-    return [GENERATED[task](random) for _ in range(count)]
+    return [GENERATED[task](random, every) for _ in range(count)]
+
+
+def asked(stories: list[Story]) -> Iterator[tuple[list[str], str, str]]:
+    """All questions of stories, each with what was told before it."""
+    for told in (one for story in stories for one in story):
+        for question, answer in told.questions:
+            yield told.statements, question, answer
 
 
 @needs("babi_v1.1_en")
@@ -127,19 +135,33 @@ def generated(task: str, count: int, seed: int = 0) -> list[Story]:
 def test_the_solver_solves_the_official_files(task: str, split: str) -> None:
     """In 2 of 1,000 questions of qa5 the same two gave each other something else since; what is meant came before."""
     wrong = []
-    for told in (one for story in official(task, split) for one in story):
-        found = answers(told.statements, told.question)
-        if found[-1] != told.answer:
-            assert told.answer in found
-            assert told.question.startswith("What did")
-            wrong.append(told.question)
+    for statements, question, answer in asked(official(task, split)):
+        found = answers(statements, question)
+        if found[-1] != answer:
+            assert answer in found
+            assert question.startswith("What did")
+            wrong.append(question)
     assert len(wrong) == (2 if task == "qa5" else 0)
 
 
 @pytest.mark.parametrize("task", GENERATED)
-def test_the_solver_solves_what_is_generated(task: str) -> None:
-    for told in (one for story in generated(task, 300) for one in story):
-        assert answers(told.statements, told.question)[-1] == told.answer, told
+@pytest.mark.parametrize("every", [False, True])
+def test_the_solver_solves_what_is_generated(task: str, every: bool) -> None:
+    for statements, question, answer in asked(generated(task, 300, every=every)):
+        assert answers(statements, question)[-1] == answer, (statements, question)
+
+
+@pytest.mark.parametrize("task", GENERATED)
+def test_asking_all_asks_each_question_once_and_all_that_are_asked_else(task: str) -> None:
+    """The same story is drawn from the same random numbers, up to its first question."""
+    several = False
+    for seed in range(200):
+        drawn, every = GENERATED[task](Random(seed), False)[0], GENERATED[task](Random(seed), True)[0]
+        assert drawn.statements == every.statements
+        assert set(drawn.questions) <= set(every.questions)
+        assert len(set(every.questions)) == len(every.questions)
+        several |= len(every.questions) > 1
+    assert several
 
 
 # --- Likeness to the training files ------------------------------------------------------------------------
@@ -155,19 +177,20 @@ def form(sentence: str) -> str:
 
 def statistics(stories: list[Story]) -> dict[str, Counter]:
     told = [one for story in stories for one in story]
+    questions = list(asked(stories))
     edges = [2, 4, 6, 8, 10, 14, 20, 28, 40, 60, 90, 10**9]
     return {
-        "answers": Counter(one.answer for one in told),
+        "answers": Counter(answer for *_, answer in questions),
         "statements": Counter(form(s) for story in stories for s in story[-1].statements),
-        "questions": Counter(form(one.question) for one in told),
-        "rooms of a map": Counter(shape(one) for one in told),
+        "questions": Counter(form(question) for _, question, _ in questions),
+        "rooms of a map": Counter(shape(*one) for one in questions),
         "statements before a question": Counter(min(e for e in edges if len(one.statements) <= e) for one in told),
     }
 
 
-def shape(told: Told) -> str:
+def shape(statements: list[str], question: str, answer: str) -> str:
     """How the sentences of a map (qa4) name the same rooms: numbers of rooms in the order they are first named."""
-    text = " ".join([*told.statements, told.question, told.answer])
+    text = " ".join([*statements, question, answer])
     rooms = re.findall(rf"\b({ROOM})\b", text) if " of the " in text else []
     return "".join(str(list(dict.fromkeys(rooms)).index(room)) for room in rooms)
 
@@ -224,6 +247,20 @@ def test_batches_are_a_pure_function() -> None:
     assert parts[:10] == whole[30:]
     for other in (("valid", 3), ("test", 3), ("train", 4)):
         assert not set(whole) & set(rows(task, task.batch(other[0], 0, 40, seed=other[1]))[1::2])
+
+
+def test_training_may_ask_everything_and_measuring_does_not() -> None:
+    task = Babi("1", ask_all=True)
+    batch = task.batch("train", 0, 40)
+    for row, context in enumerate(contexts(task, batch)):
+        people = set(re.findall("daniel|john|mary|sandra", context))
+        assert sum(batch.rows == row) == len(people)
+    assert len(task.batch("valid", 0, 40).queries.ids) == 40
+
+
+def test_stories_may_be_kept_short() -> None:
+    task = Babi("2", max_statements=6)
+    assert {text.count(".") for text in contexts(task, task.batch("train", 0, 200))} == {2, 4, 6}
 
 
 def test_masks_and_labels_leave_out_pads() -> None:
@@ -334,6 +371,7 @@ def test_a_malformed_line_is_named(small: Path, line: str, message: str) -> None
         ({"tasks": "qa1,qa1"}, "each task once"),
         ({"generated": 2.0}, "generated must be"),
         ({"max_context": 3}, "max_context must be"),
+        ({"max_statements": 1}, "max_statements must be"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:
@@ -412,9 +450,9 @@ def test_the_vocabulary_is_that_of_the_training_files() -> None:
 def test_all_official_files_are_read_whole() -> None:
     for number in range(1, 21):
         task = Babi(number, data=str(OFFICIAL))
-        told = [one for story in official(f"qa{number}", "test") for one in story]
+        told = asked(official(f"qa{number}", "test"))
         batch = task.batch("test", 0, task.size("test") or 0)
-        wanted = Counter((task.context_text(" ".join(one.statements)), one.question, one.answer) for one in told)
+        wanted = Counter((task.context_text(" ".join(statements)), *asked) for statements, *asked in told)
         got = Counter()
         for context, query in rows(task, batch):
             question, _, answer = query.partition(" ? ")
@@ -476,21 +514,20 @@ def test_a_model_writes_and_answers_and_names_unknown_words() -> None:
 def test_pretrained_tokenizers_see_the_files_as_they_are(name: str) -> None:
     """But for names in small letters, which questions of qa20 have; and people may write as they like."""
     task = Babi(name, data=str(OFFICIAL), tokenizer=str(DATA / "gpt2_tokenizer"))
-    told = [one for story in official(name, "test") for one in story]
     batch = task.batch("test", 0, task.size("test") or 0)
     wanted, got = Counter(), Counter()
-    for one in told:
-        context = " ".join(one.statements)
-        question = re.sub("antoine|jason|sumit|yann", lambda name: name[0].capitalize(), one.question)
-        wanted[context, f"{question} {one.answer}<|endoftext|>"] += 1
+    for statements, given, answer in asked(official(name, "test")):
+        context = " ".join(statements)
+        question = re.sub("antoine|jason|sumit|yann", lambda name: name[0].capitalize(), given)
+        wanted[context, f"{question} {answer}<|endoftext|>"] += 1
         assert task.context_text(context.lower()) == context
-        assert task.query_text(one.question.lower().rstrip("?")) == question
+        assert task.query_text(given.lower().rstrip("?")) == question
     for query, mask, row in zip(batch.queries.ids, batch.queries.mask, batch.rows, strict=True):
         context = batch.context.ids[row][batch.context.mask[row]]
         got[task.tokenizer.decode(context), task.tokenizer.decode(query[mask])] += 1
     assert got == wanted
     labels = [task.decode(row[row != -100].tolist()) for row in batch.labels]
-    assert set(labels) == {one.answer for one in told}
+    assert set(labels) == {answer for *_, answer in asked(official(name, "test"))}
     assert (batch.labels != -100).sum(1).max() <= task.answer_length
 
 

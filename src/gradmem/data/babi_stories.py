@@ -33,11 +33,10 @@ OUTER_FIRST = 0.645
 
 @dataclass
 class Told:
-    """A story so far, a question at this point, and its answer."""
+    """A story so far, and what is asked at this point: questions with answers."""
 
     statements: list[str]
-    question: str
-    answer: str
+    questions: list[tuple[str, str]]
 
 
 @dataclass
@@ -132,68 +131,68 @@ class World:
         return f"{event.actor} {verb} the {event.what}{' there' if there else ''}."
 
 
-Ask = Callable[[World], tuple[str, str] | None]
+Known = dict[str, list[list[tuple[str, str]]]]
+"""About each person or object: for each thing that can be asked, its wordings, with the answer."""
 
 
-def where_is_actor(world: World) -> tuple[str, str] | None:
-    """qa1: someone who moved lately."""
-    actor = world.random.choice(world.recent(("move",))).actor
-    return f"Where is {actor}?", world.room[actor]
+def where_is_actor(world: World) -> Known:
+    """qa1: where somebody is."""
+    return {actor: [[(f"Where is {actor}?", room)]] for actor, room in world.told.items()}
 
 
-def where_is_object(world: World) -> tuple[str, str] | None:
-    """qa2: an object taken lately and then carried somewhere, or dropped lately in a room that was told."""
+def where_is_object(world: World) -> Known:
+    """qa2: where an object is that was taken and then carried somewhere, or dropped in a room that was told."""
     rooms = world.dropped | {thing: world.path[thing][-1] for thing in world.holder if world.path[thing]}
-    known = [event.what for event in world.recent(("get", "drop")) if event.what in rooms]
-    if not known:
-        return None
-    thing = world.random.choice(known)
-    return f"Where is the {thing}?", rooms[thing]
+    return {thing: [[(f"Where is the {thing}?", room)]] for thing, room in rooms.items()}
 
 
-def where_was_object(world: World) -> tuple[str, str] | None:
-    """qa3: an object taken or dropped lately that was carried to at least two rooms; the room before one of these."""
-    known = [event.what for event in world.recent(("get", "drop")) if len(world.path[event.what]) > 1]
-    if not known:
-        return None
-    thing = world.random.choice(known)
-    path = world.path[thing]
-    last = [i for i in range(1, len(path)) if path[i] not in path[i + 1 :]]
-    place = world.random.choice(last)
-    return f"Where was the {thing} before the {path[place]}?", path[place - 1]
+def where_was_object(world: World) -> Known:
+    """qa3: an object that was carried to at least two rooms; the room before one of these."""
+    known: Known = {}
+    for thing, path in world.path.items():
+        last = [i for i in range(1, len(path)) if path[i] not in path[i + 1 :]]
+        if last:
+            known[thing] = [[(f"Where was the {thing} before the {path[i]}?", path[i - 1])] for i in last]
+    return known
 
 
-def who_gave(world: World) -> tuple[str, str] | None:
-    """qa5: the last time that a lately given object was given; what, who, or to whom."""
-    given = world.recent(("give",))
-    if not given:
-        return None
-    thing = world.random.choice(given).what
-    number, event = [(i, e) for i, e in enumerate(world.events) if e.kind == "give" and e.what == thing][-1]
-    asked = world.random.choice(["object", "receiver", "giver"])
-    # The same two may have exchanged something else since: then what was given has two answers.
-    again = [e for e in world.events[number + 1 :] if (e.actor, e.to) == (event.actor, event.to)]
-    if asked == "object" and not again:
-        return f"What did {event.actor} give to {event.to}?", thing
-    if asked == "receiver":
-        forms = [f"Who received the {thing}?", f"Who did {event.actor} give the {thing} to?"]
-        return world.random.choice(forms), event.to
-    return world.random.choice([f"Who gave the {thing}?", f"Who gave the {thing} to {event.to}?"]), event.actor
+def who_gave(world: World) -> Known:
+    """qa5: the last time that an object was given; what, who, or to whom."""
+    known: Known = {}
+    gifts = [event for event in world.events if event.kind == "give"]
+    for number, event in enumerate(gifts):
+        thing, giver, receiver = event.what, event.actor, event.to
+        given = [(f"What did {giver} give to {receiver}?", thing)]
+        givers = [(f"Who gave the {thing}?", giver), (f"Who gave the {thing} to {receiver}?", giver)]
+        receivers = [(f"Who received the {thing}?", receiver), (f"Who did {giver} give the {thing} to?", receiver)]
+        # The same two may have exchanged something else since: then what was given has two answers.
+        again = any((later.actor, later.to) == (giver, receiver) for later in gifts[number + 1 :])
+        known[thing] = [givers if again else given, receivers, givers]
+    return known
 
 
-def tell(world: World, ask: Ask) -> list[Told]:
-    """Tell a story with five questions."""
+def tell(world: World, kinds: tuple[str, ...], known: Callable[[World], Known], every: bool) -> list[Told]:
+    """Tell a story that asks five times: one question about something recent, or every question that has an answer."""
     told: list[Told] = []
     while len(told) < QUESTIONS:
         world.step()
         world.step()
-        found = ask(world)
-        if found:
-            told.append(Told(list(world.statements), *found))
+        answers = known(world)
+        recent = [event.actor if event.kind == "move" else event.what for event in world.recent(kinds)]
+        subjects = [subject for subject in recent if subject in answers]
+        if subjects:
+            choice = world.random.choice
+            drawn = [choice(choice(answers[choice(subjects)]))]
+            told.append(Told(list(world.statements), _all(answers) if every else drawn))
     return told
 
 
-def rooms_in_line(random: Random) -> list[Told]:
+def _all(answers: Known) -> list[tuple[str, str]]:
+    """Every question once."""
+    return list(dict.fromkeys(question for about in answers.values() for forms in about for question in forms))
+
+
+def rooms_in_line(random: Random, every: bool) -> list[Told]:
     """qa4: two rooms on either side of a third, one statement about each, and a question about one of them."""
     first, middle, last = random.sample(ROOMS, 3)
     direction = random.choice(list(OPPOSITE))
@@ -203,16 +202,20 @@ def rooms_in_line(random: Random) -> list[Told]:
         (outer, way, middle) if random.random() < OUTER_FIRST else (middle, OPPOSITE[way], outer)
         for outer, way in sides
     ]
-    answer, way, other = random.choice(facts)
-    question = random.choice([f"What is {way} of the {other}?", f"What is the {other} {OPPOSITE[way]} of?"])
-    return [Told([f"The {a} is {direction} of the {b}." for a, direction, b in facts], question, answer)]
+    about = [
+        [(f"What is {way} of the {other}?", answer), (f"What is the {other} {OPPOSITE[way]} of?", answer)]
+        for answer, way, other in facts
+    ]
+    drawn = [random.choice(random.choice(about))]
+    return [Told([f"The {a} is {way} of the {b}." for a, way, b in facts], [*about[0], *about[1]] if every else drawn)]
 
 
-TASKS: dict[str, Callable[[Random], list[Told]]] = {
-    "qa1": lambda random: tell(World(random, PEOPLE, ["move"]), where_is_actor),
-    "qa2": lambda random: tell(World(random, PEOPLE, ["move", "get", "drop"]), where_is_object),
-    "qa3": lambda random: tell(World(random, PEOPLE, ["move", "get", "drop"], False), where_was_object),
+MOVES = ["move", "get", "drop"]
+TASKS: dict[str, Callable[[Random, bool], list[Told]]] = {
+    "qa1": lambda random, every: tell(World(random, PEOPLE, ["move"]), ("move",), where_is_actor, every),
+    "qa2": lambda random, every: tell(World(random, PEOPLE, MOVES), ("get", "drop"), where_is_object, every),
+    "qa3": lambda random, every: tell(World(random, PEOPLE, MOVES, False), ("get", "drop"), where_was_object, every),
     "qa4": rooms_in_line,
-    "qa5": lambda random: tell(World(random, GIVERS, ["move", "get", "drop", *["give"] * 4]), who_gave),
+    "qa5": lambda random, every: tell(World(random, GIVERS, [*MOVES, *["give"] * 4]), ("give",), who_gave, every),
 }
-"""What can be generated: a story and its questions, from a source of random numbers."""
+"""What can be generated: a story, from a source of random numbers and whether to ask everything."""

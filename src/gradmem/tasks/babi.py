@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch
 from ..data import Query, Sample, Samples, babi_stories, cached, collate, digest_files, places
+from ..data.babi_stories import Told
 from ..data.pretrained import digest_tokenizer, pretrained_tokenizer
 from ..data.sources import find_file, held_out, hub_rows, is_hub, read_lines
 from ..errors import GradmemError, unknown
@@ -47,14 +47,6 @@ BLOCK = 1024
 """Samples of a task generated at once."""
 
 
-@dataclass
-class Asked:
-    """A story so far, and all that is asked at this point: questions with answers."""
-
-    statements: list[str]
-    questions: list[tuple[str, str]]
-
-
 class Babi(FileTask):
     """Stories in sentences; questions about the story so far, answered in a word or a short list.
 
@@ -76,6 +68,11 @@ class Babi(FileTask):
         Hub name, directory or GGUF file of a pretrained tokenizer, for a pretrained backbone: stories, questions and
         answers are then spelled as in the files, names always with capitals.
         By default every word is a token, in small letters.
+    ask_all : bool
+        Generated training stories ask everything that has an answer at this point, which teaches several times as
+        much about each memory, instead of the one question that the official files ask.
+    max_statements : int, optional
+        Only generated contexts of at most so many statements, for curricula that begin with short stories; at least 2.
     """
 
     def __init__(
@@ -85,6 +82,8 @@ class Babi(FileTask):
         generated: float = 0.0,
         max_context: int | None = None,
         tokenizer: str | None = None,
+        ask_all: bool = False,
+        max_statements: int | None = None,
     ) -> None:
         super().__init__()
         self.tasks, self.data = _names(tasks), data
@@ -92,7 +91,10 @@ class Babi(FileTask):
             raise GradmemError(f"generated must be from 0 to 1, not {generated}")
         if max_context is not None and max_context < 16:
             raise GradmemError(f"max_context must be at least 16, not {max_context}")
+        if max_statements is not None and max_statements < 2:
+            raise GradmemError(f"max_statements must be at least 2, not {max_statements}")
         self.generated = generated if data else 1.0
+        self.ask_all, self.max_statements = ask_all, max_statements
         self.max_context = max_context
         self.cased = tokenizer is not None
         self.tokenizer = pretrained_tokenizer(tokenizer) if tokenizer else word_tokenizer()
@@ -236,28 +238,31 @@ class Babi(FileTask):
     def _make_block(self, task: str, split: Split, seed: int, block: int) -> list[Sample]:
         return [self._sample(one) for one in self._told(task, split, seed, block)]
 
-    def _told(self, task: str, split: Split, seed: int, block: int) -> list[Asked]:
+    def _told(self, task: str, split: Split, seed: int, block: int) -> list[Told]:
         if task not in babi_stories.TASKS:
             known = ", ".join(babi_stories.TASKS)
             raise GradmemError(
                 f"{task} cannot be generated ({known} can): give `data`, a directory, and `generated: 0`"
             )
         random = Random(f"{task} {split} {seed} {block}")
-        told: list[babi_stories.Told] = []
+        every, told = self.ask_all and split == "train", list[Told]()
         while len(told) < BLOCK:
-            told += babi_stories.TASKS[task](random)
+            told += [one for one in babi_stories.TASKS[task](random, every) if self._short(one)]
         del told[BLOCK:]
         random.shuffle(told)
-        return [Asked(one.statements, [(one.question, one.answer)]) for one in told]
+        return told
 
-    def _sample(self, asked: Asked) -> Sample:
+    def _short(self, told: Told) -> bool:
+        return self.max_statements is None or len(told.statements) <= self.max_statements
+
+    def _sample(self, asked: Told) -> Sample:
         queries = []
         for question, answer in asked.questions:
             prompt, target = self.encode_pair(self.query_text(question), f" {answer}")
             queries.append(Query([*prompt, *target], len(prompt)))
         return Sample(self.encode(" ".join(self._kept(asked))), queries)
 
-    def _kept(self, asked: Asked) -> list[str]:
+    def _kept(self, asked: Told) -> list[str]:
         """The statements that `max_context` leaves."""
         kept = asked.statements
         while self.max_context is not None and len(kept) > 1 and self._length(kept) > self.max_context:
@@ -268,7 +273,7 @@ class Babi(FileTask):
         """Tokens of a story, or, where spaces belong to words, hardly more."""
         return sum(len(self._ids(f" {statement}" if self.cased else statement)) for statement in statements)
 
-    def _cuts(self, what: str, asked: list[Asked]) -> list[str]:
+    def _cuts(self, what: str, asked: list[Told]) -> list[str]:
         """How many contexts `max_context` cuts, in words."""
         cut = sum(len(self._kept(one)) < len(one.statements) for one in asked) if self.max_context else 0
         limit = f"to keep to {self.max_context} tokens"
@@ -285,7 +290,7 @@ class Babi(FileTask):
     def _file(self, task: str, split: Split) -> Path:
         return find_file(Path(str(self.data)), f"{task}_*_{'test' if split == 'test' else 'train'}.txt", task)
 
-    def _read(self, task: str, split: Split) -> list[Asked]:
+    def _read(self, task: str, split: Split) -> list[Told]:
         """Contexts of a split of a task: first contexts of all stories, second ones, and so on."""
         if is_hub(str(self.data)):
             rows = hub_rows(str(self.data), "test" if split == "test" else "train", f"en-{task}")
@@ -299,7 +304,7 @@ class Babi(FileTask):
         longest = max(map(len, mine), default=0)
         return [story[turn] for turn in range(longest) for story in mine if turn < len(story)]
 
-    def _stories(self, lines: Iterable[tuple[int, str]], source: str) -> Iterator[list[Asked]]:
+    def _stories(self, lines: Iterable[tuple[int, str]], source: str) -> Iterator[list[Told]]:
         """Parse the official format: for each story, what is asked at each point.
 
         Raises
@@ -307,7 +312,7 @@ class Babi(FileTask):
         GradmemError
             At a line that is neither statement nor question, with a number out of turn, or with an unknown word.
         """
-        story: list[Asked] = []
+        story: list[Told] = []
         statements: list[str] = []
         before = 0
         for number, line in lines:
@@ -333,7 +338,7 @@ class Babi(FileTask):
             elif story and len(story[-1].statements) == len(statements):
                 story[-1].questions.append((parts[0], parts[1]))
             else:
-                story.append(Asked(list(statements), [(parts[0], parts[1])]))
+                story.append(Told(list(statements), [(parts[0], parts[1])]))
         if story:
             yield story
 
