@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -251,6 +252,16 @@ def test_a_run_ends_when_its_minutes_are_over(tmp_path: Path) -> None:
         assert (tmp_path / "checkpoint").is_dir()
     train(recipe(12), tmp_path)  # with more time it goes on in the same stage
     assert len(log(tmp_path)) == 12
+
+
+def test_learning_rates_cool_down_before_the_minutes_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes six seconds of a run of two minutes: 20 steps, of which the last three cool down."""
+    ticks = itertools.count(0, 6)
+    monkeypatch.setattr("gradmem.training.loop.clock", lambda device: next(ticks))
+    train(recipe(100, max_minutes=2, strategy="unroll", micro_batch=4), tmp_path)
+    rates = [float(row["lr"]) for row in log(tmp_path)]
+    assert rates[2:18] == [1.0] * 16
+    assert rates[18:] == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_patience_halves_the_learning_rate(tmp_path: Path) -> None:

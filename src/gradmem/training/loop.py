@@ -8,7 +8,6 @@ import dataclasses
 import math
 import random
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,7 @@ from ..evaluation.report import save_json
 from ..model import MemoryModel, build_task
 from ..tasks.base import Task
 from .optim import build_optimizers
-from .plan import choose_device, gigabytes, plan_stage
+from .plan import choose_device, clock, gigabytes, plan_stage
 from .progress import Place, Report
 from .recipe import Recipe, Stage
 from .state import load_state, replace, save_state, states
@@ -37,6 +36,8 @@ from .step import MetaStep, outer_loss
 
 WINDOW = 10
 """Steps over which exact match is averaged."""
+COOLDOWN = 0.15
+"""Part of a run with `max_minutes` in which the learning rates fall to zero: a constant rate hides what was learned."""
 FIELDS = [
     "step",
     "stage",
@@ -117,12 +118,12 @@ class Trainer:
             progress.say(note)
         self._plan(stage, tasks, progress)
         while not (finished := self._finished(stage)) and not self._time_is_over():
-            started = time.monotonic()
+            started = clock(self.accelerator.device)
             try:
                 row = self._step(stage, tasks)
             except (MemoryError, RuntimeError) as error:
                 raise self._explained(error, stage, tasks) from error
-            place.seconds += time.monotonic() - started
+            place.seconds += clock(self.accelerator.device) - started
             row |= {
                 "step": place.step,
                 "stage": place.stage,
@@ -153,12 +154,12 @@ class Trainer:
         if recipe.strategy != "auto" and recipe.micro_batch:
             place.strategy, place.micro_batch = recipe.strategy, recipe.micro_batch
         elif not (kept and place.micro_batch):
-            started = time.monotonic()
+            started = clock(self.accelerator.device)
             plan = plan_stage(recipe, stage, self.model.method, tasks, accelerator.device, accelerator.num_processes)
             # One process decides for all, which must agree on the number of parts.
             found = broadcast_object_list([plan.chosen.strategy, plan.chosen.micro_batch])
             place.strategy, place.micro_batch = found
-            place.seconds += time.monotonic() - started
+            place.seconds += clock(self.accelerator.device) - started
             progress.say(f"{place.strategy}, {place.micro_batch} contexts at a time")
         self.model.method.strategy = place.strategy
 
@@ -216,6 +217,9 @@ class Trainer:
         factor = stage.lr * 0.5**place.halvings * min(1.0, (place.stage_step + 1) / max(stage.warmup, 1))
         if place.decay_from is not None:
             factor *= 1 - (place.stage_step - place.decay_from) / stage.decay
+        if self.recipe.max_minutes is not None:
+            left = 1 - place.seconds / (60 * self.recipe.max_minutes)
+            factor *= min(1.0, max(left, 0.0) / COOLDOWN)
         return factor
 
     def _step(self, stage: Stage, tasks: list[Task]) -> dict[str, Any]:

@@ -183,14 +183,14 @@ def _halves(contexts: int, most: int) -> list[int]:
 
 def _measure(run: Run, strategy: Strategy, size: int, contexts: int, device: torch.device) -> Trial:
     before = forget_peak(device)
-    start = _clock(device)
+    start = clock(device)
     run(strategy, size)
-    seconds = (_clock(device) - start) * contexts / size
+    seconds = (clock(device) - start) * contexts / size
     return Trial(strategy, size, seconds, max(0, peak(device) - before))
 
 
-def _clock(device: torch.device) -> float:
-    """Seconds. On a CPU those of this process's threads, so that other work on the machine does not choose for us."""
+def clock(device: torch.device) -> float:
+    """Seconds. On a CPU those of this process's threads, so that other work on the machine does not count."""
     if device.type == "cpu":
         return time.process_time() / torch.get_num_threads()
     torch.accelerator.synchronize(device)

@@ -85,7 +85,8 @@ class Recipe:
     micro_batch: int = 0
     """Contexts of one forward and backward pass, of which the gradients add up; 0: measured at each stage."""
     max_minutes: float | None = None
-    """Training time after which the run ends where it is, for comparisons at equal time."""
+    """Training time (on a CPU its processor time) after which the run ends where it is, for comparisons at equal time;
+    the learning rates fall to zero in the last 15 % of it."""
     save_every: int = 50
     """Optimiser steps between resumable states."""
     valid_samples: int = 128
