@@ -22,7 +22,7 @@ from gradmem.batch import Batch
 from gradmem.data.babi_stories import TASKS as GENERATED
 from gradmem.data.babi_stories import Told
 from gradmem.model import MemoryModel
-from gradmem.tasks.babi import WORDS, Babi
+from gradmem.tasks.babi import NAMES, WORDS, Babi
 from test_training import BACKBONE, METHOD
 
 OFFICIAL = DATA / "babi_v1.1_en"
@@ -35,7 +35,8 @@ SMALL = """1 Mary moved to the bathroom.
 1 John moved to the garden.
 2 Where is John? \tgarden\t1
 """
-ROOM, THING, PERSON = "bathroom|bedroom|garden|hallway|kitchen|office", "apple|football|milk", "[A-Z][a-z]+"
+ROOM = "bathroom|bedroom|garden|hallway|kitchen|office|cinema|park|school"
+THING, PERSON = "apple|football|milk", "[A-Z][a-z]+"
 Story = list[Told]
 
 
@@ -117,9 +118,9 @@ def official(task: str, split: str) -> list[Story]:
     return stories
 
 
-def generated(task: str, count: int, seed: int = 0, every: bool = False) -> list[Story]:
+def generated(task: str, count: int, seed: int = 0, every: bool = False, crowded: bool = False) -> list[Story]:
     random = Random(seed)
-    return [GENERATED[task](random, every) for _ in range(count)]
+    return [GENERATED[task](random, every, crowded) for _ in range(count)]
 
 
 def asked(stories: list[Story]) -> Iterator[tuple[list[str], str, str]]:
@@ -145,9 +146,9 @@ def test_the_solver_solves_the_official_files(task: str, split: str) -> None:
 
 
 @pytest.mark.parametrize("task", GENERATED)
-@pytest.mark.parametrize("every", [False, True])
-def test_the_solver_solves_what_is_generated(task: str, every: bool) -> None:
-    for statements, question, answer in asked(generated(task, 300, every=every)):
+@pytest.mark.parametrize(("every", "crowded"), [(False, False), (True, False), (True, True)])
+def test_the_solver_solves_what_is_generated(task: str, every: bool, crowded: bool) -> None:
+    for statements, question, answer in asked(generated(task, 300, every=every, crowded=crowded)):
         assert answers(statements, question)[-1] == answer, (statements, question)
 
 
@@ -156,7 +157,7 @@ def test_asking_all_asks_each_question_once_and_all_that_are_asked_else(task: st
     """The same story is drawn from the same random numbers, up to its first question."""
     several = False
     for seed in range(200):
-        drawn, every = GENERATED[task](Random(seed), False)[0], GENERATED[task](Random(seed), True)[0]
+        drawn, every = GENERATED[task](Random(seed), False, False)[0], GENERATED[task](Random(seed), True, False)[0]
         assert drawn.statements == every.statements
         assert set(drawn.questions) <= set(every.questions)
         assert len(set(every.questions)) == len(every.questions)
@@ -258,6 +259,16 @@ def test_training_may_ask_everything_and_measuring_does_not() -> None:
     assert len(task.batch("valid", 0, 40).queries.ids) == 40
 
 
+def test_training_may_be_crowded_and_measuring_is_not() -> None:
+    for name in ("1", "5"):
+        task = Babi(name, crowded=True)
+        crowd, few = (
+            set(re.findall("|".join(NAMES), " ".join(contexts(task, task.batch(split, 0, 400)))))
+            for split in ("train", "valid")
+        )
+        assert (len(crowd), len(few)) == (len(NAMES), 4)
+
+
 def test_stories_may_be_kept_short() -> None:
     task = Babi("2", max_statements=6)
     assert {text.count(".") for text in contexts(task, task.batch("train", 0, 200))} == {2, 4, 6}
@@ -310,7 +321,7 @@ def test_contexts_are_the_story_so_far_without_questions(small: Path) -> None:
 
 
 def test_training_goes_round_in_new_orders(small: Path) -> None:
-    text = "".join(f"1 Mary moved to the {room}.\n2 Where is Mary?\t{room}\t1\n" for room in ROOM.split("|") * 4)
+    text = "".join(f"1 Mary moved to the {room}.\n2 Where is Mary?\t{room}\t1\n" for room in ROOM.split("|")[:6] * 4)
     (small / "qa1_single_train.txt").write_text(text)
     task = Babi("qa1", data=str(small))
     size = task.size("train")

@@ -15,6 +15,12 @@ ROOMS = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
 OBJECTS = ["apple", "football", "milk"]
 PEOPLE = ["Daniel", "John", "Mary", "Sandra"]
 GIVERS = ["Bill", "Fred", "Jeff", "Mary"]
+EVERYWHERE = [*ROOMS, "cinema", "park", "school"]
+NAMES = """
+Antoine Bernhard Bill Brian Daniel Emily Fred Gertrude Greg Jason Jeff Jessica John Julie Julius Lily Mary Sandra Sumit
+Winona Yann
+"""
+EVERYBODY = NAMES.split()
 VERBS = {
     "move": ["went to", "went back to", "moved to", "journeyed to", "travelled to"],
     "get": ["got", "took", "grabbed", "picked up"],
@@ -60,13 +66,18 @@ class World:
         What an actor may do; each is drawn as often as it is listed.
     always_there : bool
         Whether taking always ends in "there".
+    crowded : bool
+        Everybody acts, everywhere.
     """
 
-    def __init__(self, random: Random, actors: list[str], kinds: list[str], always_there: bool = True) -> None:
-        self.random, self.actors, self.kinds, self.always_there = random, actors, kinds, always_there
-        self.room = {actor: random.choice(ROOMS) for actor in actors}
+    def __init__(
+        self, random: Random, actors: list[str], kinds: list[str], always_there: bool = True, crowded: bool = False
+    ) -> None:
+        self.random, self.kinds, self.always_there = random, kinds, always_there
+        self.actors, self.rooms = (EVERYBODY, EVERYWHERE) if crowded else (actors, ROOMS)
+        self.room = {actor: random.choice(self.rooms) for actor in self.actors}
         self.told: dict[str, str] = {}
-        self.lies = {thing: random.choice(ROOMS) for thing in OBJECTS}
+        self.lies = {thing: random.choice(self.rooms) for thing in OBJECTS}
         self.holder: dict[str, str] = {}
         self.path: dict[str, list[str]] = {}
         """Rooms that each object was carried to, since it was last taken."""
@@ -92,7 +103,7 @@ class World:
         """Draw something of a kind that the actor can do, or nothing."""
         choice = self.random.choice
         if kind == "move":
-            room = choice(ROOMS)
+            room = choice(self.rooms)
             return Event(kind, actor, room) if room != self.room[actor] else None
         if kind == "get":
             things = [thing for thing, room in self.lies.items() if room == self.room[actor]]
@@ -131,6 +142,7 @@ class World:
         return f"{event.actor} {verb} the {event.what}{' there' if there else ''}."
 
 
+Story = Callable[[Random, bool, bool], "list[Told]"]
 Known = dict[str, list[list[tuple[str, str]]]]
 """About each person or object: for each thing that can be asked, its wordings, with the answer."""
 
@@ -192,9 +204,9 @@ def _all(answers: Known) -> list[tuple[str, str]]:
     return list(dict.fromkeys(question for about in answers.values() for forms in about for question in forms))
 
 
-def rooms_in_line(random: Random, every: bool) -> list[Told]:
+def rooms_in_line(random: Random, every: bool, crowded: bool) -> list[Told]:
     """qa4: two rooms on either side of a third, one statement about each, and a question about one of them."""
-    first, middle, last = random.sample(ROOMS, 3)
+    first, middle, last = random.sample(EVERYWHERE if crowded else ROOMS, 3)
     direction = random.choice(list(OPPOSITE))
     sides = [(first, direction), (last, OPPOSITE[direction])]
     random.shuffle(sides)
@@ -210,12 +222,20 @@ def rooms_in_line(random: Random, every: bool) -> list[Told]:
     return [Told([f"The {a} is {way} of the {b}." for a, way, b in facts], [*about[0], *about[1]] if every else drawn)]
 
 
+def teller(
+    actors: list[str], actions: list[str], kinds: tuple[str, ...], known: Callable[[World], Known], there: bool = True
+) -> Story:
+    """What tells of these actors and actions, and asks about the last of some kinds."""
+    return lambda random, every, crowded: tell(World(random, actors, actions, there, crowded), kinds, known, every)
+
+
 MOVES = ["move", "get", "drop"]
-TASKS: dict[str, Callable[[Random, bool], list[Told]]] = {
-    "qa1": lambda random, every: tell(World(random, PEOPLE, ["move"]), ("move",), where_is_actor, every),
-    "qa2": lambda random, every: tell(World(random, PEOPLE, MOVES), ("get", "drop"), where_is_object, every),
-    "qa3": lambda random, every: tell(World(random, PEOPLE, MOVES, False), ("get", "drop"), where_was_object, every),
+TASKS: dict[str, Story] = {
+    "qa1": teller(PEOPLE, ["move"], ("move",), where_is_actor),
+    "qa2": teller(PEOPLE, MOVES, ("get", "drop"), where_is_object),
+    "qa3": teller(PEOPLE, MOVES, ("get", "drop"), where_was_object, there=False),
     "qa4": rooms_in_line,
-    "qa5": lambda random, every: tell(World(random, GIVERS, [*MOVES, *["give"] * 4]), ("give",), who_gave, every),
+    "qa5": teller(GIVERS, [*MOVES, *["give"] * 4], ("give",), who_gave),
 }
-"""What can be generated: a story, from a source of random numbers and whether to ask everything."""
+"""What can be generated: a story, from a source of random numbers, whether to ask everything, and whether everybody
+acts everywhere instead of the few of the official files."""
