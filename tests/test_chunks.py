@@ -236,6 +236,23 @@ def test_until_stops_chunks_one_by_one(mode: str) -> None:
     assert len(set(counts)) > 1
 
 
+@pytest.mark.parametrize("until", [None, 2.9])
+def test_parts_of_a_long_context(until: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients a long context is written in parts of so many tokens: with the same result."""
+    method, context = chunked("independent"), random_tokens([14, 5])
+    wanted = method.write(context, 4, until=until)
+    sizes = []
+    walk = method.walk
+    method.walk = lambda tokens, *rest: (sizes.append(len(tokens)), walk(tokens, *rest))[1]
+    monkeypatch.setattr("gradmem.methods._chunked.TOKENS_AT_ONCE", 2 * SIZE)
+    with torch.no_grad():
+        got = method.write(context, 4, until=until)
+    assert sizes == [2, 2, 2, 1]
+    assert got.taken.tolist() == wanted.taken.tolist()
+    assert distance(got.losses, wanted.losses) < TOLERANCE
+    assert distance(got.memory.tensors["memory"], wanted.memory.tensors["memory"]) < TOLERANCE
+
+
 def test_recompute_keeps_one_chunk_whatever_their_number() -> None:
     """What the graph of WRITE holds on to grows with sequential chunks by memories only."""
     sizes = []

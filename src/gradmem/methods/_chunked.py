@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ..backbone import Backbone, Prefix
-from ..batch import Tokens
+from ..batch import TOKENS_AT_ONCE, Tokens
 from ..errors import GradmemError, require
 from ..inner.optimizers import Tensors
 from ..memory import LENGTHS, Memory
@@ -92,8 +93,8 @@ class ChunkedMethod(PrefixMethod):
     @property
     def max_query(self) -> int:
         """Longest query and answer in tokens: what the backbone's positions leave beside the largest memory."""
-        apart = self.chunk is not None and self.chunks == "independent"
-        return super().max_query - (self.max_chunks - 1) * self.n_mem * apart
+        grows = self.chunk is not None and self.chunks == "independent"
+        return super().max_query - (self.n_mem * (self.max_chunks - 1) if grows else 0)
 
     # WRITE
 
@@ -124,15 +125,15 @@ class ChunkedMethod(PrefixMethod):
 
     def extend(self, memory: Memory, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
         """Write more into memories, as their next chunks; see `Method.extend`."""
-        self._check_write(context, steps)
         if self.chunks == "independent":
             yield from self.trajectory(context, steps, until=until)
-        elif self.vectors(memory) > len(memory) * self.n_mem:
+            return
+        self._check_write(context, steps)
+        if self.vectors(memory) > len(memory) * self.n_mem:
             raise GradmemError("chunks of this memory have vectors of their own: append with `chunks: independent`")
-        else:
-            like = self._start(1)
-            start = {name: tensor.to(like[name]) for name, tensor in apart(memory).tensors.items()}
-            yield from self._one_by_one(context, start, steps, until)
+        like = self._start(1)
+        start = {name: tensor.to(like[name]) for name, tensor in apart(memory).tensors.items()}
+        yield from self._one_by_one(context, start, steps, until)
 
     def joined(self, memory: Memory, more: Memory) -> Memory:
         """Put together a memory and what `extend` wrote; see `Method.joined`."""
@@ -140,11 +141,10 @@ class ChunkedMethod(PrefixMethod):
             return more
         counts, added = chunk_counts(memory), chunk_counts(more)
         self._check_chunks(counts + added)
-        (rows, places), (new_rows, new_places) = numbered(counts), numbered(added)
+        order = torch.cat([numbered(counts)[0], numbered(added)[0]]).argsort(stable=True)
         new = apart(more).tensors
-        tensors = {name: torch.cat([tensor, new[name]]) for name, tensor in apart(memory).tensors.items()}
-        places = torch.cat([places, counts[new_rows] + new_places])
-        return pack(tensors, torch.cat([rows, new_rows]), places, counts + added)
+        tensors = {name: torch.cat([tensor, new[name]])[order] for name, tensor in apart(memory).tensors.items()}
+        return pack(tensors, counts + added)
 
     def cuts(self, context: Tokens) -> list[list[int]]:
         """Tokens of each chunk of each context; none for contexts that are written whole."""
@@ -158,13 +158,18 @@ class ChunkedMethod(PrefixMethod):
         return Chunks.cut(context, self.chunk or context.ids.shape[1], self.may_end(context.ids))
 
     def _apart(self, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
-        """Write independent chunks, all at once."""
+        """Write independent chunks, step by step together."""
         chunks = self._cut(context)
         self._check_chunks(chunks.counts)
-        for written in self.walk(chunks.tokens, self._start(len(chunks.rows)), steps, until):
-            memory = pack(written.memory.tensors, chunks.rows, chunks.places, chunks.counts)
-            losses, taken = _summed([_Part(chunks.tokens, chunks.rows, written)], len(context))
-            yield Written(memory, losses, taken)
+        # The trainer and `write` see to it that a batch is not too large, but not that one long context is not.
+        size = len(chunks.rows) if torch.is_grad_enabled() else max(1, TOKENS_AT_ONCE // chunks.tokens.ids.shape[1])
+        tokens = [chunks.tokens[i : i + size] for i in range(0, len(chunks.rows), size)]
+        walks = [self.walk(some, self._start(len(some)), steps, until) for some in tokens]
+        for states in _together(walks):
+            names = states[0].memory.tensors
+            tensors = {name: torch.cat([state.memory.tensors[name] for state in states]) for name in names}
+            parts = [_Part(*part) for part in zip(tokens, chunks.rows.split(size), states, strict=True)]
+            yield Written(pack(tensors, chunks.counts), *_summed(parts, len(context)))
 
     def _one_by_one(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
         """Write sequential chunks: all contexts' first ones, then the second ones of those that have one, and so on."""
@@ -197,22 +202,16 @@ class ChunkedMethod(PrefixMethod):
         if LENGTHS not in memory.tensors:
             return super().prefix(memory)
         counts = memory.tensors[LENGTHS]
-        rows, places = numbered(counts)
-        vectors = pack({"vectors": self._project("read", apart(memory).tensors)}, rows, places, counts).tensors[
-            "vectors"
-        ]
-        parts = [vectors.flatten(1, 2)]
-        real = torch.arange(vectors.shape[1], device=counts.device) < counts[:, None]
-        masks = [real.repeat_interleave(self.n_mem, 1)]
-        for at, side in ((0, "start"), (2, "end")) if self.control else ():
-            control = self.control[f"read_{side}"].expand(len(memory), -1, -1)
-            parts.insert(at, control)
-            masks.insert(at, real.new_ones(control.shape[:2]))
-        return self._run(torch.cat(parts, 1), torch.cat(masks, 1))
+        embeds = _padded(self._project("read", apart(memory).tensors), counts).flatten(1, 2)
+        real = torch.arange(embeds.shape[1], device=counts.device) < counts[:, None] * self.n_mem
+        if self.control:
+            start, end = (self.control[f"read_{side}"].expand(len(memory), -1, -1) for side in ("start", "end"))
+            embeds, real = torch.cat([start, embeds, end], 1), F.pad(real, (self.n_ctrl, self.n_ctrl), value=True)
+        return self._run(pads_last(embeds, real), real)
 
     def _run(self, embeds: Tensor, real: Tensor) -> Prefix:
-        """Run a prefix with pads, which stand behind what is real, where causality and a mask hide them."""
-        embeds, cache, lengths = pads_last(embeds, real), DynamicCache(config=self.backbone.model.config), real.sum(1)
+        """Run prefixes of different lengths, whose pads stand behind them, where causality and a mask hide them."""
+        cache, lengths = DynamicCache(config=self.backbone.model.config), real.sum(1)
         hidden = self.backbone.hidden(embeds, cache)
         last = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]
         if bool(real.all()):
@@ -329,14 +328,15 @@ def numbered(counts: Tensor) -> tuple[Tensor, Tensor]:
     return rows, torch.arange(len(rows), device=counts.device) - (counts.cumsum(0) - counts)[rows]
 
 
-def pack(tensors: Tensors, rows: Tensor, places: Tensor, counts: Tensor) -> Memory:
-    """Chunks' tensors (chunks, ...) as rows (batch, most chunks, ...), padded with zeros, and their `lengths`."""
-    shape = (len(counts), int(counts.max()))
-    packed = {
-        name: tensor.new_zeros(*shape, *tensor.shape[1:]).index_put((rows, places), tensor)
-        for name, tensor in tensors.items()
-    }
-    return Memory({**packed, LENGTHS: counts})
+def pack(tensors: Tensors, counts: Tensor) -> Memory:
+    """Chunks' tensors (chunks, ...) as a memory with so many chunks in each row."""
+    return Memory({**{name: _padded(tensor, counts) for name, tensor in tensors.items()}, LENGTHS: counts})
+
+
+def _padded(tensor: Tensor, counts: Tensor) -> Tensor:
+    """What is of each chunk (chunks, ...) as rows (batch, most chunks, ...), padded with zeros."""
+    rows = tensor.new_zeros(len(counts), int(counts.max()), *tensor.shape[1:])
+    return rows.index_put(numbered(counts), tensor)
 
 
 def apart(memory: Memory) -> Memory:
@@ -362,6 +362,16 @@ class _Part:
     written: Written
 
 
+def _together(walks: Sequence[Iterator[Written]]) -> Iterator[list[Written]]:
+    """States of several walks after the same number of steps; one that has ended stays where it is."""
+    states = [next(walk) for walk in walks]
+    news: list[Written | None] = [*states]
+    while any(news):
+        states = [new or state for new, state in zip(news, states, strict=True)]
+        yield states
+        news = [next(walk, None) for walk in walks]
+
+
 def _summed(parts: list[_Part], batch: int) -> tuple[Tensor, Tensor]:
     """Losses (steps, batch), the means over the tokens of the chunks that took a step, and the most steps (batch,)."""
     like = parts[0].written.losses
@@ -372,7 +382,7 @@ def _summed(parts: list[_Part], batch: int) -> tuple[Tensor, Tensor]:
         steps = torch.arange(len(losses), device=losses.device)
         tokens = (steps[:, None] < taken) * part.tokens.lengths
         missing = (0, 0, 0, len(total) - len(losses))
-        total = total.index_add(1, part.rows, torch.nn.functional.pad(losses * tokens, missing))
-        weight = weight.index_add(1, part.rows, torch.nn.functional.pad(tokens.to(weight.dtype), missing))
+        total = total.index_add(1, part.rows, F.pad(losses * tokens, missing))
+        weight = weight.index_add(1, part.rows, F.pad(tokens.to(weight.dtype), missing))
         most = most.scatter_reduce(0, part.rows, taken, "amax")
     return total / weight.clamp_min(1), most

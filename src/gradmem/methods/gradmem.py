@@ -64,7 +64,7 @@ class GradMem(ChunkedMethod):
         Most tokens of a chunk of a longer context; by default every context is written whole.
     chunks : {"independent", "sequential"}
         Write each chunk into vectors of its own, from M0, which READ sees together; or each from the memory that the
-        chunk before it left, with all `write_steps`.
+        chunk before it left. Each takes all `write_steps`; `settle` and `last_k` count those of a chunk.
     """
 
     def __init__(
