@@ -43,7 +43,7 @@ from test_gradmem import EVERYTHING, OPTIONS, check_slopes, outer_loss
 from test_rmt import naive_read, naive_write
 from test_training import recipe
 
-MODES = ["independent", "sequential"]
+MODES = ["sequential", "independent"]
 SIZE = 3
 """Of the chunks of `make_batch`, whose contexts have then three, two and three of them."""
 CASES = ["second", "first", "none", "last_k", "one_vector", "adam", "everything", "everything_last_k"]
@@ -431,7 +431,7 @@ def test_an_appended_text_is_read_back(tmp_path: Path, capsys: pytest.CaptureFix
     """In vectors of its own, beside what was there."""
     model = tiny_model(0)
     model.save_pretrained(tmp_path / "checkpoint")
-    model = gradmem.load(tmp_path / "checkpoint", {"chunk": 15})
+    model = gradmem.load(tmp_path / "checkpoint", {"chunk": 15, "chunks": "independent"})
     memory = model.append(model.write(TEXT), MORE)
     ids = model.reconstruct(memory)
     assert ids[0] == model.reconstruct(model.write(TEXT))[0]
@@ -454,6 +454,7 @@ def test_records_of_version_1() -> None:
 def test_long_memories_leave_less_room() -> None:
     """Appending stops where READ would have no positions left for a query."""
     model = tiny_model(0)
+    model.choose({"chunks": "independent"})
     model.method.backbone.model.config.max_position_embeddings = 60
     memory = model.write(LAST)
     while len(memory.records[0].parts) < model.method.max_chunks:
@@ -506,7 +507,7 @@ def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(GradmemError, match="whole, at once"):
         make_method(MeanPool).chunk_by(3)
     apart = model.write(TEXT)
-    model.choose({"chunk": 15})
+    model.choose({"chunk": 15, "chunks": "independent"})
     apart = model.append(apart, MORE)
     model.choose({"chunks": "sequential"})
     with pytest.raises(GradmemError, match="vectors of their own: append with"):
@@ -541,16 +542,16 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     tiny_model(0).save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "t.txt").write_text(TEXT)
     write = ["write", f"{tmp_path}/checkpoint", f"{tmp_path}/t.txt", "-o", f"{tmp_path}/m"]
-    assert main([*write, "--chunk", "15"]) == 0
+    assert main([*write, "--chunk", "15", "--chunks=independent"]) == 0
     assert Memory.load(tmp_path / "m").tensors["memory"].shape == (1, 2, 8, 16)
     assert main(["ask", f"{tmp_path}/m", "a0"]) == 0
-    assert main([*write, "--chunk=15", "--chunks=sequential"]) == 0
+    assert main([*write, "--chunk=15"]) == 0
     opened = Memory.load(tmp_path / "m")
     assert opened.tensors["memory"].shape == (1, 8, 16)
     assert opened.records[0].chunks == [14, 15]
     capsys.readouterr()
     measure = ["eval", f"{tmp_path}/checkpoint", "--pairs=6", "--samples=2", "--json", f"{tmp_path}/e.json"]
-    assert main([*measure, "--method.chunk", "15"]) == 0
+    assert main([*measure, "--method.chunk", "15", "--method.chunks", "independent"]) == 0
     (row,) = json.loads((tmp_path / "e.json").read_text())
     assert (row["method.chunk"], row["method.chunks"], row["n_mem"]) == (15, "independent", 24)
     for wrong in (["--method.chunk", "0"], ["--method.n_mem", "3"], ["--method.chunk", "lots"]):

@@ -57,8 +57,8 @@ CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "gradmem": [
         (LLAMA, {"n_mem": 3, "write_steps": 2}),
         (GPT2, {"n_mem": 1, "n_ctrl": 1, "write_head": "random"}),
-        (GPT2, {"n_mem": 2, "n_ctrl": 1, "projection": "per_sample", "chunk": 5}),
-        (LLAMA, {"n_mem": 2, "write_steps": 2, "chunk": 5, "chunks": "sequential"}),
+        (GPT2, {"n_mem": 2, "n_ctrl": 1, "projection": "per_sample", "chunk": 5, "chunks": "independent"}),
+        (LLAMA, {"n_mem": 2, "write_steps": 2, "chunk": 5}),
     ],
     "mamba": [(MAMBA, {})],
     "rmt": [

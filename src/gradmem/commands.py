@@ -128,7 +128,8 @@ def evaluate(
     pairs
         Numbers of pairs, as 32,64; default: the checkpoint's own.
     steps
-        Numbers of write steps, as 0,1,5 or 0..5, all read off one trajectory; default: the checkpoint's own.
+        Numbers of write steps, as 0,1,5 or 0..5, all read off one trajectory where chunks are not sequential;
+        default: the checkpoint's own.
     samples
         Contexts; all of their queries are asked. Default: all of a test file, 1000 where contexts are generated.
     seed
@@ -335,7 +336,7 @@ def write(
         Device to run on.
     options
         Options of the method, each by its own name: --n_mem 32 --inner_lr 0.03; of a checkpoint's method only
-        --chunks independent or sequential.
+        --chunks sequential or independent.
     """
     given = ({"name": method} if method else {}) | (options or {})
     model = load(checkpoint, given or None).to(_device(device))

@@ -209,7 +209,7 @@ class Memory:
         return self.model.ask(self, query, **generate)
 
     def restore(self) -> list[str]:
-        """Text that each row gives back, from the memory alone; see `MemoryModel.restore`.
+        """Texts that the memory gives back, from the memory alone; see `MemoryModel.restore`.
 
         Raises
         ------

@@ -132,7 +132,8 @@ def evaluate(
     ----------
     model : MemoryModel
     steps : sequence of int, optional
-        Numbers of write steps; all are read off one trajectory. By default the checkpoint's own number.
+        Numbers of write steps; all are read off one trajectory, unless sequential chunks make this impossible. By
+        default the checkpoint's own number.
     samples : int, optional
         Contexts, at most as many as the split has; all of their queries are asked. By default all of a split that
         has an end, otherwise 1000.

@@ -20,16 +20,16 @@ from ..memory import LENGTHS, Memory
 from ._prefix import PrefixMethod, pads_last
 from .base import Written
 
-Mode = Literal["independent", "sequential"]
+Mode = Literal["sequential", "independent"]
 
 
 class ChunkedMethod(PrefixMethod):
     """Base of prefix methods that can write a context in chunks; subclasses implement `walk`.
 
+    - "sequential": a chunk is written from the memory that the chunk before it left; the memory stays as small.
     - "independent": every chunk is written from the start, all in one batch, into n_mem vectors of its own, and READ
       sees those of all chunks one after the other. The tensors of such a memory have a second dimension, the chunks,
       and `lengths` says how many each row has.
-    - "sequential": a chunk is written from the memory that the chunk before it left; the memory stays as small.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class ChunkedMethod(PrefixMethod):
         As for `PrefixMethod`; the steps are those on each chunk.
     chunk : int, optional
         Most tokens of a chunk; by default a context is written whole.
-    chunks : {"independent", "sequential"}
+    chunks : {"sequential", "independent"}
     """
 
     joins = True
@@ -70,7 +70,7 @@ class ChunkedMethod(PrefixMethod):
         """Choose how contexts are cut from now on; see `Method.chunk_by`."""
         good = chunk is None or (isinstance(chunk, int) and 1 <= chunk <= self.max_chunk)
         require("chunk", chunk, good, f"from 1 to {self.max_chunk} tokens, or none")
-        require("chunks", chunks, chunks in (None, "independent", "sequential"), "independent or sequential")
+        require("chunks", chunks, chunks in (None, "sequential", "independent"), "sequential or independent")
         self.chunk, self.chunks = chunk, self.chunks if chunks is None else chunks
 
     @property

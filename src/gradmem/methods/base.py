@@ -75,8 +75,8 @@ class Method(nn.Module, ABC):
     """Whether it can write the chunks of a context into one memory; where not, each takes a memory of its own."""
     chunk: int | None = None
     """Most tokens of a chunk; None where contexts are written whole. Set it by `chunk_by`."""
-    chunks: Literal["independent", "sequential"] = "independent"
-    """Whether chunks get vectors of their own, or each is written from the memory of those before it."""
+    chunks: Literal["sequential", "independent"] = "sequential"
+    """Whether each chunk is written from the memory that the one before it left, or gets vectors of its own."""
     may_end: Callable[[Tensor], Tensor] = staticmethod(anywhere)
     """Tokens after which a chunk may end, from ids, as `Task.may_end` says; `MemoryModel` puts its task's here."""
 
@@ -183,14 +183,14 @@ class Method(nn.Module, ABC):
 
     # Chunks: what only methods that write several into one memory (`joins`) have more to say about
 
-    def chunk_by(self, chunk: int | None, chunks: Literal["independent", "sequential"] | None = None) -> None:
+    def chunk_by(self, chunk: int | None, chunks: Literal["sequential", "independent"] | None = None) -> None:
         """Choose how contexts are cut from now on; memories written before are read as ever.
 
         Parameters
         ----------
         chunk : int or None
             Most tokens of a chunk; None to write contexts whole.
-        chunks : {"independent", "sequential"}, optional
+        chunks : {"sequential", "independent"}, optional
             By default as before.
 
         Raises

@@ -62,9 +62,9 @@ class GradMem(ChunkedMethod):
         adapters.
     chunk : int, optional
         Most tokens of a chunk of a longer context; by default every context is written whole.
-    chunks : {"independent", "sequential"}
-        Write each chunk into vectors of its own, from M0, which READ sees together; or each from the memory that the
-        chunk before it left. Each takes all `write_steps`; `settle` and `last_k` count those of a chunk.
+    chunks : {"sequential", "independent"}
+        Write each chunk from the memory that the one before it left; or each from M0 into vectors of its own, which
+        READ sees together. Each takes all `write_steps`; `settle` and `last_k` count those of a chunk.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class GradMem(ChunkedMethod):
         read_lora: int = 0,
         freeze_backbone: bool = False,
         chunk: int | None = None,
-        chunks: Mode = "independent",
+        chunks: Mode = "sequential",
     ) -> None:
         super().__init__(backbone, n_mem, write_steps, n_ctrl, chunk, chunks)
         require("inner_lr", inner_lr, inner_lr > 0, "positive")
