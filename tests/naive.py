@@ -61,12 +61,18 @@ class Naive:
     projection: str = "none"
     write_head: str = "none"
 
-    def write(self, context: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """Context ids (S,) -> what was written, without a batch dimension, and the loss before each step."""
-        written = {"memory": self.method.initial_memory}
+    def start(self) -> dict[str, Tensor]:
+        """The unwritten memory."""
+        start = {"memory": self.method.initial_memory}
         if self.projection == "per_sample":
-            written["proj_weight"] = self.method.proj.weight
-            written["proj_bias"] = self.method.proj.bias
+            start |= {"proj_weight": self.method.proj.weight, "proj_bias": self.method.proj.bias}
+        return start
+
+    def write(
+        self, context: Tensor, written: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Context ids (S,) -> what was written, without a batch dimension, and the loss before each step."""
+        written = written or self.start()
         mean = dict.fromkeys(written, 0.0)
         square = dict.fromkeys(written, 0.0)
         losses = []
@@ -121,12 +127,7 @@ class Naive:
     def forward(self, phase: str, written: dict[str, Tensor], ids: Tensor) -> Tensor:
         """Logits that count, (len(ids) + 1, V), of `[start ; P(M) ; end ; E(ids)]`."""
         model = self.method.backbone.model
-        memory = written["memory"]
-        if self.projection == "proj":
-            memory = memory @ self.method.proj.weight.T + self.method.proj.bias
-        if self.projection == "per_sample":
-            memory = memory @ written["proj_weight"].T + written["proj_bias"]
-        parts = [memory, model.get_input_embeddings()(ids)]
+        parts = [self.vectors(written), model.get_input_embeddings()(ids)]
         if self.n_ctrl:
             parts.insert(0, self.method.control[f"{phase}_start"])
             parts.insert(2, self.method.control[f"{phase}_end"])
@@ -135,7 +136,16 @@ class Naive:
         logits = output.logits[0]
         if phase == "write" and self.write_head != "none":
             logits = output.hidden_states[-1][0] @ self.method.write_head.weight.T
-        return logits[self.n_mem + 2 * self.n_ctrl - 1 :]
+        return logits[-len(ids) - 1 :]
+
+    def vectors(self, written: dict[str, Tensor]) -> Tensor:
+        """Memory vectors as they enter the model."""
+        memory = written["memory"]
+        if self.projection == "proj":
+            memory = memory @ self.method.proj.weight.T + self.method.proj.bias
+        if self.projection == "per_sample":
+            memory = memory @ written["proj_weight"].T + written["proj_bias"]
+        return memory
 
     def clipped(self, grad: Tensor) -> Tensor:
         """Clip each element, then the norm."""

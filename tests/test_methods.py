@@ -54,9 +54,19 @@ CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         (GPT2, {"budget": 4}),
         (LLAMA, {"budget": 4, "keep": "lowest-key-norm"}),
     ],
-    "gradmem": [(LLAMA, {"n_mem": 3, "write_steps": 2}), (GPT2, {"n_mem": 1, "n_ctrl": 1, "write_head": "random"})],
+    "gradmem": [
+        (LLAMA, {"n_mem": 3, "write_steps": 2}),
+        (GPT2, {"n_mem": 1, "n_ctrl": 1, "write_head": "random"}),
+        (GPT2, {"n_mem": 2, "n_ctrl": 1, "projection": "per_sample", "chunk": 5, "chunks": "independent"}),
+        (LLAMA, {"n_mem": 2, "write_steps": 2, "chunk": 5}),
+    ],
     "mamba": [(MAMBA, {})],
-    "rmt": [(LLAMA, {"n_mem": 3, "write_steps": 2}), (GPT2, {"n_mem": 1, "n_ctrl": 1, "projection": "proj_rw"})],
+    "rmt": [
+        (LLAMA, {"n_mem": 3, "write_steps": 2}),
+        (GPT2, {"n_mem": 1, "n_ctrl": 1, "projection": "proj_rw"}),
+        (LLAMA, {"n_mem": 2, "chunk": 5}),
+        (GPT2, {"n_mem": 2, "chunk": 5, "chunks": "independent"}),
+    ],
 }
 ALL = [(name, case) for name in names(methods.__name__) for case in range(len(CASES.get(name, [0])))]
 TOLERANCE = 1e-4
@@ -174,12 +184,20 @@ def test_unwritten_memory_knows_nothing(method: Method) -> None:
 
 
 def test_trajectory(method: Method) -> None:
-    context = random_tokens([7, 5])
+    context = random_tokens([5, 4])  # one chunk, where a method writes in chunks
     with torch.no_grad():
         first, second, *_ = method.trajectory(context, 2)
     assert (first.taken.tolist(), second.taken.tolist()) == ([0, 0], [1, 1])
     assert same(first.memory, write(method, context, 0))
     assert same(second.memory, write(method, context, 1))
+
+
+def test_after_some_steps(method: Method) -> None:
+    context = random_tokens([7, 5])
+    with torch.no_grad():
+        found = list(method.after(context, [method.write_steps, 0]))
+    assert [number for number, _ in found] == [0, method.write_steps]
+    assert all(same(written.memory, write(method, context, number)) for number, written in found)
 
 
 def test_token_losses(method: Method) -> None:
@@ -194,7 +212,7 @@ def test_token_losses(method: Method) -> None:
 
 def test_reconstruct(method: Method) -> None:
     """Every token is the likeliest after those before it, by the losses of the receipt."""
-    memory = write(method, random_tokens([7, 5]))
+    memory = write(method, random_tokens([5, 4]))  # one chunk, where a method writes in chunks
     found = method.reconstruct(memory, [3, 2])
     assert list(map(len, found)) == [3, 2]
     vocabulary = method.backbone.head.weight.shape[0]

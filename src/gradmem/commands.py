@@ -117,6 +117,7 @@ def evaluate(
     json: Path | None = None,
     figure: Path | None = None,
     task: dict[str, Any] | None = None,
+    method: dict[str, Any] | None = None,
 ) -> list[Result]:
     """Measure exact match on fresh contexts, with control rows.
 
@@ -127,7 +128,8 @@ def evaluate(
     pairs
         Numbers of pairs, as 32,64; default: the checkpoint's own.
     steps
-        Numbers of write steps, as 0,1,5 or 0..5, all read off one trajectory; default: the checkpoint's own.
+        Numbers of write steps, as 0,1,5 or 0..5, all read off one trajectory where chunks are not sequential;
+        default: the checkpoint's own.
     samples
         Contexts; all of their queries are asked. Default: all of a test file, 1000 where contexts are generated.
     seed
@@ -144,8 +146,10 @@ def evaluate(
         Also draw exact match and write loss by step to this file (one number of pairs, or one task, only).
     task
         Options of the task that differ from the checkpoint's, each by its own name: --data DIR --tasks qa1,qa4.
+    method
+        How contexts are cut, where not as in training: --method.chunk 113 --method.chunks independent.
     """
-    model = load(checkpoint).to(_device(device))
+    model = load(checkpoint, method).to(_device(device))
     given = [{**(task or {}), "pairs": n} for n in pairs] if pairs else [task or {}]
     built = [build_task({**model.spec["task"], **options}) for options in given]
     tasks = [{**options, **variant} for options, one in zip(given, built, strict=True) for variant in one.variants()]
@@ -318,7 +322,8 @@ def write(
     method
         For a plain language model: a method that needs no training; default: cram.
     chunk
-        Cut the text after so many tokens, each part for a memory of its own; default: what the model is for.
+        Cut the text after so many tokens. GradMem and RMT write the parts into one memory (see --chunks), other
+        methods into a memory each; default: as in training, or what the model is for.
     steps
         Write steps; default: as many as the checkpoint was trained for.
     until
@@ -330,13 +335,16 @@ def write(
     device
         Device to run on.
     options
-        Options of the method, each by its own name: --n_mem 32 --inner_lr 0.03.
+        Options of the method, each by its own name: --n_mem 32 --inner_lr 0.03; of a checkpoint's method only
+        --chunks sequential or independent.
     """
     given = ({"name": method} if method else {}) | (options or {})
     model = load(checkpoint, given or None).to(_device(device))
     text = read_text(file)
-    chunks = model.chunks(text, chunk)
-    memory = model.write(chunks, steps, until=until, max_steps=max_steps, progress=_progress)
+    if chunk is not None and model.method.joins:
+        model.choose({"chunk": chunk})
+    texts = [text] if model.method.chunk is not None else model.chunks(text, chunk)
+    memory = model.write(texts, steps, until=until, max_steps=max_steps, progress=_progress)
     memory.save(output, precision)
     console.print(receipt(memory.records[0], tokens_of(memory, text)) if len(memory) == 1 else receipts(memory.records))
     console.print(f"saved {output}: {output.stat().st_size} bytes for {len(text.encode())} bytes of text")
@@ -389,7 +397,7 @@ def restore(memory: Path, output: Path | None = None, context: Path | None = Non
     if opened.model is None:
         raise GradmemError(f"{memory} is bound to no model")
     model = opened.model.to(_device(device))
-    original = None if context is None else written_texts(read_text(context), opened.records, str(context))
+    original = None if context is None else written_texts(read_text(context), opened.parts, str(context))
     ids = model.reconstruct(model.bind(opened), _progress)
     texts = [model.task.text(row) for row in ids]
     text = "".join(texts)
@@ -400,9 +408,9 @@ def restore(memory: Path, output: Path | None = None, context: Path | None = Non
         sys.stdout.flush()
     # Beside the text, not in it.
     notes = Console(stderr=True)
-    notes.print(restored(opened.records, texts))
+    notes.print(restored(opened.parts, texts))
     if original is not None:
-        wanted = [original.get(record.context_sha256) for record in opened.records]
+        wanted = [original.get(record.context_sha256) for record in opened.parts]
         notes.print(differences(model.task, ids, wanted))
     return text
 
@@ -424,9 +432,9 @@ def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Me
         print(_dumps([record.row() for record in loaded.records]))
         return loaded
     text = read_text(context) if context else None
-    texts = {} if text is None else written_texts(text, loaded.records, str(context))
+    texts = {} if text is None else written_texts(text, loaded.parts, str(context))
     bound = open_memory(memory) if texts else loaded
-    for record in loaded.records:
+    for record in loaded.parts:
         console.print(provenance(record, loaded, memory))
         written = texts.get(record.context_sha256)
         console.print(receipt(record, None if written is None else tokens_of(bound, written)))

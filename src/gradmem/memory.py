@@ -36,6 +36,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8
 class Record:
     """Provenance and write receipt of one memory: who wrote it, from what, and how well.
 
+    Of a memory that was written several times, this is the last time, and `earlier` has those before.
+
     Attributes
     ----------
     method, model : str
@@ -46,15 +48,20 @@ class Record:
         SHA-256 of the context text, UTF-8.
     context_tokens : int
     steps : int
-        Write steps taken.
+        Write steps taken; of a text in chunks, on the chunk that took most.
     inner_lr : list of float
         Inner learning rate of each memory vector (one number where all share it; empty without).
     losses : list of float
-        Mean token loss before each step and after the last, nats.
+        Mean token loss before each step (of the tokens of all chunks that took it) and after the last, nats.
     token_losses : list of float
         Loss of each context token under the final memory, nats. Numbers only: no token is kept.
     options : dict
         Options of the method, where a plain language model wrote it: there they stand in no checkpoint.
+    chunks : list of int
+        Tokens of each chunk that the text was written in; empty where it was written whole.
+    earlier : list of Record
+        What was written into this memory before, first things first, each as it was known when it was written, or
+        measured anew since: its last loss and `token_losses` are then those under this memory.
     """
 
     method: str
@@ -69,10 +76,24 @@ class Record:
     losses: list[float]
     token_losses: list[float]
     options: dict[str, Any] = field(default_factory=dict)
+    chunks: list[int] = field(default_factory=list)
+    earlier: list[Record] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not isinstance(self.options, dict) or "name" in self.options:
             raise ValueError("a record's options are those of its method")
+        if self.chunks and sum(self.chunks) != self.context_tokens:
+            raise ValueError("a record's chunks are those of its context")
+
+    @classmethod
+    def read(cls, data: dict[str, Any]) -> Record:
+        """The record that `dataclasses.asdict` made plain data of."""
+        return cls(**{**data, "earlier": [cls.read(one) for one in data.get("earlier", [])]})
+
+    @property
+    def parts(self) -> list[Record]:
+        """What was written into the memory, first things first."""
+        return [*self.earlier, self]
 
     LOST: ClassVar[float] = 0.6931471805599453
     """Nats beyond which a token counts as lost: the memory gives it less than an even chance."""
@@ -89,7 +110,9 @@ class Record:
 
     def row(self) -> dict[str, Any]:
         """The record as plain data, with what follows from it."""
-        return {**vars(self), "loss_before": self.loss_before, "loss_after": self.loss_after, "lost": self.lost}
+        earlier = [record.row() for record in self.earlier]
+        losses = {"loss_before": self.loss_before, "loss_after": self.loss_after, "lost": self.lost}
+        return {**vars(self), "earlier": earlier, **losses}
 
     @property
     def lost(self) -> list[int]:
@@ -150,6 +173,11 @@ class Memory:
         return cls(tensors, [record for memory in memories for record in memory.records])
 
     @property
+    def parts(self) -> list[Record]:
+        """What was written into each row, one row after the other."""
+        return [part for record in self.records for part in record.parts]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors, without padding."""
         return sum(self._count(tensor) * tensor.element_size() for tensor in self.tensors.values())
@@ -181,7 +209,7 @@ class Memory:
         return self.model.ask(self, query, **generate)
 
     def restore(self) -> list[str]:
-        """Text that each row gives back, from the memory alone; see `MemoryModel.restore`.
+        """Texts that the memory gives back, from the memory alone; see `MemoryModel.restore`.
 
         Raises
         ------
@@ -234,7 +262,7 @@ class Memory:
                         f"{path} has format version {header.get('version')}, this gradmem reads {VERSION}"
                     )
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                records = [Record(**record) for record in json.loads(header["records"])]
+                records = [Record.read(record) for record in json.loads(header["records"])]
         except FileNotFoundError as error:
             raise GradmemError(f"no memory file at {path}") from error
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:

@@ -10,7 +10,8 @@ import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .backbone import Backbone
 from .batch import TOKENS_AT_ONCE, Tokens
 from .data.pretrained import digest_tokenizer
 from .errors import GradmemError
-from .memory import Memory, Record, digest, text_digest
+from .memory import Memory, Record, digest, text_digest, written_texts
 from .methods.base import Method, Written, final
 from .plugins import check_options, find
 from .tasks.base import Task
@@ -92,6 +93,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         self.method, self.task, self.spec, self.name = method, task, spec, name
         self.options: Spec = {}
         """Options of the method that a plain language model's memories need to say."""
+        self.chosen: Spec = {}
+        """Options of the method that were chosen anew; see `choose`."""
+        method.may_end = task.may_end
 
     @classmethod
     def from_spec(cls, task: Spec, backbone: Spec, method: Spec, *, trusted: bool = True) -> MemoryModel:
@@ -131,6 +135,26 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         model.name, model.options = name, {key: value for key, value in method.items() if key != "name"}
         model.method.eval()
         return model
+
+    def choose(self, options: Spec) -> None:
+        """Choose anew how contexts are cut: `chunk` and `chunks`, the options that trained weights leave open.
+
+        Raises
+        ------
+        GradmemError
+            When there are other options, or the method cannot write so.
+        """
+        if not options:
+            return
+        if set(options) - {"chunk", "chunks"}:
+            raise GradmemError(
+                f"'{self.name}' has a method of its own: only plain language models take another; a checkpoint takes "
+                "`chunk` and `chunks`"
+            )
+        if not self.method.joins:
+            raise GradmemError(f"'{self.name}' writes no chunks into one memory: cut its texts with `model.chunks`")
+        self.method.chunk_by(**{"chunk": self.method.chunk, **options})
+        self.chosen = {"chunk": self.method.chunk, "chunks": self.method.chunks}
 
     # Checkpoints
 
@@ -217,7 +241,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         return self
 
     def encode(self, text: str, what: str, limit: int) -> list[int]:
-        """Tokenize a text.
+        """Tokenize a text, a `context` or a query.
 
         Raises
         ------
@@ -228,7 +252,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         if not ids:
             raise GradmemError(f"the {what} is empty")
         if len(ids) > limit:
-            raise GradmemError(f"the {what} has {len(ids)} tokens; the limit of '{self.name}' is {limit}")
+            advice = self.method.longer if what == "context" else ""
+            raise GradmemError(f"the {what} has {len(ids)} tokens; the limit of '{self.name}' is {limit}{advice}")
         unknown_id = self.task.tokenizer.unk_token_id
         if unknown_id is not None and unknown_id in ids:
             pieces = zip(self.task.pieces(text), ids, strict=True)
@@ -238,7 +263,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         return ids
 
     def chunks(self, text: str, size: int | None = None) -> list[str]:
-        """Cut a long text into parts to write, each at most `size` tokens when it stands alone.
+        """Cut a long text into parts for a memory each, of at most `size` tokens when they stand alone.
 
         Parameters
         ----------
@@ -303,7 +328,67 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         GradmemError
             When a text is empty, too long or has unknown characters, or steps are negative.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        return self._write_all(text, None, steps, until, max_steps, progress)
+
+    def append(
+        self,
+        memory: Memory,
+        text: str | Sequence[str],
+        steps: int | None = None,
+        *,
+        before: str | Sequence[str] | None = None,
+        until: float | None = None,
+        max_steps: int | None = None,
+        progress: Progress = _silent,
+    ) -> Memory:
+        """Write more text into a memory, as the next chunk of what was written.
+
+        With `chunks: sequential` WRITE goes on from the memory as it is, which may forget; with `independent` the text
+        gets vectors of its own, and nothing that was written changes.
+
+        Parameters
+        ----------
+        memory : Memory
+            Written by this model; it stays as it is.
+        text : str or sequence of str
+            One for each row.
+        steps, until, max_steps, progress
+            As for `write`.
+        before : str or sequence of str, optional
+            For each row the text that was written before (of several all, one after the other, or one of them), to
+            measure what the memory still keeps of it. Otherwise that receipt stays as it was when it was written.
+
+        Returns
+        -------
+        Memory
+            Records are of the new texts, with those before in `earlier`.
+
+        Raises
+        ------
+        GradmemError
+            As `write`; when another model wrote the memory, the method allows no more, or `before` is not what was
+            written.
+        """
+        memory = self.bind(memory)
+        if not self.method.joins:
+            raise GradmemError(f"'{self.name}' writes a memory once: write all text together")
+        appended = self._write_all(text, memory, steps, until, max_steps, progress)
+        if before is not None:
+            texts = _texts(before, memory, "`before` has")
+            appended.records = [self._measured(appended[row], told) for row, told in enumerate(texts)]
+        return appended
+
+    def _write_all(
+        self,
+        text: str | Sequence[str],
+        onto: Memory | None,
+        steps: int | None,
+        until: float | None,
+        max_steps: int | None,
+        progress: Progress,
+    ) -> Memory:
+        """Write texts, as many at once as is good; onto memories where these are given."""
+        texts = _texts(text, onto, "there are")
         if not texts:
             raise GradmemError("nothing to write")
         if until is not None:
@@ -317,30 +402,75 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         steps = self.method.write_steps if steps is None else steps
         parts = []
         for first in range(0, len(texts), size):
-            title = f"writing {min(first + size, len(texts))} of {len(texts)}"
-            shown = partial(progress, title=title, total=steps + 1)
-            parts.append(self._write(texts[first : first + size], ids[first : first + size], steps, until, shown))
+            last = min(first + size, len(texts))
+
+            def shown(states: Iterable[Written], turns: int, last: int = last) -> Iterable[Written]:
+                return progress(states, title=f"writing {last} of {len(texts)}", total=turns * steps + 1)
+
+            some = None if onto is None else onto.select(range(first, last))
+            parts.append(self._write(texts[first:last], ids[first:last], some, steps, until, shown))
         memory = Memory.join(parts)
         memory.model = self
         return memory
 
     def _write(
-        self, texts: list[str], ids: list[list[int]], steps: int, until: float | None, progress: Callable[..., Any]
+        self,
+        texts: list[str],
+        ids: list[list[int]],
+        onto: Memory | None,
+        steps: int,
+        until: float | None,
+        progress: Callable[[Iterable[Written], int], Iterable[Written]],
     ) -> Memory:
         """Write texts in one batch."""
-        context = Tokens.from_lists(ids, self.task.pad_id).to(self.device)
+        context, method = Tokens.from_lists(ids, self.task.pad_id).to(self.device), self.method
+        cuts = method.cuts(context)
+        turns = max(1, *map(len, cuts)) if method.chunks == "sequential" else 1
         with torch.no_grad():
-            written = final(progress(self.method.trajectory(context, steps, until=until)))
-            token_losses = self.method.token_losses(written.memory, context)
-        records = [
-            self._record(text, written, token_losses[row, : len(ids[row])].tolist(), row)
-            for row, text in enumerate(texts)
-        ]
-        return Memory(written.memory.tensors, records)
+            if onto is None:
+                states = method.trajectory(context, steps, until=until)
+            else:
+                states = method.extend(onto, context, steps, until=until)
+            written = final(progress(states, turns))
+            token_losses = method.token_losses(written.memory, context)
+        records = []
+        for row, text in enumerate(texts):
+            losses = token_losses[row, : len(ids[row])].tolist()
+            earlier = [] if onto is None else [replace(part, earlier=[]) for part in onto.records[row].parts]
+            records.append(self._record(text, written, losses, row, cuts[row], earlier))
+        memory = written.memory if onto is None else method.joined(onto, written.memory)
+        return Memory(memory.tensors, records)
 
-    def _record(self, text: str, written: Written, token_losses: list[float], row: int) -> Record:
+    def _measured(self, memory: Memory, before: str) -> Record:
+        """The record of a memory of one row, with what it still keeps of the texts before."""
+        record = memory.records[0]
+        found = written_texts(before, record.earlier, "`before`")
+        if self.method.chunks == "independent":
+            return record  # vectors of their own: nothing has changed
+        earlier = []
+        for part in record.earlier:
+            if part.context_sha256 in found:
+                text = self.task.context_text(found[part.context_sha256])
+                context = Tokens.from_lists([self.task.encode(text)]).to(self.device)
+                with torch.no_grad():
+                    losses = self.method.token_losses(memory, context)[0].tolist()
+                part = replace(
+                    part, losses=[*part.losses[:-1], *_rounded([_mean(losses)], 6)], token_losses=_rounded(losses, 3)
+                )
+            earlier.append(part)
+        return replace(record, earlier=earlier)
+
+    def _record(
+        self,
+        text: str,
+        written: Written,
+        token_losses: list[float],
+        row: int,
+        chunks: list[int],
+        earlier: list[Record],
+    ) -> Record:
         taken = int(written.taken[row])
-        losses = [*written.losses[:taken, row].tolist(), sum(token_losses) / len(token_losses)]
+        losses = [*written.losses[:taken, row].tolist(), _mean(token_losses)]
         return Record(
             method=self.spec["method"]["name"],
             model=self.name,
@@ -349,9 +479,11 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             context_tokens=len(token_losses),
             steps=taken,
             inner_lr=[round(rate, 6) for rate in self.method.inner_lrs()],
-            losses=[round(loss, 6) for loss in losses],
-            token_losses=[round(loss, 3) for loss in token_losses],
+            losses=_rounded(losses, 6),
+            token_losses=_rounded(token_losses, 3),
             options=self.options,
+            chunks=chunks,
+            earlier=earlier,
         )
 
     def open(self, path: str | os.PathLike[str]) -> Memory:
@@ -369,7 +501,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         mine = self.fingerprints["checkpoint"]
         if not memory.records:
             raise GradmemError(f"{what} does not say which model wrote it")
-        for record in memory.records:
+        for record in memory.parts:
             if record.checkpoint != mine:
                 raise GradmemError(
                     f"{what} was written by the checkpoint {record.checkpoint[:16]} ('{record.model}'), "
@@ -380,28 +512,42 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         return Memory(tensors, memory.records, self)
 
     def reconstruct(self, memory: Memory, progress: Progress = _silent) -> list[list[int]]:
-        """Token ids that each row of a memory gives back, as many as were written; see `Method.reconstruct`.
+        """Token ids that a memory gives back, as many as were written; see `Method.reconstruct`.
+
+        Returns
+        -------
+        list of list of int
+            For each row; where a row was written several times, for each of these.
 
         Raises
         ------
         GradmemError
-            When the memory has no records, or one with more tokens than the model can write.
+            When the memory has no records, or one with more tokens than the model can write, or several chunks were
+            written into the same vectors.
         """
-        lengths = [record.context_tokens for record in memory.records]
+        cuts = [part.chunks or [part.context_tokens] for part in memory.parts]
+        lengths = [length for own in cuts for length in own]
         if not lengths:
             raise GradmemError("the memory does not say how many tokens were written")
-        if not all(isinstance(length, int) and 1 <= length <= self.method.max_context for length in lengths):
+        if not all(isinstance(length, int) and 1 <= length <= self.method.max_chunk for length in lengths):
             raise GradmemError(f"the memory is damaged: it cannot hold contexts of {max(lengths, key=abs)} tokens")
+        memory = self.method.apart(memory)
+        if len(memory) != len(lengths):
+            raise GradmemError(
+                f"the memory has {len(lengths)} chunks in the vectors of {len(memory)}, which cannot be told apart: "
+                "ask it, or write with `chunks: independent` to read texts back"
+            )
         size = max(1, TOKENS_AT_ONCE // max(lengths))
         starts = range(0, len(lengths), size)
         found: list[list[int]] = []
         for first in progress(starts, title="reading back", total=len(starts)):
             rows = range(first, min(first + size, len(lengths)))
             found += self.method.reconstruct(memory.select(rows), [lengths[row] for row in rows])
-        return found
+        pieces = iter(found)
+        return [[token for _ in own for token in next(pieces)] for own in cuts]
 
     def restore(self, memory: Memory) -> list[str]:
-        """Text that each row of a memory gives back, from the memory alone; see `reconstruct`."""
+        """Texts that a memory gives back, from the memory alone; see `reconstruct`."""
         return [self.task.text(ids) for ids in self.reconstruct(memory)]
 
     def ask(self, memory: Memory, query: Any, **options: Any) -> Any:
@@ -442,17 +588,35 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             "eos_token_id": self.task.end_id,
         }
         settings |= options
-        limit = self.method.max_query - int(settings["max_new_tokens"])
-        ids = [self.encode(self.task.query_text(text), "query", limit) for _, text in flat]
-        rows = torch.tensor([row for row, _ in flat], device=self.device)
         if memory.prefix is None:
             with torch.no_grad():
                 memory.prefix = self.method.prefix(memory)
+        # A memory that was appended to, or written in other chunks, may leave less room than the model's own.
+        room = min(self.method.max_query, self.method.backbone.max_positions - memory.prefix.length)
+        limit = room - int(settings["max_new_tokens"])
+        ids = [self.encode(self.task.query_text(text), "query", limit) for _, text in flat]
+        rows = torch.tensor([row for row, _ in flat], device=self.device)
         generated = self.method.generate(memory.prefix, ids, rows, pad_id=self.task.pad_id, **settings)
         texts = [self.task.decode(row) for row in generated]
         each = len(texts) // len(flat)
         answers = iter(texts if each == 1 else [texts[i : i + each] for i in range(0, len(texts), each)])
         return [[next(answers) for _ in queries] for queries in query]
+
+
+def _texts(text: str | Sequence[str], memory: Memory | None, what: str) -> list[str]:
+    """Texts as a list; refused unless there is one for each row of the memory, where there is one."""
+    texts = [text] if isinstance(text, str) else list(text)
+    if memory is not None and len(texts) != len(memory):
+        raise GradmemError(f"{what} {len(texts)} texts for {len(memory)} memories: give one for each")
+    return texts
+
+
+def _mean(losses: list[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+def _rounded(losses: Iterable[float], digits: int) -> list[float]:
+    return [round(loss, digits) for loss in losses]
 
 
 def _portable(task: Spec) -> Spec:

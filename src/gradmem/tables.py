@@ -25,7 +25,7 @@ def provenance(record: Record, memory: Memory, path: Path) -> Table:
         "backbone": record.backbone,
         "tokenizer": record.tokenizer,
         "context SHA-256": record.context_sha256,
-        "context": f"{record.context_tokens} tokens",
+        "context": f"{record.context_tokens} tokens" + (f" in {len(record.chunks)} chunks" if record.chunks else ""),
         "tensors": f"{shapes}; {path.stat().st_size} bytes in the file",
         "steps": f"{record.steps}, inner learning rate {lr}",
         "write loss": f"{record.loss_before:.4f} before, {record.loss_after:.4f} after",

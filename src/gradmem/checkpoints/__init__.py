@@ -30,7 +30,8 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
     name : str or path
         For a plain language model also a GGUF file, or the short name of a model that comes as a Python package.
     method : dict, optional
-        For a plain language model only: `name` and options of a method that needs no training, by default `cram`.
+        For a plain language model: `name` and options of a method that needs no training, by default `cram`. For a
+        checkpoint: `chunk` and `chunks`, where contexts are to be cut in another way than in training.
 
     Raises
     ------
@@ -40,8 +41,12 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
     name = os.fspath(name)
     if name not in checkpoint_names() and _is_language_model(name):
         return MemoryModel.from_language_model(name, {"name": "cram"} | (method or {}))
-    if method is not None:
-        raise GradmemError(f"'{name}' has a method of its own: only plain language models take another")
+    model = _checkpoint(name)
+    model.choose(method or {})
+    return model
+
+
+def _checkpoint(name: str) -> MemoryModel:
     if name in checkpoint_names():
         model = MemoryModel.from_pretrained(str(resources.files(__name__) / name))
         model.name = name

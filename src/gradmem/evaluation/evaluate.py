@@ -41,11 +41,13 @@ class Result:
         Controls, which must be at chance: exact match from the memory before any step, and from memories of
         other contexts after `swapped_steps`.
     n_mem, d : int
-        Memory vectors and their width; n_mem is 0 where the memory is something else.
+        Memory vectors, mean over contexts, and their width; n_mem is 0 where the memory is something else.
     bytes : int
         Bytes of one memory after the most steps, mean over contexts.
     label, source : str
         What the task calls itself, and where its contexts come from: "generated", or their data.
+    method : dict
+        Options of the method that were chosen anew, as `{"chunk": 113}`.
     metrics : dict of float
         The task's other metrics, averaged as exact match is; their controls are `unwritten_NAME`, `swapped_NAME`.
     """
@@ -69,6 +71,7 @@ class Result:
     n_mem: int
     d: int
     bytes: int
+    method: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -86,7 +89,7 @@ class Result:
     def row(self) -> dict[str, Any]:
         """The result as one flat row; the task's options (as `pairs`) stand beside the rest."""
         fields = asdict(self)
-        task, metrics = fields.pop("task"), fields.pop("metrics")
+        task, metrics, method = fields.pop("task"), fields.pop("metrics"), fields.pop("method")
         if self.bits_per_vector is not None:
             metrics["bits_per_vector"] = self.bits_per_vector
         return {
@@ -94,6 +97,7 @@ class Result:
             "task": fields.pop("label"),
             **{k: v for k, v in task.items() if k != "name"},
             **fields,
+            **{f"method.{name}": value for name, value in method.items()},
             **metrics,
         }
 
@@ -128,7 +132,8 @@ def evaluate(
     ----------
     model : MemoryModel
     steps : sequence of int, optional
-        Numbers of write steps; all are read off one trajectory. By default the checkpoint's own number.
+        Numbers of write steps; all are read off one trajectory, unless sequential chunks make this impossible. By
+        default the checkpoint's own number.
     samples : int, optional
         Contexts, at most as many as the split has; all of their queries are asked. By default all of a split that
         has an end, otherwise 1000.
@@ -166,7 +171,7 @@ def evaluate(
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     scores: dict[tuple[str, str, int], list[Tensor]] = {}
     losses: dict[int, list[Tensor]] = {}
-    queries = nbytes = 0
+    queries = nbytes = vectors = 0
 
     def score(kind: str, step: int, memory: Memory, batch: Batch) -> None:
         for name, values in _score(model.method, built, memory, batch).items():
@@ -177,9 +182,7 @@ def evaluate(
             batch = built.batch(split, start, size, seed).to(model.device)
             _check_lengths(model, built, batch)
             queries += len(batch.rows)
-            for step, written in enumerate(model.method.trajectory(batch.context, steps[-1])):
-                if step not in steps and step:
-                    continue
+            for step, written in model.method.after(batch.context, [0, *steps]):
                 memory = convert(written.memory)
                 token_losses = model.method.token_losses(memory, batch.context)
                 losses.setdefault(step, []).append(token_losses.sum(1) / batch.context.lengths)
@@ -187,7 +190,7 @@ def evaluate(
                 if step == swapped_steps:
                     score("swapped", step, memory.select(torch.arange(size).roll(1)), batch)
                 if step == steps[-1]:
-                    nbytes += memory.nbytes
+                    nbytes, vectors = nbytes + memory.nbytes, vectors + model.method.vectors(memory)
             if step < steps[-1]:
                 raise GradmemError(
                     f"{steps[-1]} steps asked for; the method of '{model.name}' takes no more than {step}"
@@ -220,9 +223,10 @@ def evaluate(
             seed=seed,
             split=split,
             parameters=sum(p.numel() for p in method.parameters()),
-            n_mem=method.n_mem,
+            n_mem=round(vectors / samples),
             d=method.backbone.width,
             bytes=round(nbytes / samples),
+            method=dict(model.chosen),
             metrics={
                 key: value
                 for name in others
@@ -247,12 +251,12 @@ def _check_lengths(model: MemoryModel, task: Task, batch: Batch) -> None:
     """Refuse contexts and queries that the model cannot hold."""
     asked = int((batch.labels == -100).logical_and(batch.queries.mask).sum(1).max()) + task.answer_length
     longest = {
-        "contexts": (batch.context.ids.shape[1], model.method.max_context),
-        "queries": (max(asked, batch.queries.ids.shape[1]), model.method.max_query),
+        "contexts": (batch.context.ids.shape[1], model.method.max_context, model.method.longer),
+        "queries": (max(asked, batch.queries.ids.shape[1]), model.method.max_query, ""),
     }
-    for what, (length, limit) in longest.items():
+    for what, (length, limit, advice) in longest.items():
         if length > limit:
-            raise GradmemError(f"{what} have {length} tokens; the limit of '{model.name}' is {limit}")
+            raise GradmemError(f"{what} have {length} tokens; the limit of '{model.name}' is {limit}{advice}")
 
 
 def _score(method: Method, task: Task, memory: Memory, batch: Batch) -> dict[str, Tensor]:

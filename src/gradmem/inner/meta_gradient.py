@@ -51,6 +51,7 @@ def descend(
     order: Order = "second",
     last_k: int | None = None,
     strategy: Strategy = "unroll",
+    more: bool = False,
     clip_value: float | None = None,
     clip_norm: float | None = None,
     until: float | None = None,
@@ -83,6 +84,8 @@ def descend(
     strategy : {"unroll", "recompute"}
         "unroll" keeps the graph of every step. "recompute" keeps that of the last one and builds the others again,
         one at a time, in the backward pass: memory does not grow with the number of steps. Same gradients.
+    more : bool
+        Whether other descents go on from where this one ends: "recompute" then keeps no step's graph.
     until : float, optional
         A sample whose loss is at most this takes no further step; see also `of_unfinished`.
     """
@@ -96,7 +99,7 @@ def descend(
     state = None
     for index in range(steps):
         second = training and order == "second" and (last_k is None or index >= steps - last_k)
-        if training and strategy == "recompute" and index < steps - 1:
+        if training and strategy == "recompute" and (more or index < steps - 1):
             losses, points, grads = _rebuilt_gradient(loss, now.tensors, given, second)
         else:
             losses, points, grads = _gradient(loss, now.tensors, given, second, training)

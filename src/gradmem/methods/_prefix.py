@@ -153,5 +153,17 @@ class PrefixMethod(Method):
         return token_losses(hidden[:, first : first + length], head, context.ids, context.mask)
 
 
+def pads_last(embeds: Tensor, real: Tensor) -> Tensor:
+    """Move the pads of each row behind what is real: causality then hides them, and positions count real ones only.
+
+    Parameters
+    ----------
+    embeds : Tensor, shape (batch, length, d)
+    real : Tensor, bool, shape (batch, length)
+    """
+    order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+    return embeds.take_along_dim(order[..., None], dim=1)
+
+
 def _std(tensor: Tensor) -> float:
     return float(tensor.detach().float().std())

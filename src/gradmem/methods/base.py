@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,11 @@ class Written:
     memory: Memory
     losses: Tensor
     taken: Tensor
+
+
+def anywhere(ids: Tensor) -> Tensor:
+    """A text without parts that must stay whole: it may be cut after every token."""
+    return torch.ones_like(ids, dtype=torch.bool)
 
 
 def final(trajectory: Iterable[Written]) -> Written:
@@ -66,6 +71,14 @@ class Method(nn.Module, ABC):
     strategy: Strategy = "recompute"
     """How gradients pass through WRITE: a choice of time and memory that changes no result. Methods that know one
     way only ignore it."""
+    joins: bool = False
+    """Whether it can write the chunks of a context into one memory; where not, each takes a memory of its own."""
+    chunk: int | None = None
+    """Most tokens of a chunk; None where contexts are written whole. Set it by `chunk_by`."""
+    chunks: Literal["sequential", "independent"] = "sequential"
+    """Whether each chunk is written from the memory that the one before it left, or gets vectors of its own."""
+    may_end: Callable[[Tensor], Tensor] = staticmethod(anywhere)
+    """Tokens after which a chunk may end, from ids, as `Task.may_end` says; `MemoryModel` puts its task's here."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -128,6 +141,16 @@ class Method(nn.Module, ABC):
         """Longest context in tokens."""
 
     @property
+    def longer(self) -> str:
+        """What to do with longer contexts, for the end of an error message."""
+        return ": write them in chunks (option `chunk`)" if self.joins and self.chunk is None else ""
+
+    @property
+    def max_chunk(self) -> int:
+        """Most tokens that are written together."""
+        return self.max_context
+
+    @property
     def max_query(self) -> int:
         """Longest query and answer in tokens."""
         return self.max_context
@@ -148,6 +171,71 @@ class Method(nn.Module, ABC):
     def write(self, context: Tokens, steps: int | None = None, *, until: float | None = None) -> Written:
         """Write contexts into memories; the arguments are those of `trajectory`."""
         return final(self.trajectory(context, self.write_steps if steps is None else steps, until=until))
+
+    def after(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
+        """Yield the memory after each of several numbers of steps, in rising order; here off one trajectory.
+
+        Methods that take fewer steps leave out the numbers beyond.
+        """
+        for number, written in enumerate(self.trajectory(context, max(steps))):
+            if number in steps:
+                yield number, written
+
+    # Chunks: what only methods that write several into one memory (`joins`) have more to say about
+
+    def chunk_by(self, chunk: int | None, chunks: Literal["sequential", "independent"] | None = None) -> None:
+        """Choose how contexts are cut from now on; memories written before are read as ever.
+
+        Parameters
+        ----------
+        chunk : int or None
+            Most tokens of a chunk; None to write contexts whole.
+        chunks : {"sequential", "independent"}, optional
+            By default as before.
+
+        Raises
+        ------
+        GradmemError
+            When a chunk is too long, or the method writes contexts whole only.
+        """
+        raise self._whole_only()
+
+    def cuts(self, context: Tokens) -> list[list[int]]:
+        """Tokens of each chunk of each context; none for contexts that are written whole."""
+        return [[] for _ in range(len(context))]
+
+    def extend(self, memory: Memory, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
+        """Write more into memories: yield what is written, before the first step and after every step.
+
+        Parameters
+        ----------
+        memory : Memory
+            One row for each context.
+        context, steps, until
+            As for `trajectory`.
+
+        Raises
+        ------
+        GradmemError
+            As `trajectory`, and when the method or the memory allows no more.
+        """
+        raise self._whole_only()
+
+    def joined(self, memory: Memory, more: Memory) -> Memory:
+        """Put together a memory and the last that `extend` wrote into it."""
+        raise self._whole_only()
+
+    def apart(self, memory: Memory) -> Memory:
+        """The chunks that have tensors of their own as rows of their own; here a row is one chunk."""
+        return memory
+
+    def vectors(self, memory: Memory) -> int:
+        """Memory vectors of all rows."""
+        return len(memory) * self.n_mem
+
+    def _whole_only(self) -> GradmemError:
+        name = type(self).__name__
+        return GradmemError(f"{name} writes contexts whole, at once: give it all text together, or take gradmem or rmt")
 
     def read_hidden(self, prefix: Prefix, queries: Tokens) -> Tensor:
         """Hidden states that predict: row t predicts query token t, the last row what follows.
@@ -260,7 +348,9 @@ class Method(nn.Module, ABC):
         if steps < 0:
             raise GradmemError(f"write steps must be at least 0, not {steps}")
         if context.ids.shape[1] > self.max_context:
-            raise GradmemError(f"a context has {context.ids.shape[1]} tokens; the limit is {self.max_context}")
+            raise GradmemError(
+                f"a context has {context.ids.shape[1]} tokens; the limit is {self.max_context}{self.longer}"
+            )
         if not context.mask[:, :1].all() or not context.mask.numel():
             raise GradmemError("a context is empty")
 

@@ -36,6 +36,8 @@ class Cram(GradMem):
         Seed of the drawn vectors.
     """
 
+    joins = False  # a frozen model has not learned to read several memories together
+
     def __init__(
         self,
         backbone: Backbone,

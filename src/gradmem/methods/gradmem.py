@@ -19,11 +19,12 @@ from ..inner.meta_gradient import Order, descend, of_unfinished
 from ..inner.objective import sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors
 from ..memory import Memory
-from ._prefix import Head, Phase, PrefixMethod
+from ._chunked import ChunkedMethod, Mode
+from ._prefix import Head, Phase
 from .base import Written
 
 
-class GradMem(PrefixMethod):
+class GradMem(ChunkedMethod):
     """Memory vectors that are written by K steps of gradient descent on the loss of reconstructing the context.
 
     Parameters
@@ -59,6 +60,11 @@ class GradMem(PrefixMethod):
     freeze_backbone : bool
         Train only what this method adds: memory and control vectors, projection, write head, inner learning rates and
         adapters.
+    chunk : int, optional
+        Most tokens of a chunk of a longer context; by default every context is written whole.
+    chunks : {"sequential", "independent"}
+        Write each chunk from the memory that the one before it left; or each from M0 into vectors of its own, which
+        READ sees together. Each takes all `write_steps`; `settle` and `last_k` count those of a chunk.
     """
 
     def __init__(
@@ -81,8 +87,10 @@ class GradMem(PrefixMethod):
         write_lora: int = 0,
         read_lora: int = 0,
         freeze_backbone: bool = False,
+        chunk: int | None = None,
+        chunks: Mode = "sequential",
     ) -> None:
-        super().__init__(backbone, n_mem, write_steps, n_ctrl)
+        super().__init__(backbone, n_mem, write_steps, n_ctrl, chunk, chunks)
         require("inner_lr", inner_lr, inner_lr > 0, "positive")
         require("settle", settle, settle >= 0, "at least 0")
         require("inner_optimizer", inner_optimizer, inner_optimizer in OPTIMIZERS, "sgd or adam")
@@ -113,9 +121,10 @@ class GradMem(PrefixMethod):
         ranks: dict[Phase, int] = {"write": write_lora, "read": read_lora}
         self.adapters = _add_lora(backbone, {phase: rank for phase, rank in ranks.items() if rank})
 
-    def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
-        """Yield the memory before the first write step and after every step; see `Method.trajectory`."""
-        self._check_write(context, steps)
+    def walk(
+        self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
+    ) -> Iterator[Written]:
+        """Yield the memory before the first write step and after every step; see `ChunkedMethod.walk`."""
         embeds = self._embed_context(context)
         second = torch.is_grad_enabled() and self.order == "second"
 
@@ -125,7 +134,7 @@ class GradMem(PrefixMethod):
 
         walk = descend(
             loss if until is None or torch.is_grad_enabled() else of_unfinished(loss, until),
-            self._start(len(context)),
+            start,
             self.update,
             self._rates(),
             steps,
@@ -134,6 +143,7 @@ class GradMem(PrefixMethod):
             order=self.order,
             last_k=self.last_k,
             strategy=self.strategy,
+            more=more,
             clip_value=self.clip_value,
             clip_norm=self.clip_norm,
             until=until,

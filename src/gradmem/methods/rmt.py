@@ -14,11 +14,12 @@ from ..errors import require
 from ..inner.objective import sample_losses
 from ..inner.optimizers import Tensors
 from ..memory import Memory
-from ._prefix import Head, PrefixMethod
+from ._chunked import ChunkedMethod, Mode
+from ._prefix import Head, pads_last
 from .base import Written
 
 
-class RMT(PrefixMethod):
+class RMT(ChunkedMethod):
     """Memory vectors that the model itself writes: its last hidden states at positions after the context.
 
     A write step is one pass over `[write_start ; P(M) ; write_end ; E(context) ; write_start ; P(M)]`; the last m
@@ -44,6 +45,11 @@ class RMT(PrefixMethod):
     reconstruction : bool
         Learn to reconstruct the context from the memory: the write loss is that of passes 2 to K + 1, averaged over
         tokens, then over passes. It counts as the trainer weights it (`inner_loss_weight`).
+    chunk : int, optional
+        Most tokens of a segment; by default a context is one.
+    chunks : {"sequential", "independent"}
+        Write a segment from the memory that the one before it left, as in the original RMT; or each into vectors of
+        its own, which READ sees together.
     """
 
     def __init__(
@@ -57,8 +63,10 @@ class RMT(PrefixMethod):
         residual: bool = False,
         write_head: Head = "none",
         reconstruction: bool = False,
+        chunk: int | None = None,
+        chunks: Mode = "sequential",
     ) -> None:
-        super().__init__(backbone, n_mem, write_steps, n_ctrl)
+        super().__init__(backbone, n_mem, write_steps, n_ctrl, chunk, chunks)
         require("projection", projection, projection in ("none", "proj", "proj_rw"), "none, proj or proj_rw")
         self.reconstruction = reconstruction
         self.proj = None if projection == "none" else self._new_projection(identity=False)
@@ -68,20 +76,21 @@ class RMT(PrefixMethod):
         self.write_head = self._new_write_head(write_head)
 
     @property
-    def max_context(self) -> int:
-        """Longest context in tokens: what the backbone's positions leave beside memory and control vectors."""
+    def max_chunk(self) -> int:
+        """Longest segment in tokens: what the backbone's positions leave beside memory and control vectors."""
         return self.backbone.max_positions - self.prefix_length - self.n_ctrl - self.n_mem
 
-    def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
-        """Yield the memory before the first pass and after every pass; see `Method.trajectory`.
+    def walk(
+        self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
+    ) -> Iterator[Written]:
+        """Yield the memory before the first pass and after every pass; see `ChunkedMethod.walk`.
 
         Losses, and `until`, are there with `reconstruction` only.
         """
-        self._check_write(context, steps)
         if not self.reconstruction:
             self._refuse_until(until)
         embeds = self.backbone.embed(context.ids)
-        memory = self._start(len(context))["memory"]
+        memory = start["memory"].to(self.initial_memory.dtype)
         losses = embeds.new_zeros(0, len(context))
         taken = torch.zeros_like(context.lengths)
         yield Written(Memory({"memory": memory}), losses, taken)
@@ -123,11 +132,9 @@ class RMT(PrefixMethod):
         """Hidden states of one pass, pads last: (batch, (m + 2c) + length + (c + m), d)."""
         prefix = self._surround("write", {"memory": memory})
         trailing = prefix[:, : self.n_ctrl + self.n_mem]
-        # The trailing vectors stand right after each row's last token: then causality hides the pads behind them, and
-        # positions count real tokens only.
-        pads = torch.cat([~context.mask, context.mask.new_zeros(trailing.shape[:2])], dim=1)
-        order = pads.to(torch.uint8).argsort(dim=1, stable=True)
-        body = torch.cat([embeds, trailing], dim=1).take_along_dim(order[..., None], dim=1)
+        # The trailing vectors stand right after each row's last token.
+        real = torch.cat([context.mask, context.mask.new_ones(trailing.shape[:2])], dim=1)
+        body = pads_last(torch.cat([embeds, trailing], dim=1), real)
         return self.backbone.hidden(torch.cat([prefix, body], dim=1))
 
     def _last_vectors(self, hidden: Tensor, context: Tokens) -> Tensor:

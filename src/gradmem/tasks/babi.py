@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch
@@ -184,6 +185,10 @@ class Babi(FileTask):
         return found
 
     # Text
+
+    def may_end(self, ids: Tensor) -> Tensor:
+        """After whole statements."""
+        return ids == self._ids("mary.")[-1]
 
     def context_text(self, text: str) -> str:
         """Accept sentences in any case and punctuation, or lines of the official format, whose questions are left out.

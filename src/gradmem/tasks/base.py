@@ -124,6 +124,20 @@ class Task(ABC):
         """Score generated answers, the new tokens of each query; the result is as that of `judge`."""
         raise NotImplementedError
 
+    def may_end(self, ids: Tensor) -> Tensor:
+        """After which tokens of contexts a chunk may end, where contexts are cut, so that what belongs together is not.
+
+        Parameters
+        ----------
+        ids : Tensor, int64, shape (batch, length)
+
+        Returns
+        -------
+        Tensor, bool, shape (batch, length)
+            Here True everywhere.
+        """
+        return torch.ones_like(ids, dtype=torch.bool)
+
     def context_text(self, text: str) -> str:
         """Bring a user's text into the form that the model was trained on."""
         return text

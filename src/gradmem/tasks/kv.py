@@ -123,6 +123,13 @@ class KV(Task):
         """Exact match ignores `!` and `|`."""
         return (labels != -100) & (labels != self._id("!")) & (labels != self._id("|"))
 
+    def may_end(self, ids: Tensor) -> Tensor:
+        """After whole pairs, but not before the closing `|`."""
+        marks = ids == self._id("!")
+        closing = marks & (marks.cumsum(1) % 2 == 0)
+        closing[:, :-1] &= ids[:, 1:] != self._id("|")
+        return closing
+
     def context_text(self, text: str) -> str:
         """Accept the exact format, or lines `key:value`."""
         if self._pair.search(text):

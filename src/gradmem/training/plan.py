@@ -150,7 +150,8 @@ def plan_stage(
     tokens, task = max(zip(lengths, tasks, strict=True), key=lambda pair: pair[0])
     step, before, steps = MetaStep(method, recipe.precision), method.strategy, max(stage.write_steps)
     strategies: Sequence[Strategy] = get_args(Strategy) if recipe.strategy == "auto" else [recipe.strategy]
-    if steps <= 1 and recipe.strategy == "auto":
+    one_by_one = method.chunk is not None and method.chunks == "sequential"
+    if steps <= 1 and recipe.strategy == "auto" and not one_by_one:
         strategies = ["recompute"]  # which keeps the last step: the same
 
     def run(strategy: Strategy, contexts: int) -> None:

@@ -1,0 +1,388 @@
+"""Long contexts: written in chunks, each into vectors of its own, or one after the other into the same vectors."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from ..backbone import Backbone, Prefix
+from ..batch import TOKENS_AT_ONCE, Tokens
+from ..errors import GradmemError, require
+from ..inner.optimizers import Tensors
+from ..memory import LENGTHS, Memory
+from ._prefix import PrefixMethod, pads_last
+from .base import Written
+
+Mode = Literal["sequential", "independent"]
+
+
+class ChunkedMethod(PrefixMethod):
+    """Base of prefix methods that can write a context in chunks; subclasses implement `walk`.
+
+    - "sequential": a chunk is written from the memory that the chunk before it left; the memory stays as small.
+    - "independent": every chunk is written from the start, all in one batch, into n_mem vectors of its own, and READ
+      sees those of all chunks one after the other. The tensors of such a memory have a second dimension, the chunks,
+      and `lengths` says how many each row has.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    n_mem, write_steps, n_ctrl : int
+        As for `PrefixMethod`; the steps are those on each chunk.
+    chunk : int, optional
+        Most tokens of a chunk; by default a context is written whole.
+    chunks : {"sequential", "independent"}
+    """
+
+    joins = True
+
+    def __init__(
+        self, backbone: Backbone, n_mem: int, write_steps: int, n_ctrl: int, chunk: int | None, chunks: Mode
+    ) -> None:
+        super().__init__(backbone, n_mem, write_steps, n_ctrl)
+        self.chunk_by(chunk, chunks)
+
+    def walk(
+        self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
+    ) -> Iterator[Written]:
+        """Write contexts whole, from a memory that may have been written before; see `Method.trajectory`.
+
+        Parameters
+        ----------
+        context : Tokens, shape (batch, length)
+        start : dict of Tensor, shapes (batch, ...)
+            The memory to start from.
+        steps : int
+        until : float or None
+        more : bool
+            Whether other chunks will be written from where this one ends.
+        """
+        raise NotImplementedError
+
+    def chunk_by(self, chunk: int | None, chunks: Mode | None = None) -> None:
+        """Choose how contexts are cut from now on; see `Method.chunk_by`."""
+        good = chunk is None or (isinstance(chunk, int) and 1 <= chunk <= self.max_chunk)
+        require("chunk", chunk, good, f"from 1 to {self.max_chunk} tokens, or none")
+        require("chunks", chunks, chunks in (None, "sequential", "independent"), "sequential or independent")
+        self.chunk, self.chunks = chunk, self.chunks if chunks is None else chunks
+
+    @property
+    def max_chunk(self) -> int:
+        """Longest chunk in tokens: what the backbone's positions leave beside the prefix."""
+        return self.backbone.max_positions - self.prefix_length
+
+    @property
+    def max_chunks(self) -> int:
+        """Most independent chunks: their vectors take at most half of the backbone's positions."""
+        return max(1, (self.backbone.max_positions // 2 - 2 * self.n_ctrl) // self.n_mem)
+
+    @property
+    def max_context(self) -> int:
+        """Longest context in tokens: a chunk, as many as there may be, or any in sequential chunks."""
+        if self.chunk is None:
+            return self.max_chunk
+        return self.chunk * self.max_chunks if self.chunks == "independent" else 2**31 - 1
+
+    @property
+    def max_query(self) -> int:
+        """Longest query and answer in tokens: what the backbone's positions leave beside the largest memory."""
+        grows = self.chunk is not None and self.chunks == "independent"
+        return super().max_query - (self.n_mem * (self.max_chunks - 1) if grows else 0)
+
+    # WRITE
+
+    def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
+        """Yield the memory before the first step and after every step; see `Method.trajectory`.
+
+        Steps are those on each chunk. Independent chunks take each step together; sequential chunks take all of their
+        steps before the next one begins, so that there are more states. Write losses are those of the tokens of all
+        chunks that took the step, and a sample has taken as many steps as the chunk with most.
+        """
+        self._check_write(context, steps)
+        if self.chunk is None:
+            yield from self.walk(context, self._start(len(context)), steps, until)
+        elif self.chunks == "sequential":
+            yield from self._one_by_one(context, self._start(len(context)), steps, until)
+        else:
+            yield from self._apart(context, steps, until)
+
+    def after(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
+        """Yield the memory after each of these numbers of steps on each chunk; see `Method.after`.
+
+        What sequential chunks start from depends on the number of steps, so each number is written anew.
+        """
+        if self.chunk is None or self.chunks == "independent":
+            yield from super().after(context, steps)
+        else:
+            yield from ((number, self.write(context, number)) for number in sorted(set(steps)))
+
+    def extend(self, memory: Memory, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
+        """Write more into memories, as their next chunks; see `Method.extend`."""
+        if self.chunks == "independent":
+            yield from self.trajectory(context, steps, until=until)
+            return
+        self._check_write(context, steps)
+        if self.vectors(memory) > len(memory) * self.n_mem:
+            raise GradmemError("chunks of this memory have vectors of their own: append with `chunks: independent`")
+        like = self._start(1)
+        start = {name: tensor.to(like[name]) for name, tensor in apart(memory).tensors.items()}
+        yield from self._one_by_one(context, start, steps, until)
+
+    def joined(self, memory: Memory, more: Memory) -> Memory:
+        """Put together a memory and what `extend` wrote; see `Method.joined`."""
+        if self.chunks == "sequential":
+            return more
+        counts, added = chunk_counts(memory), chunk_counts(more)
+        self._check_chunks(counts + added)
+        order = torch.cat([numbered(counts)[0], numbered(added)[0]]).argsort(stable=True)
+        new = apart(more).tensors
+        tensors = {name: torch.cat([tensor, new[name]])[order] for name, tensor in apart(memory).tensors.items()}
+        return pack(tensors, counts + added)
+
+    def cuts(self, context: Tokens) -> list[list[int]]:
+        """Tokens of each chunk of each context; none for contexts that are written whole."""
+        if self.chunk is None:
+            return super().cuts(context)
+        chunks = self._cut(context)
+        lengths = iter(chunks.tokens.lengths.tolist())
+        return [[next(lengths) for _ in range(count)] for count in chunks.counts.tolist()]
+
+    def _cut(self, context: Tokens) -> Chunks:
+        return Chunks.cut(context, self.chunk or context.ids.shape[1], self.may_end(context.ids))
+
+    def _apart(self, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
+        """Write independent chunks, step by step together."""
+        chunks = self._cut(context)
+        self._check_chunks(chunks.counts)
+        # The trainer and `write` see to it that a batch is not too large, but not that one long context is not.
+        size = len(chunks.rows) if torch.is_grad_enabled() else max(1, TOKENS_AT_ONCE // chunks.tokens.ids.shape[1])
+        tokens = [chunks.tokens[i : i + size] for i in range(0, len(chunks.rows), size)]
+        walks = [self.walk(some, self._start(len(some)), steps, until) for some in tokens]
+        for states in _together(walks):
+            names = states[0].memory.tensors
+            tensors = {name: torch.cat([state.memory.tensors[name] for state in states]) for name in names}
+            parts = [_Part(*part) for part in zip(tokens, chunks.rows.split(size), states, strict=True)]
+            yield Written(pack(tensors, chunks.counts), *_summed(parts, len(context)))
+
+    def _one_by_one(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
+        """Write sequential chunks: all contexts' first ones, then the second ones of those that have one, and so on."""
+        chunks, done = self._cut(context), list[_Part]()
+        last = int(chunks.counts.max()) - 1
+        for turn in range(last + 1):
+            mine = chunks.places == turn
+            tokens, rows = chunks.tokens[mine], chunks.rows[mine]
+            before, states = tensors, list[_Part]()
+            start = {name: tensor[rows] for name, tensor in before.items()}
+            for number, written in enumerate(self.walk(tokens, start, steps, until, more=turn < last)):
+                tensors = {name: new.index_copy(0, rows, written.memory.tensors[name]) for name, new in before.items()}
+                states = [_Part(tokens, rows, written)]
+                if number or not turn:
+                    yield Written(Memory(tensors), *_summed(done + states, len(context)))
+            done += states
+
+    def _check_chunks(self, counts: Tensor) -> None:
+        most = int(counts.max())
+        if most > self.max_chunks:
+            raise GradmemError(
+                f"a context has {most} chunks; the limit is {self.max_chunks}: take longer chunks (`chunk`) or "
+                "`chunks: sequential`"
+            )
+
+    # READ and receipts
+
+    def prefix(self, memory: Memory) -> Prefix:
+        """Run `[read_start ; P(M) of each chunk ; read_end]` once for each row."""
+        if LENGTHS not in memory.tensors:
+            return super().prefix(memory)
+        counts = memory.tensors[LENGTHS]
+        embeds = _padded(self._project("read", apart(memory).tensors), counts).flatten(1, 2)
+        real = torch.arange(embeds.shape[1], device=counts.device) < counts[:, None] * self.n_mem
+        if self.control:
+            start, end = (self.control[f"read_{side}"].expand(len(memory), -1, -1) for side in ("start", "end"))
+            embeds, real = torch.cat([start, embeds, end], 1), F.pad(real, (self.n_ctrl, self.n_ctrl), value=True)
+        return self._run(pads_last(embeds, real), real)
+
+    def _run(self, embeds: Tensor, real: Tensor) -> Prefix:
+        """Run prefixes of different lengths, whose pads stand behind them, where causality and a mask hide them."""
+        cache, lengths = DynamicCache(config=self.backbone.model.config), real.sum(1)
+        hidden = self.backbone.hidden(embeds, cache)
+        last = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+        if bool(real.all()):
+            return Prefix(last, cache)
+        mask = torch.arange(real.shape[1], device=real.device) < lengths[:, None]
+        return Prefix(last, cache, mask, lengths if self.backbone.takes_positions else None)
+
+    def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
+        """Loss of each context token under a memory, shape (batch, length), nats; chunks are read as they are written.
+
+        Of a memory with vectors for each chunk, the first of its chunks are those of the context.
+        """
+        if self.chunk is None and LENGTHS not in memory.tensors:
+            return super().token_losses(memory, context)
+        chunks = self._cut(context)
+        if LENGTHS in memory.tensors:
+            own = {n: t[chunks.rows, chunks.places] for n, t in memory.tensors.items() if n != LENGTHS}
+        else:
+            own = {n: t[chunks.rows] for n, t in memory.tensors.items()}
+        losses = super().token_losses(Memory(own), chunks.tokens)
+        return chunks.rejoined(losses, context)
+
+    def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
+        """Read chunks back, one row of tokens for each chunk that has vectors; see `Method.reconstruct`."""
+        return super().reconstruct(apart(memory), lengths)
+
+    def apart(self, memory: Memory) -> Memory:
+        """Chunks with vectors of their own as rows of their own; see `Method.apart`."""
+        return apart(memory)
+
+    def vectors(self, memory: Memory) -> int:
+        """Memory vectors of all rows."""
+        return int(chunk_counts(memory).sum()) * self.n_mem
+
+    def check(self, memory: Memory, what: str) -> None:
+        """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
+        lengths, own = memory.tensors.get(LENGTHS), [t for name, t in memory.tensors.items() if name != LENGTHS]
+        if lengths is not None and own:
+            most = min(self.max_chunks, *(tensor.shape[1] if tensor.ndim > 1 else 0 for tensor in own))
+            real = lengths.ndim == 1 and not lengths.is_floating_point()
+            if not real or not bool(((lengths >= 1) & (lengths <= most)).all()):
+                shapes = {name: tuple(tensor.shape[1:]) for name, tensor in memory.tensors.items()}
+                raise GradmemError(f"{what} holds {shapes}, which are not up to {self.max_chunks} chunks a row")
+            memory = apart(memory)
+        super().check(memory, what)
+
+
+@dataclass
+class Chunks:
+    """Contexts cut into chunks; those of a context stand one after the other.
+
+    Attributes
+    ----------
+    tokens : Tokens, shape (chunks, length)
+    rows, places, begins : Tensor, int64, shape (chunks,)
+        The context of each chunk, which of its chunks it is, and where it begins.
+    counts : Tensor, int64, shape (contexts,)
+        Chunks of each context.
+    """
+
+    tokens: Tokens
+    rows: Tensor
+    places: Tensor
+    begins: Tensor
+    counts: Tensor
+
+    @classmethod
+    def cut(cls, context: Tokens, size: int, may_end: Tensor) -> Chunks:
+        """Cut contexts after at most `size` tokens, where they may be cut; elsewhere only what is longer than a chunk.
+
+        Parameters
+        ----------
+        context : Tokens, shape (batch, length)
+        size : int
+        may_end : Tensor, bool, shape (batch, length)
+            Tokens after which a chunk may end.
+        """
+        device, length = context.ids.device, context.ids.shape[1]
+        spans = [
+            _spans([i for i, end in enumerate(ends, 1) if end], real, size)
+            for ends, real in zip(may_end.tolist(), context.lengths.tolist(), strict=True)
+        ]
+        counts = torch.tensor([len(own) for own in spans], device=device)
+        rows, places = numbered(counts)
+        bounds = torch.tensor([span for own in spans for span in own], device=device)
+        at = bounds[:, :1] + torch.arange(int((bounds[:, 1] - bounds[:, 0]).max()), device=device)
+        ids = context.ids[rows[:, None], at.clamp_max(length - 1)]
+        return cls(Tokens(ids, at < bounds[:, 1:]), rows, places, bounds[:, 0], counts)
+
+    def rejoined(self, values: Tensor, context: Tokens) -> Tensor:
+        """Put values of the chunks' tokens (chunks, length) where they stand in the contexts; zero at pads."""
+        real = self.tokens.mask
+        at = self.begins[:, None] + torch.arange(real.shape[1], device=real.device)
+        rows = self.rows[:, None].expand_as(at)
+        return values.new_zeros(context.ids.shape).index_put((rows[real], at[real]), values[real])
+
+
+def _spans(ends: list[int], length: int, size: int) -> list[tuple[int, int]]:
+    """Where chunks begin and stop: after the last of `ends` that fits, or after `size` tokens where none does."""
+    spans, begin = [], 0
+    while begin < length:
+        stop = begin + size
+        if stop < length:
+            fits = bisect_right(ends, stop)
+            stop = ends[fits - 1] if fits and ends[fits - 1] > begin else stop
+        spans.append((begin, min(stop, length)))
+        begin = stop
+    return spans
+
+
+def numbered(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For things of which each row has so many: the row of each, and its number in the row."""
+    rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    return rows, torch.arange(len(rows), device=counts.device) - (counts.cumsum(0) - counts)[rows]
+
+
+def pack(tensors: Tensors, counts: Tensor) -> Memory:
+    """Chunks' tensors (chunks, ...) as a memory with so many chunks in each row."""
+    return Memory({**{name: _padded(tensor, counts) for name, tensor in tensors.items()}, LENGTHS: counts})
+
+
+def _padded(tensor: Tensor, counts: Tensor) -> Tensor:
+    """What is of each chunk (chunks, ...) as rows (batch, most chunks, ...), padded with zeros."""
+    rows = tensor.new_zeros(len(counts), int(counts.max()), *tensor.shape[1:])
+    return rows.index_put(numbered(counts), tensor)
+
+
+def apart(memory: Memory) -> Memory:
+    """Chunks with vectors of their own as rows of their own; a memory without such chunks is itself."""
+    if LENGTHS not in memory.tensors:
+        return memory
+    rows, places = numbered(memory.tensors[LENGTHS])
+    return Memory({name: tensor[rows, places] for name, tensor in memory.tensors.items() if name != LENGTHS})
+
+
+def chunk_counts(memory: Memory) -> Tensor:
+    """How many chunks of each row have vectors of their own: int64, shape (batch,)."""
+    like = next(iter(memory.tensors.values()))
+    return memory.tensors.get(LENGTHS, torch.ones(len(memory), dtype=torch.long, device=like.device))
+
+
+@dataclass
+class _Part:
+    """Chunks written at the same time, and the contexts they belong to."""
+
+    tokens: Tokens
+    rows: Tensor
+    written: Written
+
+
+def _together(walks: Sequence[Iterator[Written]]) -> Iterator[list[Written]]:
+    """States of several walks after the same number of steps; one that has ended stays where it is."""
+    states = [next(walk) for walk in walks]
+    news: list[Written | None] = [*states]
+    while any(news):
+        states = [new or state for new, state in zip(news, states, strict=True)]
+        yield states
+        news = [next(walk, None) for walk in walks]
+
+
+def _summed(parts: list[_Part], batch: int) -> tuple[Tensor, Tensor]:
+    """Losses (steps, batch), the means over the tokens of the chunks that took a step, and the most steps (batch,)."""
+    like = parts[0].written.losses
+    total = like.new_zeros(max(len(part.written.losses) for part in parts), batch)
+    weight, most = torch.zeros_like(total), parts[0].written.taken.new_zeros(batch)
+    for part in parts:
+        losses, taken = part.written.losses, part.written.taken
+        steps = torch.arange(len(losses), device=losses.device)
+        tokens = (steps[:, None] < taken) * part.tokens.lengths
+        missing = (0, 0, 0, len(total) - len(losses))
+        total = total.index_add(1, part.rows, F.pad(losses * tokens, missing))
+        weight = weight.index_add(1, part.rows, F.pad(tokens.to(weight.dtype), missing))
+        most = most.scatter_reduce(0, part.rows, taken, "amax")
+    return total / weight.clamp_min(1), most

@@ -1,0 +1,559 @@
+"""Contexts in chunks: against a reference that writes them in a Python loop; what files and receipts say of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import weakref
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gradmem
+from conftest import (
+    TOLERANCE,
+    assert_same_gradients,
+    distance,
+    gradients,
+    make_batch,
+    make_gradmem,
+    make_method,
+    random_tokens,
+    real,
+    tiny_model,
+)
+from gradmem import GradmemError, Memory, MemoryModel
+from gradmem.batch import Tokens
+from gradmem.cli import main
+from gradmem.commands import plan, train
+from gradmem.evaluation import evaluate
+from gradmem.inner import Strategy
+from gradmem.memory import Record
+from gradmem.methods import RMT, GradMem, MeanPool
+from gradmem.methods._chunked import Chunks
+from gradmem.model import build_task
+from naive import Naive
+from test_gradmem import EVERYTHING, OPTIONS, check_slopes, outer_loss
+from test_rmt import naive_read, naive_write
+from test_training import recipe
+
+MODES = ["sequential", "independent"]
+SIZE = 3
+"""Of the chunks of `make_batch`, whose contexts have then three, two and three of them."""
+CASES = ["second", "first", "none", "last_k", "one_vector", "adam", "everything", "everything_last_k"]
+
+
+@dataclasses.dataclass
+class NaiveChunks(Naive):
+    """One chunk after the other; independent ones are stacked, and each is projected on its own in READ."""
+
+    size: int = SIZE
+    mode: str = "independent"
+
+    def write(
+        self, context: Tensor, written: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        memories, losses = [], []
+        for chunk in context.split(self.size):
+            before = memories[-1] if memories and self.mode == "sequential" else None
+            memory, own = super().write(chunk, before)
+            memories.append(memory)
+            losses.append([loss * len(chunk) / len(context) for loss in own])
+        total = [sum(step) for step in zip(*losses, strict=True)]
+        if self.mode == "sequential":
+            return memories[-1], total
+        return {name: torch.stack([memory[name] for memory in memories]) for name in memory}, total
+
+    def vectors(self, written: dict[str, Tensor]) -> Tensor:
+        if written["memory"].dim() == 2:
+            return super().vectors(written)
+        each = [{name: tensor[i] for name, tensor in written.items()} for i in range(len(written["memory"]))]
+        return torch.cat([super(NaiveChunks, self).vectors(one) for one in each])
+
+
+def naive(method: GradMem, mode: str, **options: Any) -> NaiveChunks:
+    return NaiveChunks(method, **{"inner_lr": 0.3, "write_steps": 2} | options, mode=mode)
+
+
+def chunked(mode: str, kind: str = "gpt2", **options: Any) -> GradMem:
+    return make_gradmem(kind, chunk=SIZE, chunks=mode, **options)
+
+
+# --- The naive reference ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+@pytest.mark.parametrize(
+    ("kind", "name"), [("gpt2", name) for name in CASES] + [("llama", "everything"), ("qwen2", "second")]
+)
+def test_equals_naive(kind: str, name: str, strategy: Strategy, mode: str) -> None:
+    """Loss, everything written, and all gradients, of rows of different numbers of chunks."""
+    options, batch = OPTIONS[name], make_batch()
+    method = chunked(mode, kind, **options)
+    method.strategy = strategy
+    loss, memory = outer_loss(method, batch, auxiliary=0.5)
+    wanted_loss, wanted = naive(method, mode, **options).loss(batch, auxiliary=0.5)
+    assert loss.item() == pytest.approx(wanted_loss.item(), rel=TOLERANCE)
+    for row, tensors in enumerate(wanted):
+        for key, tensor in tensors.items():
+            assert distance(memory[row].tensors[key][0], tensor) < TOLERANCE, (row, key)
+    if mode == "independent":
+        assert memory.tensors["lengths"].tolist() == [3, 2, 3]
+        assert not memory.tensors["memory"][1, 2].any(), "padded with zeros"
+    assert_same_gradients(gradients(loss, method), gradients(wanted_loss, method))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, EVERYTHING, {"inner_optimizer": "adam", "inner_lr": 0.05}],
+    ids=["plain", "everything", "adam"],
+)
+def test_the_meta_gradient_is_the_derivative(mode: str, options: dict[str, Any]) -> None:
+    """Of writing all chunks, reading and the auxiliary loss, for every parameter, by finite differences."""
+    method, batch = chunked(mode, **options), make_batch()
+    method.strategy = "recompute"
+    check_slopes(method, lambda: outer_loss(method, batch, auxiliary=0.5)[0], h=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_rmt_is_segment_recurrence(kind: str) -> None:
+    """Each segment is written from the memory of the one before it; gradients pass through all."""
+    options = {"n_mem": 3, "write_steps": 2, "n_ctrl": 1, "projection": "proj_rw", "residual": True}
+    options |= {"write_head": "none", "reconstruction": False}
+    method, batch = make_method(RMT, kind, **options, chunk=SIZE), make_batch()
+    batch.labels[:, 0] = -100
+
+    class At:
+        """The method, with another memory to start from."""
+
+        def __init__(self, memory: Tensor) -> None:
+            self.initial_memory = memory
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(method, name)
+
+    rows = []
+    for row in range(len(batch.context)):
+        memory = method.initial_memory
+        for chunk in real(batch.context, row).split(SIZE):
+            memory = naive_write(At(memory), options, Tokens.from_lists([chunk.tolist()]))[0][0]
+        rows.append(memory)
+    logits = naive_read(method, options, torch.stack(rows)[batch.rows], batch.queries)
+    wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+    written = method.write(batch.context)
+    assert distance(written.memory.tensors["memory"], torch.stack(rows)) < TOLERANCE
+    got = method.read(written.memory, batch.queries, batch.rows)[:, :-1]
+    loss = F.cross_entropy(got.flatten(0, 1), batch.labels.flatten())
+    assert_same_gradients(gradients(loss, method), gradients(wanted, method))
+
+
+# --- Writing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_chunk_is_the_whole(mode: str) -> None:
+    whole, batch = make_gradmem(n_ctrl=1), make_batch()
+    method = make_gradmem(n_ctrl=1, chunk=8, chunks=mode)
+    wanted, got = whole.write(batch.context), method.write(batch.context)
+    assert distance(got.losses, wanted.losses) < TOLERANCE
+    assert got.taken.tolist() == wanted.taken.tolist()
+    assert distance(method.apart(got.memory).tensors["memory"], wanted.memory.tensors["memory"]) < TOLERANCE
+    logits = whole.read(wanted.memory, batch.queries, batch.rows)
+    assert distance(method.read(got.memory, batch.queries, batch.rows), logits) < TOLERANCE
+    assert method.cuts(batch.context) == [[7], [5], [8]]
+    assert whole.cuts(batch.context) == [[], [], []]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_neighbours_and_order_change_nothing(mode: str, kind: str) -> None:
+    """Rows of one to four chunks, each alone, and in another order."""
+    method, lengths, order = chunked(mode, kind, n_ctrl=1), [4, 11, 2, 8], torch.tensor([2, 0, 3, 1])
+    context, queries = random_tokens(lengths), random_tokens([4, 6, 3, 5], 1)
+    written = method.write(context)
+    logits, losses = method.read(written.memory, queries), method.token_losses(written.memory, context)
+    shuffled = method.write(context[order])
+    assert distance(shuffled.losses, written.losses[:, order]) < TOLERANCE
+    for place, row in enumerate(order.tolist()):
+        ids = Tokens.from_lists([real(context, row).tolist()])
+        own = method.write(ids)
+        for memory in (written.memory[row], shuffled.memory[place]):
+            for name, tensor in own.memory.tensors.items():
+                assert distance(memory.tensors[name].double(), tensor.double()) < TOLERANCE
+            assert memory.nbytes == own.memory.nbytes
+        assert distance(written.losses[:, row], own.losses[:, 0]) < TOLERANCE
+        assert distance(losses[row, : lengths[row]], method.token_losses(own.memory, ids)[0]) < TOLERANCE
+        asked = Tokens.from_lists([real(queries, row).tolist()])
+        wanted = method.read(own.memory, asked)[0]
+        assert distance(logits[row, : len(wanted)], wanted) < TOLERANCE
+    assert not losses[~context.mask].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_token_losses_are_those_of_the_chunks(mode: str) -> None:
+    method, context = chunked(mode), random_tokens([8])
+    memory = method.write(context).memory
+    losses = method.token_losses(memory, context)[0]
+    for number, chunk in enumerate(context.ids[0].split(SIZE)):
+        own = {
+            name: t[0, number] if mode == "independent" else t[0]
+            for name, t in memory.tensors.items()
+            if name[0] == "m"
+        }
+        logits = Naive(method, inner_lr=0.3, write_steps=2).forward("write", own, chunk)[:-1]
+        wanted = F.cross_entropy(logits, chunk, reduction="none")
+        assert distance(losses[number * SIZE :][: len(chunk)], wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_until_stops_chunks_one_by_one(mode: str) -> None:
+    method, context = chunked(mode), random_tokens([8, 5])
+    with torch.no_grad():
+        until = float(method.write(context, 3).losses[2].mean())
+        written = method.write(context, 6, until=until)
+        counts, whole = [], make_gradmem()
+        for row in range(2):
+            memory = whole._start(1)
+            taken, places = [], []
+            for chunk in real(context, row).split(SIZE):
+                start = memory if mode == "sequential" else whole._start(1)
+                *_, own = whole.walk(Tokens.from_lists([chunk.tolist()]), start, 6, until)
+                memory = own.memory.tensors
+                taken.append(int(own.taken))
+                places.append(memory["memory"])
+            wanted = torch.stack(places, 1) if mode == "independent" else memory["memory"]
+            assert distance(written.memory[row].tensors["memory"], wanted) < TOLERANCE
+            assert written.taken[row] == max(taken)
+            counts += taken
+    assert len(set(counts)) > 1
+
+
+@pytest.mark.parametrize("until", [None, 2.9])
+def test_parts_of_a_long_context(until: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients a long context is written in parts of so many tokens: with the same result."""
+    method, context = chunked("independent"), random_tokens([14, 5])
+    wanted = method.write(context, 4, until=until)
+    sizes = []
+    walk = method.walk
+    method.walk = lambda tokens, *rest: (sizes.append(len(tokens)), walk(tokens, *rest))[1]
+    monkeypatch.setattr("gradmem.methods._chunked.TOKENS_AT_ONCE", 2 * SIZE)
+    with torch.no_grad():
+        got = method.write(context, 4, until=until)
+    assert sizes == [2, 2, 2, 1]
+    assert got.taken.tolist() == wanted.taken.tolist()
+    assert distance(got.losses, wanted.losses) < TOLERANCE
+    assert distance(got.memory.tensors["memory"], wanted.memory.tensors["memory"]) < TOLERANCE
+
+
+def test_recompute_keeps_one_chunk_whatever_their_number() -> None:
+    """What the graph of WRITE holds on to grows with sequential chunks by memories only."""
+    sizes = []
+    for chunks in (1, 2, 6):
+        method, held = make_gradmem(chunk=6, chunks="sequential"), []
+
+        def pack(tensor: Tensor, held: list[weakref.ref[Tensor]] = held) -> Tensor:
+            alive = tensor.view_as(tensor)
+            held.append(weakref.ref(alive))
+            return alive
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            written = method.write(random_tokens([6 * chunks] * 3))
+        parameters = {parameter.shape for parameter in method.parameters()}
+        alive = [ref() for ref in held]
+        sizes.append(sum(t.numel() for t in alive if t is not None and t.shape not in parameters))
+        memory = written.memory.tensors["memory"].numel()
+    assert sizes[2] - sizes[1] < 4 * 30 * memory
+    assert sizes[0] > 100 * memory
+
+
+def test_steps_are_read_off_anew() -> None:
+    """After so many steps on each chunk, in evaluation too."""
+    method, context = chunked("sequential"), random_tokens([8, 5])
+    for number, written in method.after(context, [3, 0, 1]):
+        assert distance(written.memory.tensors["memory"], method.write(context, number).memory.tensors["memory"]) == 0
+        assert written.taken.tolist() == [number] * 2
+    states = list(method.trajectory(context, 2))
+    assert len(states) == 1 + 3 * 2
+    assert [state.taken.tolist() for state in states[:3]] == [[0, 0], [1, 1], [2, 2]]
+
+
+# --- Where chunks end -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cuts(seed: int) -> None:
+    """No token is lost; chunks end where they may, as late as possible, or are full."""
+    generator = torch.Generator().manual_seed(seed)
+    context, size = random_tokens([17, 9, 30, 1], seed), 5
+    may_end = torch.rand(context.ids.shape, generator=generator) < 0.3
+    chunks = Chunks.cut(context, size, may_end)
+    for row in range(4):
+        ids, ends, begin = real(context, row), may_end[row].tolist(), 0
+        mine = [real(chunks.tokens, i).tolist() for i, owner in enumerate(chunks.rows.tolist()) if owner == row]
+        assert list(chain(*mine)) == ids.tolist()
+        assert chunks.counts[row] == len(mine)
+        for chunk in mine:
+            stop = begin + len(chunk)
+            later = [e for e in range(begin + 1, min(begin + size, len(ids)) + 1) if e == len(ids) or ends[e - 1]]
+            assert stop == (max(later) if later else begin + size)
+            begin = stop
+    values = torch.randn(chunks.tokens.ids.shape)
+    back = chunks.rejoined(values, context)
+    assert torch.equal(back[context.mask], values[chunks.tokens.mask])
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_pairs_stay_whole(noise: float) -> None:
+    task = build_task({"name": "kv", "pairs": 8, "noise": noise})
+    context = task.batch("test", 0, 4).context
+    chunks = Chunks.cut(context, 30, task.may_end(context.ids))
+    texts = [task.text(real(chunks.tokens, i).tolist()) for i in range(len(chunks.rows))]
+    assert sum(len(re.findall("![^!|]{2}:[^!|]{2}!", text)) for text in texts) == 4 * 8
+    assert all(text.count("!") % 2 == 0 for text in texts)
+    assert texts[-1] != "|"
+    assert max(map(len, texts)) <= 30
+
+
+def test_statements_stay_whole() -> None:
+    task = build_task({"name": "babi", "tasks": "qa2"})
+    context = task.batch("train", 0, 4).context
+    chunks = Chunks.cut(context, 40, task.may_end(context.ids))
+    texts = [task.text(real(chunks.tokens, i).tolist()) for i in range(len(chunks.rows))]
+    assert len(texts) > 4
+    assert all(text.rstrip().endswith(".") for text in texts)
+
+
+# --- Models, files, receipts ------------------------------------------------------------------------------
+
+PAIRS = [f"{chr(97 + i)}{i}:{i}{chr(65 + i)}" for i in range(8)]
+TEXT, MORE, LAST = "\n".join(PAIRS[:4]), "\n".join(PAIRS[4:7]), PAIRS[7]
+QUERIES = ["a0", "f5", "h7"]
+
+
+@pytest.fixture(params=MODES)
+def model(request: pytest.FixtureRequest) -> MemoryModel:
+    """A model trained on whole contexts that is to write two pairs at a time."""
+    made = tiny_model(0)
+    made.choose({"chunk": 15, "chunks": request.param})
+    return made
+
+
+def logits(model: MemoryModel, memory: Memory) -> Tensor:
+    queries = Tokens.from_lists([model.task.encode(model.task.query_text(query)) for query in QUERIES])
+    with torch.no_grad():
+        return model.method.read(memory, queries, torch.zeros(len(QUERIES), dtype=torch.long))
+
+
+def test_a_file_of_chunks(model: MemoryModel, tmp_path: Path) -> None:
+    """Any copy of the checkpoint reads it, however it would write itself."""
+    memory = model.write([TEXT, LAST])
+    assert [record.chunks for record in memory.records] == [[14, 15], [8]]
+    assert [record.context_tokens for record in memory.records] == [29, 8]
+    assert [record.steps for record in memory.records] == [2, 2]
+    plain = tiny_model(0)
+    opened = plain.open(memory.save(tmp_path / "m"))
+    assert opened.records == memory.records
+    assert opened.ask([QUERIES, QUERIES]) == memory.ask([QUERIES, QUERIES])
+    if model.method.chunks == "independent":
+        assert opened.restore() == memory.restore()
+        assert [len(ids) for ids in plain.reconstruct(opened)] == [29, 8]
+    else:
+        with pytest.raises(GradmemError, match="3 chunks in the vectors of 2"):
+            opened.restore()
+        assert [len(ids) for ids in plain.reconstruct(opened[1])] == [8]
+
+
+def test_append(model: MemoryModel, tmp_path: Path) -> None:
+    """What is appended is the next chunk: the same as when all chunks are written at once."""
+    first = model.write("\n".join(PAIRS[:2]))
+    before = {name: tensor.clone() for name, tensor in first.tensors.items()}
+    second = model.append(first, "\n".join(PAIRS[2:4]))
+    assert all(torch.equal(first.tensors[name], tensor) for name, tensor in before.items())
+    ids = [model.task.encode(model.task.context_text("\n".join(PAIRS[i : i + 2]))) for i in (0, 2)]
+    model.method.may_end = lambda tokens: tokens == model.task.encode("|")[0]
+    with torch.no_grad():
+        wanted = model.method.write(Tokens.from_lists([list(chain(*ids))])).memory
+    for name, tensor in wanted.tensors.items():
+        assert distance(second.tensors[name].double(), tensor.double()) < 1e-5
+    opened = model.open(second.save(tmp_path / "m"))
+    assert opened.ask(QUERIES) == second.ask(QUERIES)
+    assert opened.records == second.records
+
+
+def test_append_to_several(model: MemoryModel) -> None:
+    """Each row gets its own text, whatever was there before."""
+    rows = model.append(model.write([TEXT, LAST]), [LAST, MORE])
+    for row, (text, more) in enumerate([(TEXT, LAST), (LAST, MORE)]):
+        alone = model.append(model.write(text), more)
+        assert distance(logits(model, rows[row]), logits(model, alone)) < 1e-4
+        assert rows.records[row].losses == pytest.approx(alone.records[0].losses, abs=1e-4)
+
+
+def test_receipts_of_appended_texts(model: MemoryModel, tmp_path: Path) -> None:
+    first = model.write(TEXT)
+    second = model.append(first, MORE)
+    third = model.append(second, LAST)
+    (record,) = third.records
+    assert [part.context_tokens for part in record.parts] == [29, 22, 8]
+    assert record.earlier[0] == first.records[0]
+    assert record.earlier[1] == dataclasses.replace(second.records[0], earlier=[])
+    own = model.write(LAST).records[0]
+    assert record.context_sha256 == own.context_sha256
+    measured = model.append(second, LAST, before=TEXT + MORE).records[0]
+    assert measured.token_losses == record.token_losses
+    for part, text in zip(measured.earlier, (TEXT, MORE), strict=True):
+        context = Tokens.from_lists([model.task.encode(model.task.context_text(text))])
+        known = next(one for one in record.earlier if one.context_sha256 == part.context_sha256)
+        assert part.losses[:-1] == known.losses[:-1]
+        if model.method.chunks == "independent":
+            assert part == known
+        else:
+            with torch.no_grad():
+                wanted = model.method.token_losses(third, context)[0].tolist()
+            assert part.token_losses == pytest.approx(wanted, abs=1e-3)
+            assert part.losses[-1] == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
+            assert part.token_losses != known.token_losses
+    assert json.loads(json.dumps(record.row()))["earlier"][0]["lost"] == first.records[0].lost
+    with pytest.raises(GradmemError, match="`before` is not the text"):
+        model.append(second, LAST, before=MORE + TEXT)
+    assert Memory.load(third.save(tmp_path / "m")).records == third.records
+
+
+def test_an_appended_text_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In vectors of its own, beside what was there."""
+    model = tiny_model(0)
+    model.save_pretrained(tmp_path / "checkpoint")
+    model = gradmem.load(tmp_path / "checkpoint", {"chunk": 15, "chunks": "independent"})
+    memory = model.append(model.write(TEXT), MORE)
+    ids = model.reconstruct(memory)
+    assert ids[0] == model.reconstruct(model.write(TEXT))[0]
+    assert ids[1] == model.reconstruct(model.write(MORE))[0]
+    memory.save(tmp_path / "m")
+    (tmp_path / "both.txt").write_text(TEXT + MORE)
+    assert main(["inspect", f"{tmp_path}/m", "--context", f"{tmp_path}/both.txt"]) == 0
+    assert "29 tokens in 2 chunks" in capsys.readouterr().out
+    assert main(["restore", f"{tmp_path}/m", "--context", f"{tmp_path}/both.txt"]) == 0
+    assert "of 51" in capsys.readouterr().err
+
+
+def test_records_of_version_1() -> None:
+    """As they were written before there were chunks."""
+    data = dataclasses.asdict(tiny_model(0).write(LAST).records[0])
+    old = Record.read({name: value for name, value in data.items() if name not in ("chunks", "earlier")})
+    assert (old.chunks, old.earlier, old.parts) == ([], [], [old])
+
+
+def test_long_memories_leave_less_room() -> None:
+    """Appending stops where READ would have no positions left for a query."""
+    model = tiny_model(0)
+    model.choose({"chunks": "independent"})
+    model.method.backbone.model.config.max_position_embeddings = 60
+    memory = model.write(LAST)
+    while len(memory.records[0].parts) < model.method.max_chunks:
+        memory = model.append(memory, LAST)
+    assert memory.ask("h7", max_new_tokens=20) is not None
+    with pytest.raises(GradmemError, match=r"the query has 5 tokens; the limit of 'unnamed' is 3"):
+        memory.ask("h7", max_new_tokens=60 - 8 * model.method.max_chunks - 3)
+    with pytest.raises(GradmemError, match=f"the limit is {model.method.max_chunks}: take longer chunks"):
+        model.append(memory, LAST)
+
+
+# --- Refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"chunk": 0}, {"chunk": 38}, {"chunk": "x"}, {"chunks": "both"}], ids=str)
+def test_bad_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(GradmemError, match=f"{next(iter(options))} must be"):
+        make_gradmem(**options)
+    with pytest.raises(GradmemError, match="must be"):
+        make_gradmem().chunk_by(**{"chunk": None} | options)
+
+
+def test_too_many_chunks_are_refused() -> None:
+    method = chunked("independent")
+    assert method.max_context == 6 * SIZE
+    assert method.max_query == 40 - 6 * 3
+    method.write(random_tokens([6 * SIZE]))
+    method.may_end = lambda ids: torch.arange(ids.shape[1]).expand_as(ids) % 2 == 1
+    with pytest.raises(GradmemError, match="a context has 9 chunks; the limit is 6"):
+        method.write(random_tokens([6 * SIZE]))
+    method.chunk_by(SIZE, "sequential")
+    assert method.write(random_tokens([60])).memory.tensors["memory"].isfinite().all()
+    with pytest.raises(GradmemError, match="write them in chunks"):
+        make_gradmem().write(random_tokens([38]))
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model(0)
+    with pytest.raises(GradmemError, match="has a method of its own"):
+        model.choose({"n_mem": 3})
+    with pytest.raises(GradmemError, match="2 texts for 1 memories"):
+        model.append(model.write(TEXT), [MORE, LAST])
+    with pytest.raises(GradmemError, match="not by"):
+        model.append(tiny_model(1).write(TEXT), MORE)
+    pool = MemoryModel.from_spec(model.spec["task"], model.spec["backbone"], {"name": "mean_pool"})
+    with pytest.raises(GradmemError, match="writes no chunks"):
+        pool.choose({"chunk": 4})
+    with pytest.raises(GradmemError, match="writes a memory once"):
+        pool.append(pool.write(TEXT), MORE)
+    with pytest.raises(GradmemError, match="whole, at once"):
+        make_method(MeanPool).chunk_by(3)
+    apart = model.write(TEXT)
+    model.choose({"chunk": 15, "chunks": "independent"})
+    apart = model.append(apart, MORE)
+    model.choose({"chunks": "sequential"})
+    with pytest.raises(GradmemError, match="vectors of their own: append with"):
+        model.append(apart, LAST)
+    bad = {**apart.tensors, "lengths": apart.tensors["lengths"] + 1}
+    with pytest.raises(GradmemError, match="chunks a row"):
+        model.method.check(Memory(bad), "it")
+
+
+# --- Training, evaluation, command line -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training(mode: str, tmp_path: Path) -> None:
+    """Planned, trained for two steps, saved with its chunks, measured on longer contexts than in training."""
+    made = recipe(2, strategy="auto", micro_batch=0)
+    made.task["pairs"] = 4
+    made.method |= {"chunk": 10, "chunks": mode}
+    assert plan(made)
+    train(made, tmp_path / "run")
+    model = gradmem.load(tmp_path / "run" / "checkpoint")
+    assert (model.method.chunk, model.method.chunks) == (10, mode)
+    (result,) = evaluate(model, [2], samples=3, task={"pairs": 6, "alphabet": 12})
+    assert result.n_mem == (8 if mode == "independent" else 2)
+    assert result.metrics == {}
+    memory = model.write("a:b\nc:d\ne:f")
+    assert memory.records[0].chunks == [10, 6]
+    assert memory.ask("a") is not None
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model(0).save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "t.txt").write_text(TEXT)
+    write = ["write", f"{tmp_path}/checkpoint", f"{tmp_path}/t.txt", "-o", f"{tmp_path}/m"]
+    assert main([*write, "--chunk", "15", "--chunks=independent"]) == 0
+    assert Memory.load(tmp_path / "m").tensors["memory"].shape == (1, 2, 8, 16)
+    assert main(["ask", f"{tmp_path}/m", "a0"]) == 0
+    assert main([*write, "--chunk=15"]) == 0
+    opened = Memory.load(tmp_path / "m")
+    assert opened.tensors["memory"].shape == (1, 8, 16)
+    assert opened.records[0].chunks == [14, 15]
+    capsys.readouterr()
+    measure = ["eval", f"{tmp_path}/checkpoint", "--pairs=6", "--samples=2", "--json", f"{tmp_path}/e.json"]
+    assert main([*measure, "--method.chunk", "15", "--method.chunks", "independent"]) == 0
+    (row,) = json.loads((tmp_path / "e.json").read_text())
+    assert (row["method.chunk"], row["method.chunks"], row["n_mem"]) == (15, "independent", 24)
+    for wrong in (["--method.chunk", "0"], ["--method.n_mem", "3"], ["--method.chunk", "lots"]):
+        assert main([*measure, *wrong]) == 2
+    assert "Traceback" not in capsys.readouterr().err
