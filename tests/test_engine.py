@@ -100,7 +100,11 @@ def test_a_written_memory_is_that_of_the_model(tiny: MemoryModel) -> None:
     assert memory.records == wanted.records
 
 
-def test_queries_are_answered_between_steps_of_a_write(tiny: MemoryModel, memory: Memory) -> None:
+@pytest.mark.parametrize("case", ALL, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def test_queries_are_answered_between_steps_of_a_write(case: tuple[str, int]) -> None:
+    """Neither sees anything of the other."""
+    model = build(*case)
+    memory, alone = model.write(TEXT), model.write(TEXTS[3])
     asked: list[Future[Answer]] = []
     done: list[bool] = []
 
@@ -108,10 +112,11 @@ def test_queries_are_answered_between_steps_of_a_write(tiny: MemoryModel, memory
         done.extend(future.done() for future in asked[-1:])
         asked.append(engine.ask(1, memory, "a7"))
 
-    with Engine(tiny) as engine:
-        written = engine.write(TEXT, steps=4, on_step=on_step).result()
-    assert done == [True] * 4
-    assert torch.equal(written.tensors["memory"], tiny.write(TEXT, steps=4).tensors["memory"])
+    with Engine(model) as engine:
+        written = engine.write(TEXTS[3], on_step=on_step).result()
+    assert done == [True] * model.method.write_steps
+    assert {future.result().text for future in asked} == {memory.ask("a7")}
+    assert all(torch.equal(tensor, alone.tensors[name]) for name, tensor in written.tensors.items())
 
 
 def test_too_many_are_refused_at_once_and_the_others_answered(held: Held, memory: Memory) -> None:
@@ -216,3 +221,13 @@ def test_prefixes_are_kept_within_the_budget(tiny: MemoryModel, monkeypatch: pyt
 def test_refused(option: str, tiny: MemoryModel) -> None:
     with pytest.raises(GradmemError, match=option):
         Engine(tiny, **{option: -1})
+
+
+def test_a_listener_can_end_a_write(tiny: MemoryModel, memory: Memory) -> None:
+    def enough(*_: object) -> None:
+        raise KeyError("enough")
+
+    with Engine(tiny) as engine:
+        with pytest.raises(KeyError, match="enough"):
+            engine.write(TEXT, on_step=enough).result()
+        assert engine.ask(1, memory, "a7").result().text == memory.ask("a7")

@@ -153,7 +153,7 @@ def test_calibrate(calibrated: Path) -> None:
     assert model.abstain is not None
     assert model.abstain.weights == row["abstain"]["weights"]
     # An untrained model cannot tell: it says about one half, and nothing else would be calibrated.
-    assert calibrate(model, 8, seed=2).ece < 0.2
+    assert calibrate(model, 8, seed=2, options={"pairs": 2}).ece < 0.2
 
 
 def test_ask_abstains(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,3 +196,5 @@ def test_refused(calibrated: Path, tiny: MemoryModel, tmp_path: Path, capsys: py
     assert "name one with -o" in capsys.readouterr().err
     assert main(["calibrate", f"{calibrated}/checkpoint", "--samples", "1"]) == 2
     assert "at least 2 samples" in capsys.readouterr().err
+    assert main(["calibrate", f"{calibrated}/checkpoint", "--pears", "1"]) == 2
+    assert "'pears'" in capsys.readouterr().err

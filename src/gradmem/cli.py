@@ -51,7 +51,7 @@ BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
     commands.inspect: {"--json": {"action": "store_true", "help": "print the records as JSON"}},
 }
 SHORT = {"-o": "--output"}
-INNER = {"eval": "task", "write": "options"}
+INNER = {"eval": "task", "calibrate": "task", "write": "options"}
 """Commands that take any option of a task or a method, and their parameter for these."""
 
 

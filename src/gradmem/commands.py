@@ -303,6 +303,7 @@ def calibrate(
     output: Path | None = None,
     json: Path | None = None,
     figure: Path | None = None,
+    task: dict[str, Any] | None = None,
 ) -> calibration.Calibration:
     """Fit when a checkpoint abstains, on queries whose answer was and was not written, and measure it on fresh ones.
 
@@ -322,12 +323,14 @@ def calibrate(
         Also save what was measured to this file.
     figure
         Also draw the reliability diagram to this file.
+    task
+        Options of the task that differ from the checkpoint's, each by its own name: --pairs 8.
     """
     directory = output or Path(checkpoint)
     if not directory.is_dir():
         raise GradmemError(f"'{directory}' is no directory to save abstain.json in: name one with -o")
     model = load(checkpoint).to(_device(device))
-    found = calibration.calibrate(model, samples, seed, _progress)
+    found = calibration.calibrate(model, samples, seed, task, _progress)
     console.print(found.table())
     saved = [found.abstain.save(directory), json and save_json([found.row()], json), figure and found.figure(figure)]
     for path in filter(None, saved):

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from ..batch import TOKENS_AT_ONCE
 from ..errors import GradmemError
-from ..model import MemoryModel
-from ..tasks.base import Split
+from ..model import MemoryModel, build_task
+from ..tasks.base import Split, Task
 from ..trust import Abstain, Answer, balanced, features
 from .report import figure
 
@@ -115,17 +115,18 @@ class Calibration:
     def table(self) -> Table:
         """What was measured, one line for each kind of query."""
         built = Table(
-            title=f"{self.checkpoint}: abstaining, {self.samples} test contexts, seed {self.seed}",
+            title=f"{self.checkpoint}, {self.label}: abstaining, {self.samples} test contexts, seed {self.seed}",
             caption=f"accuracy {self.accuracy:.2%} at P(written) = {self.abstain.threshold}, calibration error (ECE) "
             f"{self.ece:.2%}, either kind one half; right: {self.right.mean():.2%} of the written queries, "
-            f"{self.right_answered:.2%} of those answered",
+            f"{self.right_answered:.2%} of those answered; on the right: area under the ROC curve, %, by all "
+            "evidence and by each alone",
             pad_edge=False,
         )
         names = list(_evidence(self.answers[WRITTEN][0]))
-        for heading in ("queries", "count", "abstained %", *(f"AUROC {name}" for name in names)):
-            built.add_column(heading, justify="left" if heading == "queries" else "right")
+        for heading in ("queries", "count", "abstained %", *(name.replace("_", " ") for name in names)):
+            built.add_column(heading, justify="left" if heading == "queries" else "right", no_wrap=heading == "queries")
         for kind, answers in self.answers.items():
-            areas = [] if kind == WRITTEN else [f"{area:.4f}" for area in self.auroc(kind).values()]
+            areas = [] if kind == WRITTEN else [f"{100 * area:.2f}" for area in self.auroc(kind).values()]
             built.add_row(kind, str(len(answers)), f"{100 * self.abstained(kind):.2f}", *areas)
         return built
 
@@ -137,7 +138,7 @@ class Calibration:
             x, y = ([part[name] for part in parts] for name in ("probability", "written"))
             top.plot(x, y, marker="o", label=f"measured: ECE {self.ece:.2%}, accuracy {self.accuracy:.2%}")
             top.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.03), ylabel="fraction written")
-            top.set_title(f"{self.checkpoint}: {self.samples} test contexts, seed {self.seed}")
+            top.set_title(f"{self.checkpoint}, {self.label}: {self.samples} test contexts, seed {self.seed}")
             top.legend(frameon=False)
             for kind, answers in self.answers.items():
                 given = [answer.written for answer in answers]
@@ -149,7 +150,7 @@ class Calibration:
             bottom.set(
                 xlim=(-0.02, 1.02), xlabel="probability that the answer was written", ylabel="fraction of queries"
             )
-            bottom.legend(frameon=False)
+            bottom.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.12, 1))
         return path
 
 
@@ -157,6 +158,7 @@ def calibrate(
     model: MemoryModel,
     samples: int = 100,
     seed: int = 1,
+    options: dict[str, Any] | None = None,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
 ) -> Calibration:
     """Fit when to abstain on validation contexts, give it to the model, and measure it on test contexts.
@@ -168,6 +170,8 @@ def calibrate(
         Contexts of either split; all of their queries are asked, and those of `Task.unwritten`.
     seed : int
         Seed of the contexts.
+    options : dict, optional
+        Task options that differ from the checkpoint's, as `{"pairs": 8}`.
     progress : callable
         Wraps the list of batches, to show progress.
 
@@ -176,20 +180,21 @@ def calibrate(
     GradmemError
         When there are fewer than two samples, or the task has none.
     """
-    fitted, _ = _examine(model, "valid", samples, seed, progress)
+    spec = {**model.spec["task"], **(options or {})}
+    task = build_task(spec)
+    fitted, _ = _examine(model, task, "valid", samples, seed, progress)
     flat = [(answer, kind == WRITTEN) for kind, answers in fitted.items() for answer in answers]
-    about = {"split": "valid", "samples": samples, "seed": seed, "kinds": list(fitted)}
+    about = {"task": spec, "split": "valid", "samples": samples, "seed": seed, "kinds": list(fitted)}
     written = np.array([own for _, own in flat])
     model.abstain = Abstain.fit([answer for answer, _ in flat], written, model.fingerprints["checkpoint"], about)
-    answers, right = _examine(model, "test", samples, seed, progress)
-    return Calibration(model.name, model.task.label, model.abstain, samples, seed, answers, right)
+    answers, right = _examine(model, task, "test", samples, seed, progress)
+    return Calibration(model.name, task.label, model.abstain, samples, seed, answers, right)
 
 
 def _examine(
-    model: MemoryModel, split: Split, samples: int, seed: int, progress: Callable[..., Iterable[Any]]
+    model: MemoryModel, task: Task, split: Split, samples: int, seed: int, progress: Callable[..., Iterable[Any]]
 ) -> tuple[dict[str, list[Answer]], np.ndarray]:
     """Answers to queries of every kind, and whether each of the first kind is right."""
-    task = model.task
     there = task.size(split)
     samples = samples if there is None else min(samples, there)
     if samples < 2:
