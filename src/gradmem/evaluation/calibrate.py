@@ -121,9 +121,10 @@ class Calibration:
             f"{self.right_answered:.2%} of those answered; on the right: area under the ROC curve, %, by all "
             "evidence and by each alone",
             pad_edge=False,
+            collapse_padding=True,
         )
         names = list(_evidence(self.answers[WRITTEN][0]))
-        for heading in ("queries", "count", "abstained %", *(name.replace("_", " ") for name in names)):
+        for heading in ("queries", "count", "abstained %", *(name.replace("_", "\n") for name in names)):
             built.add_column(heading, justify="left" if heading == "queries" else "right", no_wrap=heading == "queries")
         for kind, answers in self.answers.items():
             areas = [] if kind == WRITTEN else [f"{100 * area:.2f}" for area in self.auroc(kind).values()]
