@@ -75,7 +75,7 @@ def test_a_fit_finds_the_regression_that_made_the_data() -> None:
     margins = np.array([answer.margin for answer in answers])
     written = draw.random(len(answers)) < 1 / (1 + np.exp(-(2 * margins - 2)))
     kept = ~written | (draw.random(len(answers)) < 0.5)
-    fitted = Abstain.fit([a for a, k in zip(answers, kept, strict=True) if k], written[kept], "abc", {})
+    fitted = Abstain.fit([a for a, k in zip(answers, kept, strict=True) if k], written[kept], "abc", (1, 9), {})
     assert fitted.weights["margin"] == pytest.approx(2, abs=0.15)
     assert max(abs(w) for name, w in fitted.weights.items() if name != "margin") < 0.25
     odds = written.sum() / (~written).sum()
@@ -86,7 +86,7 @@ def test_a_fit_finds_the_regression_that_made_the_data() -> None:
 
 def test_a_fit_of_what_can_be_told_apart_entirely_is_finite() -> None:
     answers = [Answer("", -1e-9, -1e-9, 9.0, 1.0)] * 5 + [Answer("", -3.0, -5.0, 0.1, 2.0)] * 5
-    fitted = Abstain.fit(answers, np.arange(10) < 5, "abc", {})
+    fitted = Abstain.fit(answers, np.arange(10) < 5, "abc", (1, 9), {})
     assert all(map(math.isfinite, [fitted.bias, *fitted.weights.values()]))
     assert [fitted.judge(answer).abstained for answer in answers] == [False] * 5 + [True] * 5
 
@@ -104,7 +104,7 @@ def test_accuracy_and_calibration_error_by_hand() -> None:
         WRITTEN: [Answer("", -1, -1, 1, 1, p, p < 0.5) for p in (0.95, 0.35)],
         "other": [Answer("", -1, -1, 1, 1, p, p < 0.5) for p in (0.95, 0.05, 0.05, 0.35)],
     }
-    found = Calibration("c", "t", Abstain({}, 0.0, "abc"), 2, 1, answers, np.array([True, False]))
+    found = Calibration("c", "t", Abstain({}, 0.0, "abc", (1, 9)), 2, 1, answers, np.array([True, False]))
     assert found.accuracy == pytest.approx((1 / 2 + 3 / 4) / 2)
     # Weights: 1/4 for each written, 1/8 for each other. Bins at 0.05, 0.35 and 0.95.
     assert [b["probability"] for b in found.bins] == pytest.approx([0.05, 0.35, 0.95])
@@ -153,7 +153,9 @@ def test_calibrate(calibrated: Path) -> None:
     assert model.abstain is not None
     assert model.abstain.weights == row["abstain"]["weights"]
     # An untrained model cannot tell: it says about one half, and nothing else would be calibrated.
-    assert calibrate(model, 8, seed=2, options={"pairs": 2}).ece < 0.2
+    found = calibrate(model, 40, seed=2, options={"pairs": 2})
+    assert found.label == "2 pairs"
+    assert found.ece < 0.15
 
 
 def test_ask_abstains(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +187,17 @@ def test_abstain_belongs_to_its_weights(calibrated: Path, other: MemoryModel, tm
         (tmp_path / "again" / "abstain.json").write_text(damage)
         with pytest.raises(GradmemError, match=r"abstain.json is damaged"):
             gradmem.load(tmp_path / "again")
+
+
+def test_contexts_of_other_lengths_are_not_judged(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is fitted on 3 pairs, 22 tokens; one row of this memory is of 8, and another of 29."""
+    model = gradmem.load(calibrated / "checkpoint")
+    memory = model.write(["a7:Qz", TEXT, TEXT + "\n11:22"])
+    answers = memory.answer([["a7"], ["a7"], ["a7"]])
+    assert [answer.written is None for (answer,) in answers] == [True, False, True]
+    memory[0].save(calibrated / "short.safetensors")
+    assert main(["ask", f"{calibrated}/short.safetensors", "a7", "--abstain"]) == 2
+    assert "contexts of 11 to 22 tokens" in capsys.readouterr().err
 
 
 def test_refused(calibrated: Path, tiny: MemoryModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -414,6 +414,12 @@ def ask(
     opened = model.bind(opened)
     if abstain and model.abstain is None:
         raise GradmemError(f"'{model.name}' was not calibrated: gradmem calibrate CHECKPOINT")
+    if abstain and model.abstain and not model.abstain.holds(opened.records[0]):
+        lengths = "{} to {}".format(*model.abstain.context_tokens)
+        raise GradmemError(
+            f"'{model.name}' was calibrated for contexts of {lengths} tokens, and {memory} is of "
+            f"{opened.records[0].context_tokens}: calibrate it for such contexts, or leave out --abstain"
+        )
     if not queries:
         queries, jsonl = [line for line in _stdin().splitlines() if line.strip()], True
     if not queries:

@@ -484,7 +484,11 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             logprobs = token_logprobs(self.method, prefix.select(index), queries, ids)
             losses = claim_losses(self.method, memory.select(rows), claims)
         answers = list(map(assess, texts, ids, logprobs, losses))
-        return [self.abstain.judge(answer) for answer in answers] if self.abstain else answers
+        if (abstain := self.abstain) is None:
+            return answers
+        # Memories of bare tokens have no records: whoever makes them knows what they are.
+        known = [not memory.records or abstain.holds(memory.records[row]) for row in rows]
+        return [abstain.judge(answer) if good else answer for answer, good in zip(answers, known, strict=True)]
 
     def query_ids(self, text: str, options: dict[str, Any] | None = None) -> list[int]:
         """Tokenize a query that is to be answered with these options of `generate`.

@@ -21,7 +21,7 @@ from .memory import write_bytes
 
 if TYPE_CHECKING:
     from .backbone import Prefix
-    from .memory import Memory
+    from .memory import Memory, Record
     from .methods.base import Method
 
 FILE = "abstain.json"
@@ -47,7 +47,7 @@ class Answer:
         `loss_after`. The context itself is gone, so this needs nothing of it.
     written : float or None
         Probability that the answer was written, where queries of both kinds are equally frequent; None where the
-        checkpoint was not calibrated (`gradmem calibrate`).
+        checkpoint was not calibrated (`gradmem calibrate`), or for contexts of other lengths.
     abstained : bool or None
         Whether that is too little to answer: the text is then better replaced by "not in this memory".
     """
@@ -124,6 +124,9 @@ class Abstain:
         Below the threshold of probability an answer is abstained from.
     checkpoint : str
         SHA-256 of the weights and settings that it was fitted for.
+    context_tokens : tuple of int
+        Lengths of the contexts that it holds for, the shortest and the longest. A memory of far fewer tokens is surer
+        of all it says, also of what was never written: there it would be wrong, and says nothing.
     fitted : dict
         On what: plain data.
     """
@@ -131,11 +134,19 @@ class Abstain:
     weights: dict[str, float]
     bias: float
     checkpoint: str
+    context_tokens: tuple[int, int]
     threshold: float = 0.5
     fitted: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def fit(cls, answers: Sequence[Answer], written: np.ndarray, checkpoint: str, fitted: dict[str, Any]) -> Abstain:
+    def fit(
+        cls,
+        answers: Sequence[Answer],
+        written: np.ndarray,
+        checkpoint: str,
+        context_tokens: tuple[int, int],
+        fitted: dict[str, Any],
+    ) -> Abstain:
         """Fit on answers to queries that the memory does and does not hold; either kind weighs one half.
 
         Parameters
@@ -162,7 +173,12 @@ class Abstain:
         optimizer.step(loss)
         w = theta.detach()[1:] / scale
         bias = float(theta.detach()[0] - w @ mean)
-        return cls(dict(zip(names, w.tolist(), strict=True)), bias, checkpoint, fitted=fitted)
+        return cls(dict(zip(names, w.tolist(), strict=True)), bias, checkpoint, context_tokens, fitted=fitted)
+
+    def holds(self, record: Record) -> bool:
+        """Whether it was fitted for contexts as long as the one of this memory."""
+        shortest, longest = self.context_tokens
+        return shortest <= record.context_tokens <= longest
 
     def judge(self, answer: Answer) -> Answer:
         """The answer with `written` and `abstained`."""
@@ -193,7 +209,8 @@ class Abstain:
             found = json.loads((directory / FILE).read_text())
             if found.pop("format") != FORMAT:
                 raise ValueError("another format")
-            loaded = cls(**found)
+            shortest, longest = found.pop("context_tokens")
+            loaded = cls(**found, context_tokens=(int(shortest), int(longest)))
             if loaded.weights.keys() != features(Answer("", -1, -1, 0, 0)).keys():
                 raise ValueError("other features")
             loaded.judge(Answer("", -1, -1, 0, 0))

@@ -19,6 +19,8 @@ from ..trust import Abstain, Answer, balanced, features
 from .report import figure
 
 BINS = 10
+SHORTER = 2
+"""Contexts down to this part of the shortest one examined are judged alike."""
 WRITTEN = "written here"
 
 
@@ -183,19 +185,20 @@ def calibrate(
     """
     spec = {**model.spec["task"], **(options or {})}
     task = build_task(spec)
-    fitted, _ = _examine(model, task, "valid", samples, seed, progress)
+    fitted, _, lengths = _examine(model, task, "valid", samples, seed, progress)
     flat = [(answer, kind == WRITTEN) for kind, answers in fitted.items() for answer in answers]
     about = {"task": spec, "split": "valid", "samples": samples, "seed": seed, "kinds": list(fitted)}
     written = np.array([own for _, own in flat])
-    model.abstain = Abstain.fit([answer for answer, _ in flat], written, model.fingerprints["checkpoint"], about)
-    answers, right = _examine(model, task, "test", samples, seed, progress)
+    holds = min(lengths) // SHORTER, max(lengths)
+    model.abstain = Abstain.fit([answer for answer, _ in flat], written, model.fingerprints["checkpoint"], holds, about)
+    answers, right, _ = _examine(model, task, "test", samples, seed, progress)
     return Calibration(model.name, task.label, model.abstain, samples, seed, answers, right)
 
 
 def _examine(
     model: MemoryModel, task: Task, split: Split, samples: int, seed: int, progress: Callable[..., Iterable[Any]]
-) -> tuple[dict[str, list[Answer]], np.ndarray]:
-    """Answers to queries of every kind, and whether each of the first kind is right."""
+) -> tuple[dict[str, list[Answer]], np.ndarray, list[int]]:
+    """Answers to queries of every kind, whether each of the first kind is right, and the lengths of the contexts."""
     there = task.size(split)
     samples = samples if there is None else min(samples, there)
     if samples < 2:
@@ -206,15 +209,17 @@ def _examine(
     starts = range(0, samples - samples % size if samples % size == 1 else samples, size)
     answers: dict[str, list[Answer]] = {}
     right: list[bool] = []
+    lengths: list[int] = []
     for start in progress(list(starts), f"{task.label}, {split}"):
         batch = task.batch(split, start, min(size, samples - start), seed).to(model.device)
+        lengths += batch.context.lengths.tolist()
         with torch.no_grad():
             memory = model.method.write(batch.context).memory
         for kind, asked in {WRITTEN: batch, **task.unwritten(batch)}.items():
             answers.setdefault(kind, []).extend(model.answer_ids(memory, asked.rows.tolist(), asked.prompts()))
         wanted = [task.decode(labels[labels >= 0].tolist()) for labels in batch.labels]
         right += [a.text == text for a, text in zip(answers[WRITTEN][len(right) :], wanted, strict=True)]
-    return answers, np.array(right)
+    return answers, np.array(right), lengths
 
 
 def _evidence(answer: Answer) -> dict[str, float]:
