@@ -17,7 +17,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	for script in meta_step read write kv; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in meta_step read serve write kv; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # torch first and by its exact version: a range can take a build of several GB for GPUs.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -140,8 +140,7 @@ def size(tensor: Tensor) -> int:
 def prompts(model: MemoryModel) -> tuple[Tokens, Ids]:
     """One test context and its queries without their targets."""
     batch = model.task.batch("test", 0, 1)
-    asked = batch.queries.mask & (batch.labels == -100)
-    return batch.context, [ids[keep].tolist() for ids, keep in zip(batch.queries.ids, asked, strict=True)]
+    return batch.context, batch.prompts()
 
 
 def job(way: Way, queries: Ids, count: int, repeats: int) -> Row:

@@ -140,6 +140,19 @@ def test_generate_is_greedy_reading(kind: str, options: dict[str, Any]) -> None:
     assert len(set(map(tuple, got))) > 2, "the test should see different answers"
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "bloom"])
+def test_joined_prefixes_answer_as_each_alone(kind: str) -> None:
+    """Contexts of different lengths, also where the model counts positions for itself."""
+    method, context = make_full(kind), make_batch().context
+    parts = [method.write(Tokens.from_lists([real(context, row).tolist()])).memory for row in range(3)]
+    with torch.no_grad():
+        first, *others = [method.prefix(part) for part in parts]
+        hidden = method.read_hidden(first.join(others), Tokens.from_lists([[3, 1, 4]] * 3))
+        for row, part in enumerate(parts):
+            wanted = method.read_hidden(method.prefix(part), Tokens.from_lists([[3, 1, 4]]))[0]
+            assert distance(hidden[row], wanted) < TOLERANCE
+
+
 def test_refused() -> None:
     windows = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(GradmemError, match="sliding_window"):

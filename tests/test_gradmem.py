@@ -448,7 +448,11 @@ def test_adapted_reading_equals_naive(kind: str) -> None:
     adapted, batch = make_gradmem(kind, read_lora=2, write_lora=2), make_batch()
     writer, reader = naive(merged(adapted, kind, "write")), naive(merged(adapted, kind, "read"))
     with torch.no_grad():
-        logits = adapted.read(adapted.write(batch.context).memory, batch.queries, batch.rows)
+        memory = adapted.write(batch.context).memory
+        logits = adapted.read(memory, batch.queries, batch.rows)
+        first, *others = (adapted.prefix(memory[row]) for row in batch.rows.tolist())
+        joined = adapted.backbone.head(adapted.read_hidden(first.join(others), batch.queries))
+    assert distance(joined, logits) < TOLERANCE
     for query, row in enumerate(batch.rows):
         ids = real(batch.queries, query)
         wanted = reader.read(writer.write(real(batch.context, row))[0], ids)

@@ -173,6 +173,27 @@ def test_a_prefix_serves_many_reads(method: Method) -> None:
     assert torch.equal(first, again)
 
 
+def test_joined_prefixes_are_those_of_joined_memories(method: Method) -> None:
+    """Memories of contexts of different lengths, one of them unwritten; some generate, all are read."""
+    batch = make_batch()
+    parts = [write(method, alone(batch.context, row)) for row in range(2)] + [write(method, alone(batch.context, 2), 0)]
+    with torch.no_grad():
+        first, *others = [method.prefix(part) for part in parts]
+        joined = first.join(others)
+        assert joined.nbytes >= first.nbytes + sum(other.nbytes for other in others)
+        queries = batch.queries[:3]
+        hidden = method.read_hidden(joined.select(torch.arange(3)), queries)
+    for row, part in enumerate(parts):
+        ids = alone(queries, row)
+        with torch.no_grad():
+            wanted = method.read_hidden(method.prefix(part), ids)[0]
+        assert close(hidden[row, 1 : len(wanted)], wanted[1:])
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    got = method.generate(joined, QUERIES, torch.tensor(ROWS), **settings)
+    for query, row, answer in zip(QUERIES, ROWS, got, strict=True):
+        assert answer == method.generate(parts[row], [query], **settings)[0]
+
+
 def test_unwritten_memory_knows_nothing(method: Method) -> None:
     queries = random_tokens([4, 6], 1)
     one, two = (write(method, random_tokens([7, 5], seed), 0) for seed in (0, 2))

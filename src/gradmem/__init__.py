@@ -14,10 +14,12 @@ from .errors import GradmemError
 from .memory import Memory, Record
 from .methods import GradMem, Method, Written
 from .model import MemoryModel
+from .trust import Answer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "Backbone",
     "Batch",
     "GradMem",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -170,13 +170,13 @@ class Backbone(nn.Module):
         mask : Tensor, optional
             Attention mask as transformers takes it, where attention is not just causal.
         positions : Tensor, int64, shape (batch, length), optional
-            Position ids, where they do not just count on.
+            Position ids, where they do not just count on; a model that takes none counts the mask for itself.
 
         Returns
         -------
         Tensor, shape (batch, length, d), after the final norm
         """
-        given = {"attention_mask": mask, "position_ids": positions}
+        given = {"attention_mask": mask, "position_ids": positions if self.takes_positions else None}
         return self.model.base_model(
             inputs_embeds=embeds,
             past_key_values=cache,
@@ -255,6 +255,39 @@ class Prefix:
         mask, start = (None if tensor is None else tensor[rows] for tensor in (self.mask, self.start))
         return Prefix(self.last[rows], cache, mask, start)
 
+    def join(self, others: Sequence[Prefix]) -> Prefix:
+        """Rows of this prefix and of others that the same method has run, one after the other.
+
+        Shorter ones are padded at the end, under the mask; the originals stay as they are.
+        """
+        parts = [self, *others]
+        batches, lengths = [len(part.last) for part in parts], [part.length for part in parts]
+        cache = copy.copy(self.cache)
+        layers = zip(*(part.cache.layers for part in parts), strict=True)
+        cache.layers = [_join_layers(same, batches, max(lengths)) for same in layers]
+        joined = Prefix(torch.cat([part.last for part in parts]), cache)
+        uneven = len(set(lengths)) > 1
+        if uneven or any(part.mask is not None for part in parts):
+            joined.mask = torch.cat([F.pad(part._seen(), (0, max(lengths) - part.length)) for part in parts])
+        if uneven or any(part.start is not None for part in parts):
+            joined.start = torch.cat([part._begin() for part in parts])
+        return joined
+
+    def _seen(self) -> Tensor:
+        """The mask, also where all positions count."""
+        every = torch.ones(len(self.last), self.length, dtype=torch.bool, device=self.last.device)
+        return every if self.mask is None else self.mask
+
+    def _begin(self) -> Tensor:
+        """The start, also where the model would count."""
+        return torch.full_like(self.last[:, 0], self.length, dtype=torch.long) if self.start is None else self.start
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept for the tokens that follow; subclasses add what they keep besides."""
+        layers = [layer for layer in self.cache.layers if layer.get_seq_length()]
+        return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values)) + self.last.nbytes
+
     def continued(self, length: int) -> dict[str, Tensor]:
         """Mask and positions for `Backbone.hidden` to run `length` tokens after the prefix, where it needs them."""
         given = {}
@@ -272,6 +305,20 @@ class Prefix:
     def length(self) -> int:
         """Prefix positions."""
         return int(self.cache.get_seq_length())
+
+
+def _join_layers(layers: Sequence[Any], batches: list[int], length: int) -> Any:
+    """One layer of several caches as a layer of one cache, each padded with zeros at the end to `length`."""
+    filled = [layer for layer in layers if layer.get_seq_length()]
+    joined = copy.copy((filled or layers)[0])
+    for name in ("keys", "values") if filled else ():
+        like = getattr(joined, name)
+        rows = like.new_zeros(sum(batches), like.shape[1], length, like.shape[3])
+        for part, layer in zip(rows.split(batches), layers, strict=True):
+            if layer.get_seq_length():
+                part[:, :, : layer.get_seq_length()] = getattr(layer, name)
+        setattr(joined, name, rows)
+    return joined
 
 
 def generate(
@@ -306,7 +353,7 @@ def generate(
     for row, query in enumerate(queries):
         ids[row, width - len(query) :] = torch.tensor(query, device=device)
         mask[row, width - len(query) :] = 1
-    if prefix.start is not None:
+    if prefix.start is not None and backbone.takes_positions:
         first = torch.tensor([width - len(query) for query in queries], device=device)
         positions = prefix.start[:, None] + torch.arange(width, device=device) - first[:, None]
         options["position_ids"] = positions.clamp_min(0)

@@ -25,6 +25,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "eval": commands.evaluate,
     "sweep": commands.sweep,
     "compare": commands.compare,
+    "calibrate": commands.calibrate,
     "write": commands.write,
     "ask": commands.ask,
     "restore": commands.restore,
@@ -40,13 +41,17 @@ BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
         "memory": {"type": Path, "help": "memory file"},
         "queries": {"nargs": "*", "help": QUERIES_HELP},
         "--jsonl": {"action": "store_true", "help": "print JSON lines also for queries given as arguments"},
+        "--abstain": {
+            "action": "store_true",
+            "help": "say where the answer is not in the memory, and how sure others are",
+        },
     },
     commands.sweep: {"checkpoints": {"nargs": "+", "help": CHECKPOINTS_HELP}},
     commands.compare: {"systems": {"nargs": "+", "help": SYSTEMS_HELP}},
     commands.inspect: {"--json": {"action": "store_true", "help": "print the records as JSON"}},
 }
 SHORT = {"-o": "--output"}
-INNER = {"eval": "task", "write": "options"}
+INNER = {"eval": "task", "calibrate": "task", "write": "options"}
 """Commands that take any option of a task or a method, and their parameter for these."""
 
 

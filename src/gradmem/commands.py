@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from .checkpoints import checkpoint_names, load, open_memory
 from .errors import GradmemError
+from .evaluation import calibrate as calibration
 from .evaluation import compare as comparison
 from .evaluation.evaluate import Result
 from .evaluation.evaluate import evaluate as measure
@@ -30,8 +31,10 @@ from .model import MemoryModel, build_task
 from .tables import differences, plan_table, provenance, receipt, receipts, restored, tokens_of
 from .tasks.base import Split
 from .training.recipe import Recipe, load_recipe, recipe_names
+from .trust import Answer
 
 console = Console()
+NOT_HERE = "not in this memory"
 
 
 class Ints(list[int]):
@@ -296,6 +299,49 @@ def _system(name: str, output: Path) -> tuple[MemoryModel, comparison.Training]:
     return model, comparison.Training.of(run)
 
 
+def calibrate(
+    checkpoint: str,
+    samples: int = 100,
+    seed: int = 1,
+    device: str = "cpu",
+    output: Path | None = None,
+    json: Path | None = None,
+    figure: Path | None = None,
+    task: dict[str, Any] | None = None,
+) -> calibration.Calibration:
+    """Fit when a checkpoint abstains, on queries whose answer was and was not written, and measure it on fresh ones.
+
+    Parameters
+    ----------
+    checkpoint
+        Name of a packaged checkpoint, directory, or hub name; abstain.json is saved in a directory.
+    samples
+        Validation contexts to fit on, and as many test contexts to measure on.
+    seed
+        Seed of the contexts.
+    device
+        Device to run on.
+    output
+        Directory to save abstain.json in (short: -o); default: the checkpoint's.
+    json
+        Also save what was measured to this file.
+    figure
+        Also draw the reliability diagram to this file.
+    task
+        Options of the task that differ from the checkpoint's, each by its own name: --pairs 8.
+    """
+    directory = output or Path(checkpoint)
+    if not directory.is_dir():
+        raise GradmemError(f"'{directory}' is no directory to save abstain.json in: name one with -o")
+    model = load(checkpoint).to(_device(device))
+    found = calibration.calibrate(model, samples, seed, task, _progress)
+    console.print(found.table())
+    saved = [found.abstain.save(directory), json and save_json([found.row()], json), figure and found.figure(figure)]
+    for path in filter(None, saved):
+        console.print(f"saved {path}")
+    return found
+
+
 def write(
     checkpoint: str,
     file: Path,
@@ -351,7 +397,9 @@ def write(
     return memory
 
 
-def ask(memory: Path, queries: list[str], jsonl: bool = False, device: str = "cpu") -> list[str]:
+def ask(
+    memory: Path, queries: list[str], jsonl: bool = False, abstain: bool = False, device: str = "cpu"
+) -> list[str | None]:
     """Answer queries from a memory file alone.
 
     Parameters
@@ -362,21 +410,41 @@ def ask(memory: Path, queries: list[str], jsonl: bool = False, device: str = "cp
         Queries; without any, one a line from standard input, answered as JSON lines.
     jsonl
         Print JSON lines also for queries given as arguments.
+    abstain
+        Say where the answer is not in the memory, and how sure each answer is.
     device
         Device to run on.
     """
     opened = open_memory(memory)
     if opened.model is None or len(opened) != 1:
         raise GradmemError(f"{memory} holds {len(opened)} memories; ask them from Python")
-    opened = opened.model.to(_device(device)).bind(opened)
+    model = opened.model.to(_device(device))
+    opened = model.bind(opened)
+    if abstain and model.abstain is None:
+        raise GradmemError(f"'{model.name}' was not calibrated: gradmem calibrate CHECKPOINT")
+    if abstain and model.abstain and not model.abstain.holds(opened.records[0]):
+        lengths = "{} to {}".format(*model.abstain.context_tokens)
+        raise GradmemError(
+            f"'{model.name}' was calibrated for contexts of {lengths} tokens, and {memory} is of "
+            f"{opened.records[0].context_tokens}: calibrate it for such contexts, or leave out --abstain"
+        )
     if not queries:
         queries, jsonl = [line for line in _stdin().splitlines() if line.strip()], True
     if not queries:
         raise GradmemError("no query: give one as an argument or one a line on standard input")
-    answers: list[str] = opened.ask(queries)
-    for query, answer in zip(queries, answers, strict=True):
-        print(json.dumps({"query": query, "answer": answer}, ensure_ascii=False) if jsonl else answer)
-    return answers
+    rows = (
+        [_assessed(one) for one in opened.answer(queries)] if abstain else [{"answer": a} for a in opened.ask(queries)]
+    )
+    for query, row in zip(queries, rows, strict=True):
+        shown = NOT_HERE if row["answer"] is None else row["answer"]
+        print(json.dumps({"query": query, **row}, ensure_ascii=False) if jsonl else shown)
+    return [row["answer"] for row in rows]
+
+
+def _assessed(answer: Answer) -> dict[str, Any]:
+    """An answer, or none where it is abstained from, with what speaks for it."""
+    evidence = {name: round(getattr(answer, name), 4) for name in ("written", "logprob", "near_loss")}
+    return {"answer": None if answer.abstained else answer.text, **evidence}
 
 
 def restore(memory: Path, output: Path | None = None, context: Path | None = None, device: str = "cpu") -> str:

@@ -204,9 +204,17 @@ class Memory:
         GradmemError
             When the memory is bound to no model.
         """
-        if self.model is None:
-            raise GradmemError("this memory is bound to no model: open it with gradmem.open(FILE) or model.open(FILE)")
-        return self.model.ask(self, query, **generate)
+        return self._bound().ask(self, query, **generate)
+
+    def answer(self, query: Any, **generate: Any) -> Any:
+        """Answer from the memory alone, with what speaks for each answer; see `MemoryModel.answer`.
+
+        Raises
+        ------
+        GradmemError
+            When the memory is bound to no model.
+        """
+        return self._bound().answer(self, query, **generate)
 
     def restore(self) -> list[str]:
         """Texts that the memory gives back, from the memory alone; see `MemoryModel.restore`.
@@ -216,9 +224,12 @@ class Memory:
         GradmemError
             When the memory is bound to no model, or says nothing of what was written.
         """
+        return self._bound().restore(self)
+
+    def _bound(self) -> MemoryModel:
         if self.model is None:
             raise GradmemError("this memory is bound to no model: open it with gradmem.open(FILE) or model.open(FILE)")
-        return self.model.restore(self)
+        return self.model
 
     def save(self, path: str | os.PathLike[str], precision: Precision = "float32") -> Path:
         """Save as one safetensors file, which appears whole or not at all.

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from . import methods, tasks
-from .backbone import Backbone
+from .backbone import Backbone, Prefix, copies
 from .batch import TOKENS_AT_ONCE, Tokens
 from .data.pretrained import digest_tokenizer
 from .errors import GradmemError
@@ -30,6 +30,8 @@ from .memory import Memory, Record, digest, text_digest, written_texts
 from .methods.base import Method, Written, final
 from .plugins import check_options, find
 from .tasks.base import Task
+from .trust import FILE as ABSTAIN
+from .trust import Abstain, Answer, assess, claim_losses, token_logprobs
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -96,6 +98,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         self.chosen: Spec = {}
         """Options of the method that were chosen anew; see `choose`."""
         method.may_end = task.may_end
+        self.abstain: Abstain | None = None
+        """When to abstain, where the checkpoint was calibrated."""
 
     @classmethod
     def from_spec(cls, task: Spec, backbone: Spec, method: Spec, *, trusted: bool = True) -> MemoryModel:
@@ -183,6 +187,10 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             spec = {**self.spec, "task": _portable(self.spec["task"])}
             (Path(temporary) / CONFIG).write_text(json.dumps({"format": FORMAT, **spec}, indent=1))
             self.task.tokenizer.save_pretrained(temporary)
+            if self.abstain:
+                self.abstain.save(Path(temporary))
+            else:
+                (save_directory / ABSTAIN).unlink(missing_ok=True)  # it was for other weights
             for file in Path(temporary).iterdir():
                 os.replace(file, save_directory / file.name)
 
@@ -214,6 +222,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             raise GradmemError(f"{model_id} is damaged or no checkpoint: {reason}") from error
         model.name = model_id
         model.method.eval()
+        model.abstain = Abstain.load(directory)
+        if model.abstain and model.abstain.checkpoint != model.fingerprints["checkpoint"]:
+            raise GradmemError(f"{ABSTAIN} of {model_id} is for other weights: remove it, or calibrate again")
         return model
 
     @cached_property
@@ -571,36 +582,118 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         GradmemError
             When a query is empty, too long or has no answer format, or rows and queries do not fit.
         """
-        if isinstance(query, str):
-            return self.ask(memory, [query], **options)[0]
-        if query and isinstance(query[0], str):
-            if len(memory) != 1:
-                raise GradmemError(f"this memory has {len(memory)} rows: give a list of queries for each, or pick one")
-            return self.ask(memory, [query], **options)[0]
-        if len(query) != len(memory):
-            raise GradmemError(f"{len(query)} lists of queries for {len(memory)} memories")
-        flat = [(row, text) for row, texts in enumerate(query) for text in texts]
-        if not flat:
-            return [[] for _ in query]
+
+        def texts(rows: list[int], queries: list[str]) -> list[Any]:
+            _, generated = self._generate(memory, rows, self._query_ids(memory, queries, options), options)
+            found = [self.task.decode(ids) for ids in generated]
+            each = len(found) // len(queries)
+            return found if each == 1 else [found[i : i + each] for i in range(0, len(found), each)]
+
+        return _in_shape(memory, query, texts)
+
+    def answer(self, memory: Memory, query: Any, **options: Any) -> Any:
+        """Answer queries from a memory alone, each with what speaks for the answer.
+
+        Parameters
+        ----------
+        memory : Memory
+        query, options
+            As `ask` takes them, but for options that give several answers to a query.
+
+        Returns
+        -------
+        Answer, list of Answer, or list of lists of Answer
+            In the shape of the queries, the texts those of `ask`.
+
+        Raises
+        ------
+        GradmemError
+            As `ask`.
+        """
+
+        def answers(rows: list[int], queries: list[str]) -> list[Answer]:
+            return self.answer_ids(memory, rows, self._query_ids(memory, queries, options), **options)
+
+        return _in_shape(memory, query, answers)
+
+    def answer_ids(self, memory: Memory, rows: list[int], queries: list[list[int]], **options: Any) -> list[Answer]:
+        """Answer queries that are token ids (`query_ids`), each of its row of the memory; see `answer`."""
+        if copies(options) > 1:
+            raise GradmemError("an `answer` is one for each query: leave out beams and several sequences, or `ask`")
+        prefix, generated = self._generate(memory, rows, queries, options)
+        end, task = self.task.end_id, self.task
+        ids = [row[: row.index(end) + 1] if end in row else row for row in generated]
+        texts = [task.decode(row) for row in ids]
+        claims = [task.encode(task.claim(task.text(query), text)) for query, text in zip(queries, texts, strict=True)]
+        with torch.no_grad():
+            index = torch.tensor(rows, device=self.device)
+            logprobs = token_logprobs(self.method, prefix.select(index), queries, ids)
+            losses = claim_losses(self.method, memory.select(rows), claims)
+        answers = list(map(assess, texts, ids, logprobs, losses))
+        if (abstain := self.abstain) is None:
+            return answers
+        # Memories of bare tokens have no records: whoever makes them knows what they are.
+        known = [not memory.records or abstain.holds(memory.records[row]) for row in rows]
+        return [abstain.judge(answer) if good else answer for answer, good in zip(answers, known, strict=True)]
+
+    def query_ids(self, text: str, options: dict[str, Any] | None = None, taken: int = 0) -> list[int]:
+        """Tokenize a query that is to be answered with these options of `generate`.
+
+        Parameters
+        ----------
+        text : str
+        options : dict, optional
+        taken : int
+            Positions that the memory's prefix takes, where that may be more than usual.
+
+        Raises
+        ------
+        GradmemError
+            When it is empty, too long, has unknown characters or no answer format.
+        """
+        room = min(self.method.max_query, self.method.backbone.max_positions - taken)
+        limit = room - int((options or {}).get("max_new_tokens", self.task.answer_length))
+        return self.encode(self.task.query_text(text), "query", limit)
+
+    def _query_ids(self, memory: Memory, queries: list[str], options: dict[str, Any]) -> list[list[int]]:
+        """Queries of a memory, which may leave less room than usual: more was appended, or its chunks were others."""
+        taken = self._prefix(memory).length
+        return [self.query_ids(text, options, taken) for text in queries]
+
+    def _generate(
+        self, memory: Memory, rows: list[int], queries: list[list[int]], options: dict[str, Any]
+    ) -> tuple[Prefix, list[list[int]]]:
+        """The memory's prefix, which is kept with it, and the new tokens of each query."""
         settings = {
             "max_new_tokens": self.task.answer_length,
             "do_sample": False,
             "eos_token_id": self.task.end_id,
         }
-        settings |= options
+        prefix, index = self._prefix(memory), torch.tensor(rows, device=self.device)
+        given = settings | options
+        return prefix, self.method.generate(prefix, queries, index, pad_id=self.task.pad_id, **given)
+
+    def _prefix(self, memory: Memory) -> Prefix:
+        """The memory's prefix, which is run once and kept with it."""
         if memory.prefix is None:
             with torch.no_grad():
                 memory.prefix = self.method.prefix(memory)
-        # A memory that was appended to, or written in other chunks, may leave less room than the model's own.
-        room = min(self.method.max_query, self.method.backbone.max_positions - memory.prefix.length)
-        limit = room - int(settings["max_new_tokens"])
-        ids = [self.encode(self.task.query_text(text), "query", limit) for _, text in flat]
-        rows = torch.tensor([row for row, _ in flat], device=self.device)
-        generated = self.method.generate(memory.prefix, ids, rows, pad_id=self.task.pad_id, **settings)
-        texts = [self.task.decode(row) for row in generated]
-        each = len(texts) // len(flat)
-        answers = iter(texts if each == 1 else [texts[i : i + each] for i in range(0, len(texts), each)])
-        return [[next(answers) for _ in queries] for queries in query]
+        return memory.prefix
+
+
+def _in_shape(memory: Memory, query: Any, answer: Callable[[list[int], list[str]], list[Any]]) -> Any:
+    """Answers in the shape of the queries, from what answers a flat list: memory rows, and their queries."""
+    if isinstance(query, str):
+        return _in_shape(memory, [query], answer)[0]
+    if query and isinstance(query[0], str):
+        if len(memory) != 1:
+            raise GradmemError(f"this memory has {len(memory)} rows: give a list of queries for each, or pick one")
+        return _in_shape(memory, [query], answer)[0]
+    if len(query) != len(memory):
+        raise GradmemError(f"{len(query)} lists of queries for {len(memory)} memories")
+    flat = [(row, text) for row, texts in enumerate(query) for text in texts]
+    found = iter(answer([row for row, _ in flat], [text for _, text in flat]) if flat else [])
+    return [[next(found) for _ in queries] for queries in query]
 
 
 def _texts(text: str | Sequence[str], memory: Memory | None, what: str) -> list[str]:

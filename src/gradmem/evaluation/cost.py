@@ -51,8 +51,7 @@ def measure(method: Method, task: Task, repeats: int = 5) -> Cost:
         Timed runs, of which the median counts, after one that does not.
     """
     batch = task.batch("test", 0, 1).to(next(method.parameters()).device)
-    asked = batch.queries.mask & (batch.labels == -100)
-    queries = [ids[keep].tolist() for ids, keep in zip(batch.queries.ids, asked, strict=True)]
+    queries = batch.prompts()
     # No answer ends early: trained or not, a system pays for the same tokens.
     length = task.answer_length
     options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}

@@ -277,7 +277,5 @@ def _score(method: Method, task: Task, memory: Memory, batch: Batch) -> dict[str
 
 def _generate(method: Method, task: Task, memory: Memory, batch: Batch) -> list[list[int]]:
     """Greedy answers to the queries, from what stands before their targets."""
-    lengths = (batch.labels != -100).long().argmax(1).tolist()
-    prompts = [ids[:length].tolist() for ids, length in zip(batch.queries.ids, lengths, strict=True)]
     options = {"max_new_tokens": task.answer_length, "do_sample": False, "eos_token_id": task.end_id}
-    return method.generate(memory, prompts, batch.rows, pad_id=task.pad_id, **options)
+    return method.generate(memory, batch.prompts(), batch.rows, pad_id=task.pad_id, **options)

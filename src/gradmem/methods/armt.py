@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -279,6 +279,18 @@ class _StatePrefix(Prefix):
         """Rows of the prefix, in any order and any number of times; the original stays as it is."""
         chosen = super().select(rows)
         return _StatePrefix(self.method, [(a[rows], z[rows]) for a, z in self.state], chosen.last, chosen.cache)
+
+    def join(self, others: Sequence[Prefix]) -> Prefix:
+        """Rows of this prefix and of others; see `Prefix.join`."""
+        joined = super().join(others)
+        layers = zip(*(part.state for part in [self, *others]), strict=True)  # type: ignore[attr-defined]
+        state = [(torch.cat([a for a, _ in same]), torch.cat([z for _, z in same])) for same in layers]
+        return _StatePrefix(self.method, state, joined.last, joined.cache)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return super().nbytes + sum(tensor.nbytes for own in self.state for tensor in own)
 
     def active(self) -> AbstractContextManager[Any]:
         """Context in which every layer reads from the state."""

@@ -95,6 +95,7 @@ class Method(nn.Module, ABC):
         """Yield the memory before the first write step and after every step.
 
         Gradients flow as the method defines while `torch.is_grad_enabled()`; otherwise nothing is kept for them.
+        Between two steps other memories may be read: whatever is switched in the model must be switched back by then.
 
         Parameters
         ----------

@@ -83,7 +83,7 @@ class FullContext(OnePassMethod):
             for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
                 cache.update(key, value, layer)
         mask, start = _real(tensors["lengths"], entries), tensors["start"]
-        counted = not self.backbone.takes_positions or bool((start == entries).all())
+        counted = bool((start == entries).all())
         last = keys.new_zeros(len(memory), self.backbone.width)
         return Prefix(last, cache, None if mask.all() else mask, None if counted else start)
 

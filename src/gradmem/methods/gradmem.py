@@ -206,6 +206,10 @@ class _AdaptedPrefix(Prefix):
         """Rows of the prefix, in any order and any number of times; the original stays as it is."""
         return _AdaptedPrefix(super().select(rows), self.adapters)
 
+    def join(self, others: Sequence[Prefix]) -> Prefix:
+        """Rows of this prefix and of others; see `Prefix.join`."""
+        return _AdaptedPrefix(super().join(others), self.adapters)
+
     def active(self) -> AbstractContextManager[Any]:
         """Context in which the adapters of READ are active."""
         return _active(self.adapters, "read")

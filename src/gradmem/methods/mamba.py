@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -137,6 +138,17 @@ class _StatePrefix(Prefix):
     def select(self, rows: Tensor) -> Prefix:
         """Rows of the prefix, in any order and any number of times."""
         return _StatePrefix((self.states[0][rows], self.states[1][rows]), self.last[rows])
+
+    def join(self, others: Sequence[Prefix]) -> Prefix:
+        """Rows of this prefix and of others; see `Prefix.join`."""
+        states = (part.states for part in [self, *others])  # type: ignore[attr-defined]
+        conv, ssm = (torch.cat(tensors) for tensors in zip(*states, strict=True))
+        return _StatePrefix((conv, ssm), super().join(others).last)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states."""
+        return super().nbytes + sum(tensor.nbytes for tensor in self.states)
 
 
 def mix(mixer: Any, hidden: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:

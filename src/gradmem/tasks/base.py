@@ -138,6 +138,19 @@ class Task(ABC):
         """
         return torch.ones_like(ids, dtype=torch.bool)
 
+    def unwritten(self, batch: Batch) -> dict[str, Batch]:
+        """Queries whose answers stand in none of the contexts they ask, by kind; abstaining is fitted on them.
+
+        Here those of the next context. A task overrides this where another context may hold the same answer, or where
+        it knows harder ones.
+        """
+        swapped = (batch.rows + 1) % len(batch.context)
+        return {"of another context": Batch(batch.context, batch.queries, batch.labels, swapped, batch.references)}
+
+    def claim(self, query: str, answer: str) -> str:
+        """The text by which a context says the answer to a query, which is given as the model reads it."""
+        return query + answer
+
     def context_text(self, text: str) -> str:
         """Bring a user's text into the form that the model was trained on."""
         return text

@@ -119,6 +119,35 @@ class KV(Task):
             torch.arange(size).repeat_interleave(asked),
         )
 
+    def unwritten(self, batch: Batch) -> dict[str, Batch]:
+        """Keys of the next context, and written keys with another last character; none of them was written."""
+        colons = batch.context.ids == self._id(":")
+        number = torch.arange(batch.context.ids.shape[1]).to(colons.device) - self.key_length
+        written = [
+            {tuple(ids[start : start + self.key_length].tolist()) for start in number[at]}
+            for ids, at in zip(batch.context.ids, colons, strict=True)
+        ]
+        place = slice(2, 2 + self.key_length)
+
+        def free(kind: Tensor, rows: Tensor) -> Batch:
+            """The queries, each key moved on by its last character until it is none of its context's."""
+            queries = batch.queries.ids.clone()
+            for i, (key, row) in enumerate(zip(kind.tolist(), rows.tolist(), strict=True)):
+                while tuple(key) in written[row]:
+                    key[-1] = self.first + (key[-1] - self.first + 1) % self.alphabet
+                queries[i, place] = torch.tensor(key)
+            return Batch(batch.context, Tokens(queries, batch.queries.mask), batch.labels, rows)
+
+        keys = batch.queries.ids[:, place]
+        return {
+            "of another context": free(keys, (batch.rows + 1) % len(batch.context)),
+            "one character off": free(keys, batch.rows),
+        }
+
+    def claim(self, query: str, answer: str) -> str:
+        """The pair `!kk:vv!`."""
+        return f"{query[1:]}{answer}!"
+
     def scored(self, labels: Tensor) -> Tensor:
         """Exact match ignores `!` and `|`."""
         return (labels != -100) & (labels != self._id("!")) & (labels != self._id("|"))

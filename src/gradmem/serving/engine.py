@@ -1,0 +1,322 @@
+"""The engine: one thread owns the model and answers together what many ask at the same time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from ..errors import GradmemError, require
+from ..memory import Memory
+from ..methods.base import Written
+from ..model import MemoryModel
+from ..trust import Answer
+from .prefixes import Prefixes
+
+OnText = Callable[[str], object]
+OnStep = Callable[[Written, int], object]
+
+
+class Busy(GradmemError):
+    """Too many requests wait.
+
+    Attributes
+    ----------
+    retry_after : float
+        Seconds in which those that wait are likely to be answered.
+    """
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after:.1f} s")
+        self.retry_after = retry_after
+
+
+class Closed(GradmemError):
+    """The engine takes no more requests."""
+
+
+@dataclass(eq=False)
+class _Ask:
+    """A query that waits for its answer."""
+
+    key: Hashable
+    memory: Memory
+    query: str
+    on_text: OnText | None
+    timeout: float
+    future: Future[Answer] = field(default_factory=Future)
+    arrived: float = field(default_factory=time.monotonic)
+    ids: list[int] = field(default_factory=list)
+
+    def begin(self, tokenize: Callable[[str], list[int]]) -> bool:
+        """Whether it is still to be answered, and can be."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        try:
+            if time.monotonic() > self.arrived + self.timeout:
+                raise TimeoutError(f"the query waited longer than its {self.timeout:g} s")
+            self.ids = tokenize(self.query)
+        except (TimeoutError, GradmemError) as error:
+            self.future.set_exception(error)
+        return not self.future.done()
+
+
+@dataclass(eq=False)
+class _Write:
+    """A text that waits to be written."""
+
+    text: str | Sequence[str]
+    on_step: OnStep | None
+    options: dict[str, Any]
+    future: Future[Memory] = field(default_factory=Future)
+
+
+class Engine:
+    """Answers queries from many threads, those that wait together in one batch, each from a memory of its own.
+
+    All that touches the model happens on one thread of the engine. While a text is written, queries are answered
+    between its steps, so that none waits longer than a step and a batch.
+
+    Parameters
+    ----------
+    model : MemoryModel
+        From now on the engine's own.
+    max_batch : int
+        Queries to answer at once.
+    max_wait_ms : float
+        How long a query waits for others, in milliseconds, where the engine is idle. While it is busy, others gather
+        without that.
+    max_queue : int
+        Requests that may wait before others are refused.
+    prefix_cache_bytes : int
+        Bytes of prefixes of memories to keep, so that they are not run again.
+
+    Raises
+    ------
+    GradmemError
+        When a number is out of range.
+
+    Examples
+    --------
+    >>> with Engine(gradmem.load("kv-32")) as engine:
+    ...     memory = engine.write("a7:Qz\\nk2:9f").result()
+    ...     engine.ask("notes", memory, "a7").result().text
+    'Qz'
+    """
+
+    def __init__(
+        self,
+        model: MemoryModel,
+        *,
+        max_batch: int = 64,
+        max_wait_ms: float = 2.0,
+        max_queue: int = 1024,
+        prefix_cache_bytes: int = 2**28,
+    ) -> None:
+        require("max_batch", max_batch, max_batch >= 1, "at least 1")
+        require("max_wait_ms", max_wait_ms, max_wait_ms >= 0, "at least 0")
+        require("max_queue", max_queue, max_queue >= 1, "at least 1")
+        require("prefix_cache_bytes", prefix_cache_bytes, prefix_cache_bytes >= 0, "at least 0")
+        self.model = model
+        self.max_batch, self.max_wait, self.max_queue = max_batch, max_wait_ms / 1000, max_queue
+        self._prefixes = Prefixes(model.method, prefix_cache_bytes)
+        self._changed = threading.Condition()
+        self._asks: deque[_Ask] = deque()
+        self._writes: deque[_Write] = deque()
+        self._closed = False
+        self._batch_seconds = 0.0
+        self._thread = threading.Thread(target=self._work, name="gradmem-engine", daemon=True)
+        self._thread.start()
+
+    # For any thread
+
+    def ask(
+        self,
+        key: Hashable,
+        memory: Memory,
+        query: str,
+        *,
+        timeout: float | None = None,
+        on_text: OnText | None = None,
+    ) -> Future[Answer]:
+        """Take a query; the greedy answer is that of `MemoryModel.answer`.
+
+        Parameters
+        ----------
+        key : hashable
+            What this memory's prefix is kept under: another memory needs another key, also after a second WRITE.
+        memory : Memory
+            One row, bound to the engine's model.
+        query : str
+        timeout : float, optional
+            Seconds after which it is not worth answering any more; the future then raises `TimeoutError`.
+        on_text : callable
+            Called on the engine's thread with the answer so far whenever it has grown. It must be quick; what it
+            raises ends the request.
+
+        Returns
+        -------
+        Future
+            It can be cancelled as long as the query waits.
+
+        Raises
+        ------
+        Busy
+            At once, when too many requests wait.
+        Closed
+            When the engine is closed.
+        GradmemError
+            When the memory has several rows or another model; what is wrong with the query, the future says.
+        """
+        if memory.model is not self.model or len(memory) != 1:
+            raise GradmemError("the engine asks single memories of its own model: model.open(FILE), memory[ROW]")
+        request = _Ask(key, memory, query, on_text, float("inf") if timeout is None else timeout)
+        self._accept(self._asks, request)
+        return request.future
+
+    def write(self, text: str | Sequence[str], *, on_step: OnStep | None = None, **options: Any) -> Future[Memory]:
+        """Take one text, or several, to write.
+
+        Parameters
+        ----------
+        text : str or sequence of str
+        on_step : callable
+            `on_step(written, total)` is called on the engine's thread before the first step and after every step, of
+            at most `total` calls. What it raises ends the write.
+        options
+            `steps`, `until` and `max_steps` of `MemoryModel.write`.
+
+        Returns
+        -------
+        Future
+            It can be cancelled as long as the write waits.
+
+        Raises
+        ------
+        Busy, Closed
+            As `ask`.
+        """
+        request = _Write(text, on_step, options)
+        self._accept(self._writes, request)
+        return request.future
+
+    def close(self) -> None:
+        """Finish what was accepted and take nothing more; returns when all is done."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _accept(self, queue: deque[Any], request: _Ask | _Write) -> None:
+        with self._changed:
+            if self._closed:
+                raise Closed("the engine is closed")
+            waiting = len(self._asks) + len(self._writes)
+            if waiting >= self.max_queue:
+                raise Busy(waiting, self._batch_seconds * (1 + len(self._asks) / self.max_batch))
+            queue.append(request)
+            self._changed.notify()
+
+    # For the engine's own thread
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._asks or self._writes or self._closed)
+                if not self._asks and not self._writes:
+                    return
+            self._answer_waiting(self.max_wait)
+            if self._writes:
+                self._write(self._writes.popleft())
+
+    def _answer_waiting(self, wait: float) -> None:
+        """Answer one batch of the queries that are there, or come within `wait` seconds of the first."""
+        with self._changed:
+            if self._asks:
+                rest = self._asks[0].arrived + wait - time.monotonic()
+                self._changed.wait_for(lambda: len(self._asks) >= self.max_batch or self._closed, max(0, rest))
+            waiting = [self._asks.popleft() for _ in range(min(self.max_batch, len(self._asks)))]
+        started = time.monotonic()
+        requests = [request for request in waiting if request.begin(self.model.query_ids)]
+        if not requests:
+            return
+        try:
+            for request, answer in zip(requests, self._read(requests), strict=True):
+                if not request.future.done():
+                    request.future.set_result(answer)
+        except Exception as error:  # whatever it is, those who wait must know, and the thread must live
+            for request in requests:
+                if not request.future.done():
+                    request.future.set_exception(error)
+        self._batch_seconds = time.monotonic() - started
+
+    def _read(self, requests: list[_Ask]) -> list[Answer]:
+        """Answers from the joined prefixes of the memories, each of which stands there once."""
+        memories = {request.key: request.memory for request in requests}
+        row = {key: i for i, key in enumerate(memories)}
+        first, *others = [self._prefixes.get(key, memory) for key, memory in memories.items()]
+        joined = Memory.join(list(memories.values()))
+        joined.prefix = first.join(others)
+        options = {}
+        if any(request.on_text for request in requests):
+            options["streamer"] = _Streamer(requests, self.model.task.decode)
+        rows, queries = [row[request.key] for request in requests], [request.ids for request in requests]
+        return self.model.answer_ids(joined, rows, queries, **options)
+
+    def _write(self, request: _Write) -> None:
+        """Write a text; between its steps, answer what waits."""
+
+        def slices(steps: Iterable[Written], title: str, total: int) -> Iterator[Written]:
+            for written in steps:
+                if request.on_step:
+                    request.on_step(written, total)
+                self._answer_waiting(0)
+                yield written
+
+        if not request.future.set_running_or_notify_cancel():
+            return
+        try:
+            request.future.set_result(self.model.write(request.text, progress=slices, **request.options))
+        except Exception as error:  # as in `_answer_waiting`
+            request.future.set_exception(error)
+
+
+class _Streamer(BaseStreamer):
+    """Tells each request its answer so far; transformers calls it after every token of the batch."""
+
+    def __init__(self, requests: list[_Ask], decode: Callable[[list[int]], str]) -> None:
+        self.requests, self.decode = requests, decode
+        self.ids: list[list[int]] | None = None
+        self.texts = [""] * len(requests)
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompts, and after them one token of each answer."""
+        if self.ids is None:
+            self.ids = [[] for _ in self.requests]
+            return
+        for i, (request, token) in enumerate(zip(self.requests, value.tolist(), strict=True)):
+            self.ids[i].append(token)
+            if request.on_text is None or request.future.done():
+                continue
+            try:
+                if (text := self.decode(self.ids[i])) != self.texts[i]:
+                    self.texts[i] = text
+                    request.on_text(text)
+            except Exception as error:  # one listener's mistake is not the others'
+                request.future.set_exception(error)
+
+    def end(self) -> None:
+        """Nothing is left to tell."""
