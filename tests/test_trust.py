@@ -16,7 +16,7 @@ from gradmem.batch import Tokens
 from gradmem.cli import main
 from gradmem.evaluation.calibrate import WRITTEN, Calibration, _auroc, calibrate
 from gradmem.model import build_task
-from gradmem.trust import Abstain, balanced
+from gradmem.trust import Abstain, balanced, claim_losses
 from test_methods import ALL, TEXT, build
 
 
@@ -51,6 +51,18 @@ def test_near_loss_is_the_receipt_of_the_pair_alone(tiny: MemoryModel) -> None:
     with torch.no_grad():
         losses = tiny.method.token_losses(memory, Tokens.from_lists([tiny.task.encode(claim)]))
     assert answer.near_loss == pytest.approx(float(losses.mean()), abs=1e-4)
+
+
+def test_near_loss_is_that_of_the_chunk_that_says_it(tiny: MemoryModel) -> None:
+    tiny.choose({"chunk": 15, "chunks": "independent"})
+    memory = tiny.write(["a0:bc\nd1:ef\ng2:hi", "a0:bc"])
+    texts = ["!a0:bc!", "!g2:hi!"]
+    claims = [tiny.task.encode(text) for text in texts]
+    rows = tiny.method.apart(memory)
+    assert len(rows) == 3
+    every = [claim_losses(tiny.method, rows, [claim] * 3) for claim in claims]
+    found = [claim_losses(tiny.method, memory, [claim] * 2) for claim in claims]
+    assert found == [pytest.approx([min(first, second), alone]) for first, second, alone in every]
 
 
 def test_several_answers_to_a_query_are_refused(tiny: MemoryModel) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .batch import Tokens
 from .errors import GradmemError
-from .memory import write_bytes
+from .memory import LENGTHS, write_bytes
 
 if TYPE_CHECKING:
     from .backbone import Prefix
@@ -84,10 +84,16 @@ def token_logprobs(method: Method, prefix: Prefix, queries: list[list[int]], ans
 
 
 def claim_losses(method: Method, memory: Memory, claims: list[list[int]]) -> list[float]:
-    """Mean token loss of a text under each row of a memory, as a write receipt counts it, nats."""
-    tokens = Tokens.from_lists(claims).to(next(iter(memory.tensors.values())).device)
-    losses: list[float] = (method.token_losses(memory, tokens).float().sum(1) / tokens.lengths).tolist()
-    return losses
+    """Mean token loss of a text under each row of a memory, as a write receipt counts it, nats.
+
+    Where chunks of a context have vectors of their own, the text need stand in one of them: the least loss counts.
+    """
+    apart = method.apart(memory)
+    counts = memory.tensors[LENGTHS].tolist() if len(apart) > len(memory) else [1] * len(memory)
+    every = [claim for claim, count in zip(claims, counts, strict=True) for _ in range(count)]
+    tokens = Tokens.from_lists(every).to(next(iter(apart.tensors.values())).device)
+    losses = method.token_losses(apart, tokens).float().sum(1) / tokens.lengths
+    return [float(own.min()) for own in losses.split(counts)]
 
 
 def assess(text: str, ids: list[int], logprobs: Tensor, near_loss: float) -> Answer:
