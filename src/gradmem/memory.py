@@ -39,6 +39,7 @@ def _anything(value: object) -> bool:
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "int": lambda value: type(value) is int,
+    "list[int]": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
     "list[float]": lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
     "dict[str, Any]": lambda value: isinstance(value, dict),
 }
@@ -211,7 +212,7 @@ class Memory:
         return self.model.restore(self)
 
     def to_bytes(self, precision: Precision = "float32") -> bytes:
-        """The memory as the bytes of one safetensors file; equal memories make equal bytes.
+        """The memory as the bytes of one safetensors file.
 
         Parameters
         ----------
@@ -229,7 +230,7 @@ class Memory:
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str = "the memory") -> Memory:
-        """Read the bytes of a memory file, bound to no model. Nothing in them is executed; no size they state is believed.
+        """Read the bytes of a memory file, bound to no model; nothing in them is executed, no size they state believed.
 
         Parameters
         ----------
@@ -289,6 +290,12 @@ def stored_precision(data: bytes) -> Precision:
     if any(name.endswith(SCALE) for name in header):
         return "int8"
     return "float16" if any(about.get("dtype") == "F16" for about in header.values()) else "float32"
+
+
+def identity(data: bytes) -> str:
+    """SHA-256 of all that a memory file says, in whatever order its header says it."""
+    about = _header(data)["__metadata__"]
+    return text_digest(about["sha256"] + about["records"])
 
 
 def _header(data: bytes) -> dict[str, Any]:
