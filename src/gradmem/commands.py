@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 
 from .checkpoints import checkpoint_names, load, open_memory
-from .errors import GradmemError
+from .errors import GradmemError, Missing
 from .evaluation import compare as comparison
 from .evaluation.evaluate import Result
 from .evaluation.evaluate import evaluate as measure
@@ -27,6 +28,7 @@ from .evaluation.sweep import sweep as run_sweep
 from .evaluation.sweep import table as sweep_table
 from .memory import Memory, Precision, write_bytes, written_texts
 from .model import MemoryModel, build_task
+from .store import Store
 from .tables import differences, plan_table, provenance, receipt, receipts, restored, tokens_of
 from .tasks.base import Split
 from .training.recipe import Recipe, load_recipe, recipe_names
@@ -295,7 +297,10 @@ def _system(name: str, output: Path) -> tuple[MemoryModel, comparison.Training]:
 def write(
     checkpoint: str,
     file: Path,
-    output: Path = Path("memory.safetensors"),
+    output: Path | None = None,
+    store: bool = False,
+    name: str | None = None,
+    tags: str = "",
     method: str | None = None,
     chunk: int | None = None,
     steps: int | None = None,
@@ -314,7 +319,13 @@ def write(
     file
         Text to write; - for standard input.
     output
-        Memory file (short: -o).
+        Memory file (short: -o); default: memory.safetensors, or none where the store keeps the memory.
+    store
+        Keep the memory in the store; a text that it keeps already is not written again.
+    name
+        Name in the store.
+    tags
+        Tags in the store, as a,b.
     method
         For a plain language model: a method that needs no training; default: cram.
     chunk
@@ -332,14 +343,27 @@ def write(
     options
         Options of the method, each by its own name: --n_mem 32 --inner_lr 0.03.
     """
+    if not store and (name is not None or tags):
+        raise GradmemError("names and tags are for memories in the store: add --store")
     given = ({"name": method} if method else {}) | (options or {})
     model = load(checkpoint, given or None).to(_device(device))
     text = read_text(file)
     chunks = model.chunks(text, chunk)
-    memory = model.write(chunks, steps, until=until, max_steps=max_steps, progress=_progress)
-    memory.save(output, precision)
-    console.print(receipt(memory.records[0], tokens_of(memory, text)) if len(memory) == 1 else receipts(memory.records))
-    console.print(f"saved {output}: {output.stat().st_size} bytes for {len(text.encode())} bytes of text")
+    settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps, "progress": _progress}
+    if store:
+        with Store() as keeper:
+            entry = keeper.write(model, chunks, precision=precision, name=name, tags=tags, **settings)
+            data = keeper.read(entry.id)
+    else:
+        data = model.write(chunks, **settings).to_bytes(precision)
+    memory = model.bind(Memory.from_bytes(data))
+    records = memory.records
+    console.print(receipt(records[0], tokens_of(memory, text)) if len(memory) == 1 else receipts(records))
+    size = f"{len(data)} bytes for {len(text.encode())} bytes of text"
+    if store:
+        console.print(f"kept {entry.label} ({entry.id}): {size}", markup=False, highlight=False, soft_wrap=True)
+    if output or not store:
+        console.print(f"saved {write_bytes(output or Path('memory.safetensors'), data)}: {size}")
     return memory
 
 
@@ -349,7 +373,7 @@ def ask(memory: Path, queries: list[str], jsonl: bool = False, device: str = "cp
     Parameters
     ----------
     memory
-        Memory file.
+        Memory file, or id or name in the store.
     queries
         Queries; without any, one a line from standard input, answered as JSON lines.
     jsonl
@@ -357,7 +381,7 @@ def ask(memory: Path, queries: list[str], jsonl: bool = False, device: str = "cp
     device
         Device to run on.
     """
-    opened = open_memory(memory)
+    opened = _open(memory)
     if opened.model is None or len(opened) != 1:
         raise GradmemError(f"{memory} holds {len(opened)} memories; ask them from Python")
     opened = opened.model.to(_device(device)).bind(opened)
@@ -377,7 +401,7 @@ def restore(memory: Path, output: Path | None = None, context: Path | None = Non
     Parameters
     ----------
     memory
-        Memory file.
+        Memory file, or id or name in the store.
     output
         File for the text (short: -o); default: standard output.
     context
@@ -385,7 +409,7 @@ def restore(memory: Path, output: Path | None = None, context: Path | None = Non
     device
         Device to run on.
     """
-    opened = open_memory(memory)
+    opened = _open(memory)
     if opened.model is None:
         raise GradmemError(f"{memory} is bound to no model")
     model = opened.model.to(_device(device))
@@ -431,6 +455,17 @@ def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Me
         written = texts.get(record.context_sha256)
         console.print(receipt(record, None if written is None else tokens_of(bound, written)))
     return loaded
+
+
+def _open(memory: Path) -> Memory:
+    """Open a memory file or, where there is none, what the store keeps under this id or name."""
+    if os.path.exists(memory):  # Path.exists raises for names that are too long
+        return open_memory(memory)
+    try:
+        with Store(create=False) as store:
+            return store.open(str(memory))
+    except Missing as error:
+        raise GradmemError(f"no memory file at {memory}, and {error}") from error
 
 
 def show_list() -> None:

@@ -37,7 +37,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from ..errors import GradmemError
+from ..errors import GradmemError, Missing
 
 SCHEMA = 1
 """Version of the tables. A store with a higher one was made by a newer gradmem, and is refused."""
@@ -161,7 +161,7 @@ def connect(url: URL, create: bool) -> Engine:
     if url.get_backend_name() == "sqlite":
         file = Path(url.database or "")
         if not create and not file.exists():
-            raise GradmemError(f"no store at {file}: `gradmem write --store` makes one (GRADMEM_STORE says where)")
+            raise Missing(f"no store at {file}: `gradmem write --store` makes one (GRADMEM_STORE says where)")
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
         event.listen(engine, "connect", _prepare_sqlite)
@@ -176,7 +176,7 @@ def connect(url: URL, create: bool) -> Engine:
         found = _schema(connection, name)
     if found is None:
         if not create:
-            raise GradmemError(f"no store in {name}: `gradmem write --store` makes one")
+            raise Missing(f"no store in {name}: `gradmem write --store` makes one")
         with engine.connect().execution_options(writes=True) as connection, connection.begin():
             _make_tables(connection, name)
     return engine

@@ -49,6 +49,10 @@ class Version:
     size: int
     sha256: str
 
+    def row(self) -> dict[str, Any]:
+        """The version as plain data for JSON."""
+        return plain(asdict(self))
+
 
 @dataclass(frozen=True)
 class Entry:

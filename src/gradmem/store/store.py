@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from typing_extensions import Unpack
 
 from ..checkpoints import bind_memory
-from ..errors import GradmemError, require
+from ..errors import GradmemError, Missing, require
 from ..memory import Memory, Precision, identity, stored_precision, text_digest
 from ..model import MemoryModel
 from . import database as db
@@ -180,12 +180,27 @@ class Store:
             if found:
                 raise _taken(name)
             return None
-        entry = self.get(found[content])
-        if name not in (None, entry.name):
-            if entry.name is not None:
-                raise GradmemError(f"this memory is kept already, as '{entry.name}': rename it, or give no other name")
-            entry = self.rename(entry.id, name)
-        return self.tag(entry.id, [*entry.tags, *wanted]) if set(wanted) - set(entry.tags) else entry
+        return self._described(found[content], name, wanted)
+
+    def _described(self, id: str, name: str | None, tags: Sequence[str]) -> Entry:
+        """Give a memory a name, where it has none, and tags besides those it has."""
+        entry = self.get(id)
+        if name in (None, entry.name) and set(tags) <= set(entry.tags):
+            return entry
+        try:
+            with self._connection(writes=True) as connection:
+                row = self._locked(connection, id)
+                if row.name is not None and name not in (None, row.name):
+                    raise GradmemError(
+                        f"this memory is kept already, as '{row.name}': rename it, or give no other name"
+                    )
+                present = connection.scalars(select(db.tags.c.tag).where(db.tags.c.memory == id)).all()
+                _insert_tags(connection, row._asdict(), [tag for tag in tags if tag not in present])
+                change = update(db.memories).where(db.memories.c.id == id)
+                connection.execute(change.values(name=name or row.name, updated=_now()))
+        except IntegrityError as error:
+            raise _taken(name) from error
+        return self.get(id)
 
     def _keep(self, memory: Memory, data: bytes, content: str, name: str | None, tags: str | Sequence[str]) -> Entry:
         """Insert a memory, unless another process has done so since."""
@@ -226,8 +241,8 @@ class Store:
 
         Raises
         ------
-        GradmemError
-            When there is none.
+        Missing
+            When there is none; so do all methods.
         """
         with self._connection() as connection:
             found = self._entries(connection, self._is(ref))
@@ -441,9 +456,9 @@ class Store:
         """The memory of this id or name: no name looks like an id."""
         return and_(self._mine, (db.memories.c.id if _ID.fullmatch(ref) else db.memories.c.name) == ref)
 
-    def _missing(self, ref: str, version: int | None = None) -> GradmemError:
+    def _missing(self, ref: str, version: int | None = None) -> Missing:
         which = "" if version is None else f"version {version} of "
-        return GradmemError(f"no {which}memory '{ref}' in {self._place}")
+        return Missing(f"no {which}memory '{ref}' in {self._place}")
 
     def _locked(self, connection: Connection, ref: str) -> Row[Any]:
         """The row of a memory, which no other process changes before this transaction ends."""
@@ -534,7 +549,7 @@ def _version(memory: Memory, data: bytes) -> Version:
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
-    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / max(1, sum(weights))
+    return round(sum(value * weight for value, weight in zip(values, weights, strict=True)) / max(1, sum(weights)), 6)
 
 
 def _make_version(row: Row[Any]) -> Version:
