@@ -472,18 +472,11 @@ class Store:
         current = and_(db.versions.c.memory == db.memories.c.id, db.versions.c.number == db.memories.c.version)
         query = select(*_ENTRY, *_VERSION).join_from(db.memories, db.versions, current).where(condition)
         rows = connection.execute(query.order_by(db.memories.c.created.desc(), db.memories.c.id.desc())).all()
-        labels: dict[str, list[str]] = {row._mapping[db.memories.c.id]: [] for row in rows}
-        tagged = select(db.tags.c.memory, db.tags.c.tag).where(db.tags.c.memory.in_(labels)).order_by(db.tags.c.tag)
+        found: dict[str, list[str]] = {row.id: [] for row in rows}
+        tagged = select(db.tags.c.memory, db.tags.c.tag).where(db.tags.c.memory.in_(found)).order_by(db.tags.c.tag)
         for memory, tag in connection.execute(tagged) if rows else ():
-            labels[memory].append(tag)
-        return [
-            Entry(
-                **{column.name: row._mapping[column] for column in _ENTRY},
-                tags=tuple(labels[row._mapping[db.memories.c.id]]),
-                current=_make_version(row),
-            )
-            for row in rows
-        ]
+            found[memory].append(tag)
+        return [_make_entry(row, found[row.id]) for row in rows]
 
     @contextmanager
     def _connection(self, writes: bool = False) -> Iterator[Connection]:
@@ -552,8 +545,13 @@ def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
     return round(sum(value * weight for value, weight in zip(values, weights, strict=True)) / max(1, sum(weights)), 6)
 
 
-def _make_version(row: Row[Any]) -> Version:
-    return Version(**{column.name: row._mapping[column] for column in _VERSION})
+def _make_version(values: Sequence[Any]) -> Version:
+    return Version(**{column.name: value for column, value in zip(_VERSION, values, strict=True)})
+
+
+def _make_entry(row: Row[Any], tags: Sequence[str]) -> Entry:
+    about = {column.name: value for column, value in zip(_ENTRY, row[: len(_ENTRY)], strict=True)}
+    return Entry(**about, tags=tuple(tags), current=_make_version(row[len(_ENTRY) :]))
 
 
 def _insert_version(connection: Connection, memory: Mapping[str, Any], version: Version, data: bytes) -> None:
