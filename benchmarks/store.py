@@ -3,7 +3,7 @@
 The memories are as large as those of `kv-32` (8 vectors of width 128, receipt of 225 tokens) and are inserted in bulk.
 Of all, a tenth is of each of ten checkpoints, half have the tag `half`, every thousandth the tag `rare`, and one was
 created every minute. A listing is of one page of 50. Timed from Python, with the first calls, which open connections,
-left out. On a machine that does other work the clock measures that too; the processor time of this process does not, and
+left out. On a machine that does other work the clock measures that too. The processor time of this process does not: it
 is what SQLite takes, but not what a server takes. With --place the store must be empty; by default it is a SQLite file
 in a temporary folder.
 """

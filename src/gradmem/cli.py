@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .training.recipe import Recipe, recipe_names, recipe_values
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_type(commands.Ints, lambda numbers: ",".join(map(str, numbers)), commands.Ints.parse)
+register_type(datetime, datetime.isoformat, datetime.fromisoformat)
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "eval": commands.evaluate,

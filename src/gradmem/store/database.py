@@ -90,6 +90,7 @@ memories = Table(
     UniqueConstraint("owner", "content"),
     # Each begins with what is filtered and ends with the order of a listing, which so reads one page and no more.
     Index("gradmem_memories_created", "owner", "created", "id"),
+    Index("gradmem_memories_name", "owner", "name", "created", "id"),
     Index("gradmem_memories_checkpoint", "owner", "checkpoint", "created", "id"),
     Index("gradmem_memories_model", "owner", "model", "created", "id"),
 )

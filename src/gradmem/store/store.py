@@ -35,6 +35,17 @@ PAGE = 1000
 _ID = re.compile("[0-9a-f]{32}")
 _VERSION = [db.versions.c[field.name] for field in fields(Version)]
 _ENTRY = [db.memories.c[field.name] for field in fields(Entry) if field.name not in ("tags", "current")]
+_TAGS = select(func.aggregate_strings(db.tags.c.tag, ",")).where(db.tags.c.memory == db.memories.c.id).scalar_subquery()
+_ENTRIES = (
+    select(*_ENTRY, *_VERSION, _TAGS)
+    .join_from(
+        db.memories,
+        db.versions,
+        and_(db.versions.c.memory == db.memories.c.id, db.versions.c.number == db.memories.c.version),
+    )
+    .order_by(db.memories.c.created.desc(), db.memories.c.id.desc())
+)
+"""Memories with their current versions and tags, the newest first."""
 
 
 class Store:
@@ -293,7 +304,7 @@ class Store:
         Raises
         ------
         GradmemError
-            When a limit, a cursor, a filter or a date is none.
+            When a limit or a cursor is none.
         """
         require("limit", limit, 1 <= limit <= PAGE, f"from 1 to {PAGE}")
         page = matching(self._owner, filters, after).limit(limit)
@@ -469,14 +480,7 @@ class Store:
 
     def _entries(self, connection: Connection, condition: ColumnElement[bool]) -> Sequence[Entry]:
         """Memories with their current versions and tags, the newest first."""
-        current = and_(db.versions.c.memory == db.memories.c.id, db.versions.c.number == db.memories.c.version)
-        query = select(*_ENTRY, *_VERSION).join_from(db.memories, db.versions, current).where(condition)
-        rows = connection.execute(query.order_by(db.memories.c.created.desc(), db.memories.c.id.desc())).all()
-        found: dict[str, list[str]] = {row.id: [] for row in rows}
-        tagged = select(db.tags.c.memory, db.tags.c.tag).where(db.tags.c.memory.in_(found)).order_by(db.tags.c.tag)
-        for memory, tag in connection.execute(tagged) if rows else ():
-            found[memory].append(tag)
-        return [_make_entry(row, found[row.id]) for row in rows]
+        return [_make_entry(row) for row in connection.execute(_ENTRIES.where(condition))]
 
     @contextmanager
     def _connection(self, writes: bool = False) -> Iterator[Connection]:
@@ -549,9 +553,10 @@ def _make_version(values: Sequence[Any]) -> Version:
     return Version(**{column.name: value for column, value in zip(_VERSION, values, strict=True)})
 
 
-def _make_entry(row: Row[Any], tags: Sequence[str]) -> Entry:
+def _make_entry(row: Sequence[Any]) -> Entry:
     about = {column.name: value for column, value in zip(_ENTRY, row[: len(_ENTRY)], strict=True)}
-    return Entry(**about, tags=tuple(tags), current=_make_version(row[len(_ENTRY) :]))
+    *version, tags = row[len(_ENTRY) :]
+    return Entry(**about, tags=tuple(labels(tags or "")), current=_make_version(version))
 
 
 def _insert_version(connection: Connection, memory: Mapping[str, Any], version: Version, data: bytes) -> None:

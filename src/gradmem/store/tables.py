@@ -18,7 +18,7 @@ def entries_table(entries: Sequence[Entry]) -> Table:
     for heading in ("tags", "checkpoint"):
         built.add_column(heading, overflow="fold")
     built.add_column("created (UTC)", no_wrap=True)
-    for heading in ("version", "kept", "bytes"):
+    for heading in ("tokens kept", "bytes"):
         built.add_column(heading, justify="right")
     for entry in entries:
         current = entry.current
@@ -27,7 +27,6 @@ def entries_table(entries: Sequence[Entry]) -> Table:
             Text(", ".join(entry.tags)),
             Text(entry.model),
             _time(entry.created),
-            str(current.number),
             f"{current.kept}/{current.tokens}",
             str(current.size),
         )
@@ -49,25 +48,23 @@ def entry_table(entry: Entry) -> Table:
         "SHA-256": entry.current.sha256,
     }
     for name, value in rows.items():
-        built.add_row(name, Text(value))
+        built.add_row(name, Text(value, overflow="fold"))
     return built
 
 
 def versions_table(versions: Sequence[Version], current: int) -> Table:
     """The versions of a memory, with the sum of their receipts."""
-    built = Table(title="versions")
-    for heading in ("version", "written (UTC)", "tokens kept", "loss before", "after", "precision", "bytes", ""):
-        built.add_column(heading, justify="left" if heading in ("written (UTC)", "precision", "") else "right")
+    built = Table(title="versions", pad_edge=False)
+    for heading in ("version", "written (UTC)", "tokens kept", "write loss", "precision", "bytes"):
+        built.add_column(heading, justify="right" if heading in ("tokens kept", "bytes") else "left")
     for version in versions:
         built.add_row(
-            str(version.number),
+            f"{version.number}, current" if version.number == current else str(version.number),
             _time(version.created),
             f"{version.kept}/{version.tokens}",
-            f"{version.loss_before:.4f}",
-            f"{version.loss_after:.4f}",
+            f"{version.loss_before:.3f} to {version.loss_after:.3f}",
             version.precision,
             str(version.size),
-            "current" if version.number == current else "",
         )
     return built
 
