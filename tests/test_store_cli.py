@@ -106,6 +106,8 @@ BAD = {
     "bad version": (["store", "rollback", "notes", "9"], "no version 9"),
     "version in words": (["store", "diff", "notes", "one", "2"], "one"),
     "rm of nothing": (["store", "rm"], "say which"),
+    "rm of an empty filter": (["store", "rm", "--tags", ""], "say which"),
+    "rm of no tag": (["store", "rm", "--tags", ","], "a tag must be"),
     "rm of two kinds": (["store", "rm", "notes", "--tags", "a"], "say which"),
     "export to nowhere": (["store", "export", "notes", "-o", "no/m"], "cannot write"),
     "import of text": (["store", "import", "pairs.txt"], "damaged or no memory file"),
@@ -127,3 +129,4 @@ def test_bad_input(case: str, place: Path, capsys: pytest.CaptureFixture[str]) -
     assert line.startswith("gradmem: error: ")
     assert re.search(message, line), line
     assert (place / "own").exists() == (case not in EMPTY)
+    assert case in EMPTY or Store().get("notes")

@@ -73,7 +73,7 @@ def rm(refs: list[str], **filters: Unpack[Filters]) -> int:
     refs
         Ids or names.
     """
-    if bool(refs) == bool(filters):
+    if bool(refs) == any(filters.values()):  # an empty filter would delete everything
         raise GradmemError("say which memories: ids or names, or filters")
     with _store() as store:
         deleted = 0 if refs else store.prune(**filters)

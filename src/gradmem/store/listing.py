@@ -79,10 +79,12 @@ def _about(filters: Filters) -> Iterator[ColumnElement[bool]]:
 
 
 def labels(tags: str | Iterable[str]) -> list[str]:
-    """Tags, each once and in order."""
-    found = sorted({tag.strip() for tag in (tags.split(",") if isinstance(tags, str) else tags)} - {""})
+    """Tags, each once and in order; of a string, those between its commas."""
+    given = (tags.split(",") if tags else []) if isinstance(tags, str) else tags
+    found = sorted({tag.strip() for tag in given})
     for tag in found:
-        require("a tag", tag, len(tag) <= 100 and tag.isprintable() and "," not in tag, "printable, without commas")
+        good = 0 < len(tag) <= 100 and tag.isprintable() and "," not in tag
+        require("a tag", tag, good, "printable, up to 100 characters, without commas")
     return found
 
 
