@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sqlite3
 import threading
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -25,9 +26,10 @@ def place(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def store(place: str) -> Store:
+def store(place: str) -> Iterator[Store]:
     """An empty store."""
-    return Store(place)
+    with Store(place) as made_here:
+        yield made_here
 
 
 def names(entries) -> list[str | None]:
