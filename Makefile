@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-system lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/gradmem demo $(if $(PAIRS),--pairs "$(PAIRS)")
@@ -11,13 +11,16 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
+test-system: $(INSTALLED)
+	$(BIN)/python -m pytest tests/system $(ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	for script in meta_step read serve write kv; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in meta_step read serve write kv store; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # torch first and by its exact version: a range can take a build of several GB for GPUs.
 $(INSTALLED): pyproject.toml constraints.txt

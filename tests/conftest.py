@@ -139,6 +139,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("GRADMEM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep every test's memories out of the user's store."""
+    monkeypatch.setenv("GRADMEM_STORE", str(tmp_path / "own" / "store.db"))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> MemoryModel:
     """An untrained KV model."""

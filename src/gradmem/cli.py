@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from jsonargparse.typing import register_type
 from . import __version__, commands
 from .demo import demo
 from .errors import GradmemError
+from .store import commands as store_commands
 from .training.recipe import Recipe, recipe_names, recipe_values
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_type(commands.Ints, lambda numbers: ",".join(map(str, numbers)), commands.Ints.parse)
+register_type(datetime, datetime.isoformat, datetime.fromisoformat)
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "eval": commands.evaluate,
@@ -36,9 +39,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 CHECKPOINTS_HELP = "names of packaged checkpoints, directories, or hub names"
 SYSTEMS_HELP = "recipes, each trained in OUTPUT/NAME where that is not done yet, and checkpoints"
 QUERIES_HELP = "queries; without any, one a line from standard input, answered as JSON lines"
+STORE_HELP = "Memories that are kept, under names and tags (GRADMEM_STORE: file or PostgreSQL URL)."
 BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
+    commands.write: {
+        "--store": {"action": "store_true", "help": "keep the memory in the store; a file only where OUTPUT is given"},
+    },
     commands.ask: {
-        "memory": {"type": Path, "help": "memory file"},
+        "memory": {"type": Path, "help": "memory file, or id or name in the store"},
         "queries": {"nargs": "*", "help": QUERIES_HELP},
         "--jsonl": {"action": "store_true", "help": "print JSON lines also for queries given as arguments"},
         "--abstain": {
@@ -49,6 +56,16 @@ BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
     commands.sweep: {"checkpoints": {"nargs": "+", "help": CHECKPOINTS_HELP}},
     commands.compare: {"systems": {"nargs": "+", "help": SYSTEMS_HELP}},
     commands.inspect: {"--json": {"action": "store_true", "help": "print the records as JSON"}},
+    store_commands.ls: {"--json": {"action": "store_true", "help": "print them as JSON"}},
+    store_commands.show: {"--json": {"action": "store_true", "help": "print them as JSON"}},
+    store_commands.diff: {"--json": {"action": "store_true", "help": "print it as JSON"}},
+    store_commands.rm: {"refs": {"nargs": "*", "help": "ids or names"}},
+    store_commands.import_files: {"files": {"nargs": "+", "type": Path, "help": "memory files"}},
+    store_commands.rename: {
+        "ref": {"help": "id or name"},
+        "name": {"nargs": "?", "help": "new name; without one the memory has none"},
+    },
+    store_commands.pin: {"--off": {"action": "store_true", "help": "no longer keep it from that"}},
 }
 SHORT = {"-o": "--output"}
 INNER = {"eval": "task", "calibrate": "task", "write": "options"}
@@ -108,6 +125,11 @@ def _run(arguments: list[str]) -> None:
     subcommands.add_subcommand("plan", _recipe_parser(commands.plan, recipe), help=_summary(commands.plan))
     for name, function in FUNCTIONS.items():
         subcommands.add_subcommand(name, _function_parser(function), help=_summary(function))
+    store = ArgumentParser(description=STORE_HELP)
+    subcommands.add_subcommand("store", store, help=STORE_HELP)
+    kept = store.add_subcommands(required=True, metavar="COMMAND")
+    for name, function in store_commands.COMMANDS.items():
+        kept.add_subcommand(name, _function_parser(function), help=_summary(function))
     parsed = parser.parse_args(arguments)
     chosen = parsed[parsed.subcommand]
     if parsed.subcommand == "train":
@@ -115,6 +137,8 @@ def _run(arguments: list[str]) -> None:
     elif parsed.subcommand == "plan":
         options = parser.instantiate(parsed)["plan"]
         commands.plan(_recipe(options), options.json)
+    elif parsed.subcommand == "store":
+        store_commands.COMMANDS[chosen.subcommand](**chosen[chosen.subcommand].as_dict())
     else:
         FUNCTIONS[parsed.subcommand](**chosen.as_dict())
 

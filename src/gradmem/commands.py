@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 
 from .checkpoints import checkpoint_names, load, open_memory
-from .errors import GradmemError
+from .errors import GradmemError, Missing
 from .evaluation import calibrate as calibration
 from .evaluation import compare as comparison
 from .evaluation.evaluate import Result
@@ -28,6 +29,7 @@ from .evaluation.sweep import sweep as run_sweep
 from .evaluation.sweep import table as sweep_table
 from .memory import Memory, Precision, write_bytes, written_texts
 from .model import MemoryModel, build_task
+from .store import Store
 from .tables import differences, plan_table, provenance, receipt, receipts, restored, tokens_of
 from .tasks.base import Split
 from .training.recipe import Recipe, load_recipe, recipe_names
@@ -99,7 +101,7 @@ def plan(recipe: Recipe, json: Path | None = None) -> list[dict[str, Any]]:
         from .training.plan import plan_recipe
     rows: list[dict[str, Any]] = []
     plans = plan_recipe(recipe)
-    for number, (stage, made) in enumerate(_progress(plans, "measuring", len(recipe.stages)), 1):
+    for number, (stage, made) in enumerate(progress_bar(plans, "measuring", len(recipe.stages)), 1):
         about = {"stage": number, "tasks": stage.tasks, "write_steps": max(stage.write_steps), "steps": stage.max_steps}
         rows += [about | asdict(t) | {"chosen": t is made.chosen, "budget": made.budget} for t in made.trials]
     console.print(plan_table(rows))
@@ -168,7 +170,7 @@ def evaluate(
             split,
             options,
             convert=lambda memory: memory.rounded(precision),
-            progress=_progress,
+            progress=progress_bar,
         )
     console.print(table(results))
     if json:
@@ -227,7 +229,7 @@ def sweep(
         own = getattr(model.task, "pairs", None)
         if own is None:
             raise GradmemError(f"'{name}' was trained on no number of pairs: a sweep is for key-value tasks")
-        points += run_sweep(model, pairs or [own], steps or range(31), samples, valid_samples, seed, _progress)
+        points += run_sweep(model, pairs or [own], steps or range(31), samples, valid_samples, seed, progress_bar)
     console.print(sweep_table(points))
     rows = [row for point in points for row in point.rows()]
     saved = [
@@ -273,7 +275,11 @@ def compare(
         Also draw exact match by pairs, by bytes, and the time of many queries, in this directory.
     """
     entries = comparison.compare(
-        [_system(name, output) for name in systems], pairs or [4, 8, 16, 32, 64, 96], samples, seed, progress=_progress
+        [_system(name, output) for name in systems],
+        pairs or [4, 8, 16, 32, 64, 96],
+        samples,
+        seed,
+        progress=progress_bar,
     )
     console.print(comparison.match_table(entries), comparison.cost_table(entries))
     rows = [entry.row() for entry in entries]
@@ -334,7 +340,7 @@ def calibrate(
     if not directory.is_dir():
         raise GradmemError(f"'{directory}' is no directory to save abstain.json in: name one with -o")
     model = load(checkpoint).to(_device(device))
-    found = calibration.calibrate(model, samples, seed, task, _progress)
+    found = calibration.calibrate(model, samples, seed, task, progress_bar)
     console.print(found.table())
     saved = [found.abstain.save(directory), json and save_json([found.row()], json), figure and found.figure(figure)]
     for path in filter(None, saved):
@@ -345,7 +351,10 @@ def calibrate(
 def write(
     checkpoint: str,
     file: Path,
-    output: Path = Path("memory.safetensors"),
+    output: Path | None = None,
+    store: bool = False,
+    name: str | None = None,
+    tags: str = "",
     method: str | None = None,
     chunk: int | None = None,
     steps: int | None = None,
@@ -364,7 +373,13 @@ def write(
     file
         Text to write; - for standard input.
     output
-        Memory file (short: -o).
+        Memory file (short: -o); default: memory.safetensors, or none where the store keeps the memory.
+    store
+        Keep the memory in the store; a text that it keeps already is not written again.
+    name
+        Name in the store.
+    tags
+        Tags in the store, as a,b.
     method
         For a plain language model: a method that needs no training; default: cram.
     chunk
@@ -384,16 +399,29 @@ def write(
         Options of the method, each by its own name: --n_mem 32 --inner_lr 0.03; of a checkpoint's method only
         --chunks sequential or independent.
     """
+    if not store and (name is not None or tags):
+        raise GradmemError("names and tags are for memories in the store: add --store")
     given = ({"name": method} if method else {}) | (options or {})
     model = load(checkpoint, given or None).to(_device(device))
     text = read_text(file)
     if chunk is not None and model.method.joins:
         model.choose({"chunk": chunk})
     texts = [text] if model.method.chunk is not None else model.chunks(text, chunk)
-    memory = model.write(texts, steps, until=until, max_steps=max_steps, progress=_progress)
-    memory.save(output, precision)
-    console.print(receipt(memory.records[0], tokens_of(memory, text)) if len(memory) == 1 else receipts(memory.records))
-    console.print(f"saved {output}: {output.stat().st_size} bytes for {len(text.encode())} bytes of text")
+    settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps, "progress": progress_bar}
+    if store:
+        with Store() as keeper:
+            entry = keeper.write(model, texts, precision=precision, name=name, tags=tags, **settings)
+            data = keeper.read(entry.id)
+    else:
+        data = model.write(texts, **settings).to_bytes(precision)
+    memory = model.bind(Memory.from_bytes(data))
+    records = memory.records
+    console.print(receipt(records[0], tokens_of(memory, text)) if len(memory) == 1 else receipts(records))
+    size = f"{len(data)} bytes for {len(text.encode())} bytes of text"
+    if store:
+        console.print(f"kept {entry.label} ({entry.id}): {size}", markup=False, highlight=False, soft_wrap=True)
+    if output or not store:
+        console.print(f"saved {write_bytes(output or Path('memory.safetensors'), data)}: {size}")
     return memory
 
 
@@ -405,7 +433,7 @@ def ask(
     Parameters
     ----------
     memory
-        Memory file.
+        Memory file, or id or name in the store.
     queries
         Queries; without any, one a line from standard input, answered as JSON lines.
     jsonl
@@ -415,7 +443,7 @@ def ask(
     device
         Device to run on.
     """
-    opened = open_memory(memory)
+    opened = _open(memory)
     if opened.model is None or len(opened) != 1:
         raise GradmemError(f"{memory} holds {len(opened)} memories; ask them from Python")
     model = opened.model.to(_device(device))
@@ -453,7 +481,7 @@ def restore(memory: Path, output: Path | None = None, context: Path | None = Non
     Parameters
     ----------
     memory
-        Memory file.
+        Memory file, or id or name in the store.
     output
         File for the text (short: -o); default: standard output.
     context
@@ -461,12 +489,12 @@ def restore(memory: Path, output: Path | None = None, context: Path | None = Non
     device
         Device to run on.
     """
-    opened = open_memory(memory)
+    opened = _open(memory)
     if opened.model is None:
         raise GradmemError(f"{memory} is bound to no model")
     model = opened.model.to(_device(device))
     original = None if context is None else written_texts(read_text(context), opened.parts, str(context))
-    ids = model.reconstruct(model.bind(opened), _progress)
+    ids = model.reconstruct(model.bind(opened), progress_bar)
     texts = [model.task.text(row) for row in ids]
     text = "".join(texts)
     if output:
@@ -497,7 +525,7 @@ def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Me
     """
     loaded = Memory.load(memory)
     if json:
-        print(_dumps([record.row() for record in loaded.records]))
+        print(dumps([record.row() for record in loaded.records]))
         return loaded
     text = read_text(context) if context else None
     texts = {} if text is None else written_texts(text, loaded.parts, str(context))
@@ -507,6 +535,17 @@ def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Me
         written = texts.get(record.context_sha256)
         console.print(receipt(record, None if written is None else tokens_of(bound, written)))
     return loaded
+
+
+def _open(memory: Path) -> Memory:
+    """Open a memory file or, where there is none, what the store keeps under this id or name."""
+    if os.path.exists(memory):  # Path.exists raises for names that are too long
+        return open_memory(memory)
+    try:
+        with Store(create=False) as store:
+            return store.open(str(memory))
+    except Missing as error:
+        raise GradmemError(f"no memory file at {memory}, and {error}") from error
 
 
 def show_list() -> None:
@@ -557,10 +596,10 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _progress(batches: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
+def progress_bar(batches: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
     quiet = Console(stderr=True)
     return track(batches, title, total, console=quiet, transient=True, disable=not quiet.is_terminal)
 
 
-def _dumps(value: Any) -> str:
+def dumps(value: Any) -> str:
     return json.dumps(value, indent=1)

@@ -10,6 +10,10 @@ class GradmemError(Exception):
     """A problem that the caller can fix; its message says how. The command line prints it and exits with 2."""
 
 
+class Missing(GradmemError):
+    """There is no such memory, or no store to find it in."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> GradmemError:
     """Build the error for a name that does not exist, with the nearest existing one."""
     names = sorted(known)

@@ -8,15 +8,15 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from .errors import GradmemError
@@ -30,6 +30,20 @@ SCALE = ".scale"
 LENGTHS = "lengths"
 Precision = Literal["float32", "float16", "int8"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+
+
+def _anything(value: object) -> bool:
+    return True
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: type(value) is int,
+    "list[int]": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
+    "list[float]": lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
+    "dict[str, Any]": lambda value: isinstance(value, dict),
+}
+"""What a field of a record may hold, by its type: records come out of files that anybody may have written."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,12 @@ class Record:
     earlier: list[Record] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.options, dict) or "name" in self.options:
+        for field_ in dataclasses.fields(self):
+            if not _KINDS.get(str(field_.type), _anything)(getattr(self, field_.name)):
+                raise ValueError(f"a record's {field_.name} is {field_.type}")
+        if not self.losses:
+            raise ValueError("a record has losses")
+        if "name" in self.options:
             raise ValueError("a record's options are those of its method")
         if self.chunks and sum(self.chunks) != self.context_tokens:
             raise ValueError("a record's chunks are those of its context")
@@ -231,19 +250,13 @@ class Memory:
             raise GradmemError("this memory is bound to no model: open it with gradmem.open(FILE) or model.open(FILE)")
         return self.model
 
-    def save(self, path: str | os.PathLike[str], precision: Precision = "float32") -> Path:
-        """Save as one safetensors file, which appears whole or not at all.
+    def to_bytes(self, precision: Precision = "float32") -> bytes:
+        """The memory as the bytes of one safetensors file.
 
         Parameters
         ----------
-        path : path
         precision : {"float32", "float16", "int8"}
             Of floating-point tensors; others are kept as they are. int8 keeps one float32 scale for each vector.
-
-        Raises
-        ------
-        GradmemError
-            When the file cannot be written.
         """
         tensors = _encode(self.tensors, precision)
         header = {
@@ -252,7 +265,51 @@ class Memory:
             "sha256": digest(tensors),
             "records": json.dumps([dataclasses.asdict(record) for record in self.records]),
         }
-        return write_bytes(Path(path), save(tensors, header))
+        return save(tensors, header)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, what: str = "the memory") -> Memory:
+        """Read the bytes of a memory file, bound to no model; nothing in them is executed, no size they state believed.
+
+        Parameters
+        ----------
+        data : bytes
+        what : str
+            Name of their source in messages.
+
+        Raises
+        ------
+        GradmemError
+            When they are damaged, of another kind or of a newer version.
+        """
+        try:
+            stored = load(data)
+            about = _header(data).get("__metadata__", {})
+            if about.get("format") != FORMAT:
+                raise GradmemError(f"{what} is no memory file")
+            if about.get("version") != str(VERSION):
+                raise GradmemError(f"{what} has format version {about.get('version')}, this gradmem reads {VERSION}")
+            records = [Record.read(record) for record in json.loads(about["records"])]
+            same = digest(stored) == about.get("sha256")
+            tensors = _decode(stored) if same else {}
+        except (SafetensorError, AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise GradmemError(f"{what} is damaged or no memory file: {error}") from error
+        if not same:
+            raise GradmemError(f"{what} is damaged: its contents do not match its checksum")
+        sizes = {tensor.shape[:1] for tensor in tensors.values()}
+        if len(sizes) != 1 or (records and sizes != {(len(records),)}):
+            raise GradmemError(f"{what} is damaged: its tensors and records do not fit together")
+        return cls(tensors, records)
+
+    def save(self, path: str | os.PathLike[str], precision: Precision = "float32") -> Path:
+        """Save as one safetensors file, which appears whole or not at all; see `to_bytes`.
+
+        Raises
+        ------
+        GradmemError
+            When the file cannot be written.
+        """
+        return write_bytes(Path(path), self.to_bytes(precision))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Memory:
@@ -263,28 +320,27 @@ class Memory:
         GradmemError
             When the file is missing, damaged, of another kind or of a newer version.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise GradmemError(f"{path} is no memory file")
-                if header.get("version") != str(VERSION):
-                    raise GradmemError(
-                        f"{path} has format version {header.get('version')}, this gradmem reads {VERSION}"
-                    )
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                records = [Record.read(record) for record in json.loads(header["records"])]
-        except FileNotFoundError as error:
-            raise GradmemError(f"no memory file at {path}") from error
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise GradmemError(f"{path} is damaged or no memory file: {error}") from error
-        if digest(stored) != header.get("sha256"):
-            raise GradmemError(f"{path} is damaged: its contents do not match its checksum")
-        tensors = _decode(stored)
-        sizes = {tensor.shape[:1] for tensor in tensors.values()}
-        if len(sizes) != 1 or (records and sizes != {(len(records),)}):
-            raise GradmemError(f"{path} is damaged: its tensors and records do not fit together")
-        return cls(tensors, records)
+        return cls.from_bytes(read_bytes(Path(path)), str(path))
+
+
+def stored_precision(data: bytes) -> Precision:
+    """Precision of the floating-point tensors in the bytes of a memory file."""
+    header = _header(data)
+    if any(name.endswith(SCALE) for name in header):
+        return "int8"
+    return "float16" if any(about.get("dtype") == "F16" for about in header.values()) else "float32"
+
+
+def identity(data: bytes) -> str:
+    """SHA-256 of all that a memory file says, in whatever order its header says it."""
+    about = _header(data)["__metadata__"]
+    return text_digest(about["sha256"] + about["records"])
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """The header of a safetensors file that safetensors has read: tensors by name, and `__metadata__`."""
+    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header
 
 
 def _encode(tensors: dict[str, Tensor], precision: Precision) -> dict[str, Tensor]:
@@ -338,6 +394,24 @@ def write_bytes(path: Path, data: bytes) -> Path:
             Path(temporary).unlink(missing_ok=True)
         raise GradmemError(f"cannot write {path}: {error.strerror or error}") from error
     return path
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a memory file whole.
+
+    Raises
+    ------
+    GradmemError
+        When there is none, or it cannot be read.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise GradmemError(f"{path} is damaged or no memory file: it is no regular file")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise GradmemError(f"no memory file at {path}") from error
+    except (OSError, ValueError) as error:
+        raise GradmemError(f"cannot read {path}: {error}") from error
 
 
 def _umask() -> int:

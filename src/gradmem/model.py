@@ -402,15 +402,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         texts = _texts(text, onto, "there are")
         if not texts:
             raise GradmemError("nothing to write")
-        if until is not None:
-            if steps is not None:
-                raise GradmemError("give `steps` or `until`, not both")
-            if not until > 0:
-                raise GradmemError(f"`until` is a loss above 0, not {until}")
-            steps = max(30, self.method.write_steps) if max_steps is None else max_steps
+        steps = self.most_steps(steps, until, max_steps)
         ids = [self.encode(self.task.context_text(t), "context", self.method.max_context) for t in texts]
         size = max(1, TOKENS_AT_ONCE // max(map(len, ids)))
-        steps = self.method.write_steps if steps is None else steps
         parts = []
         for first in range(0, len(texts), size):
             last = min(first + size, len(texts))
@@ -423,6 +417,22 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         memory = Memory.join(parts)
         memory.model = self
         return memory
+
+    def most_steps(self, steps: int | None, until: float | None, max_steps: int | None) -> int:
+        """Write steps that `write` takes with these arguments; with `until`, at most.
+
+        Raises
+        ------
+        GradmemError
+            When `steps` and `until` are both given, or `until` is no loss.
+        """
+        if until is None:
+            return self.method.write_steps if steps is None else steps
+        if steps is not None:
+            raise GradmemError("give `steps` or `until`, not both")
+        if not until > 0:
+            raise GradmemError(f"`until` is a loss above 0, not {until}")
+        return max(30, self.method.write_steps) if max_steps is None else max_steps
 
     def _write(
         self,

@@ -90,10 +90,20 @@ def open_memory(path: str | os.PathLike[str]) -> Memory:
     GradmemError
         When the file is damaged, or its checkpoint is not found or has changed.
     """
-    memory = Memory.load(path)
+    return bind_memory(Memory.load(path), str(path))
+
+
+def bind_memory(memory: Memory, what: str) -> Memory:
+    """Bind a loaded memory to the checkpoint that wrote it, which is loaded too.
+
+    Raises
+    ------
+    GradmemError
+        When the checkpoint is not found or has changed.
+    """
     if not memory.records:
-        raise GradmemError(f"{path} does not say which model wrote it")
+        raise GradmemError(f"{what} does not say which model wrote it")
     record = memory.records[0]
     # Only a plain language model needs to be told the method: a checkpoint knows.
     method = {"name": record.method, **record.options} if _is_language_model(record.model) else None
-    return load(record.model, method).bind(memory, str(path))
+    return load(record.model, method).bind(memory, what)

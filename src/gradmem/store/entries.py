@@ -1,0 +1,152 @@
+"""What a store says of its memories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import chain
+from typing import Any
+
+from ..memory import Precision, Record
+
+CURSOR = "%Y%m%dT%H%M%S.%f"
+"""A time as it stands in a cursor."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a memory: its size and, summed over its rows, its write receipt.
+
+    Attributes
+    ----------
+    number : int
+        From 1.
+    created : datetime
+        UTC.
+    precision : {"float32", "float16", "int8"}
+        Of the stored file.
+    rows : int
+        Texts, or chunks of a text, with a memory each.
+    tokens, kept : int
+        Context tokens, and those among them that the memory keeps.
+    loss_before, loss_after : float
+        Write loss of the unwritten memory and of this one, mean nats per token.
+    size : int
+        Bytes of the stored file.
+    sha256 : str
+        Checksum of the stored file.
+    """
+
+    number: int
+    created: datetime
+    precision: Precision
+    rows: int
+    tokens: int
+    kept: int
+    loss_before: float
+    loss_after: float
+    size: int
+    sha256: str
+
+    def row(self) -> dict[str, Any]:
+        """The version as plain data for JSON."""
+        return plain(asdict(self))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A memory in a store.
+
+    Attributes
+    ----------
+    id : str
+        128 random bits in 32 hexadecimal digits.
+    name : str or None
+        Unique among the memories of its owner.
+    tags : tuple of str
+        Sorted.
+    pinned : bool
+        Whether it is safe from being deleted.
+    model, checkpoint : str
+        Name and fingerprint of the checkpoint that wrote it.
+    method : str
+        Name of the method.
+    created, updated : datetime
+        UTC; the latter changes with names, tags, pins and versions.
+    current : Version
+        The version that is read.
+    """
+
+    id: str
+    name: str | None
+    tags: tuple[str, ...]
+    pinned: bool
+    model: str
+    checkpoint: str
+    method: str
+    created: datetime
+    updated: datetime
+    current: Version
+
+    @property
+    def cursor(self) -> str:
+        """Where a listing goes on after this memory, also when the memory is gone by then."""
+        return f"{self.created:{CURSOR}}_{self.id}"
+
+    @property
+    def label(self) -> str:
+        """The name, or the id where there is none."""
+        return self.name or self.id
+
+    def row(self) -> dict[str, Any]:
+        """The entry as plain data for JSON."""
+        return plain({**asdict(self), "cursor": self.cursor})
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What became of the tokens of one version in another.
+
+    Attributes
+    ----------
+    before, after : Version
+    lost, regained : list of tuple of int
+        Row of the memory and position in its text of the tokens that `before` keeps and `after` does not, and the other
+        way round. What was appended counts on from what was there before; only what both versions have is compared.
+    added : int
+        Tokens of `after` that `before` has not.
+    """
+
+    before: Version
+    after: Version
+    lost: list[tuple[int, int]]
+    regained: list[tuple[int, int]]
+    added: int
+
+    @classmethod
+    def of(cls, before: Version, after: Version, records: tuple[Sequence[Record], Sequence[Record]]) -> Diff:
+        """Compare the records of two versions."""
+        old, new = (dict(_tokens(side)) for side in records)
+        both = [place for place in old if place in new]
+        lost = [place for place in both if old[place] and not new[place]]
+        regained = [place for place in both if new[place] and not old[place]]
+        return cls(before, after, lost, regained, len(new.keys() - old.keys()))
+
+    def row(self) -> dict[str, Any]:
+        """The comparison as plain data for JSON."""
+        return plain(asdict(self))
+
+
+def _tokens(records: Sequence[Record]) -> Iterator[tuple[tuple[int, int], bool]]:
+    """Place of each token, and whether it is kept."""
+    for row, record in enumerate(records):
+        losses = chain.from_iterable(part.token_losses for part in record.parts)
+        yield from (((row, position), loss <= Record.LOST) for position, loss in enumerate(losses))
+
+
+def plain(value: Any) -> Any:
+    """Times as ISO 8601, everything else as it is."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    return value.isoformat() if isinstance(value, datetime) else value

@@ -1,0 +1,81 @@
+"""Both databases: a SQLite file, and a PostgreSQL server that lives as long as the tests."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+
+PROGRAMS = ("initdb", "pg_ctl")
+DURABLE = "-c fsync=on -c listen_addresses='' -c max_connections=60"
+
+
+def account() -> dict[str, Any]:
+    """Whom to run PostgreSQL as, which refuses to be root."""
+    if os.geteuid() != 0:
+        return {}
+    users = {one.pw_name: one for one in pwd.getpwall()}
+    user = users.get("postgres") or users["nobody"]
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+def run(*command: str) -> None:
+    """Run a program of PostgreSQL."""
+    with tempfile.TemporaryFile("w+") as said:  # no pipe: the server would hold it open
+        done = subprocess.run(command, cwd="/", stdout=said, stderr=subprocess.STDOUT, **account())
+        said.seek(0)
+        assert done.returncode == 0, said.read()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Path]:
+    """Folder of a new PostgreSQL server: its socket, and `data`."""
+    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    if absent:
+        pytest.skip(f"no PostgreSQL here ({', '.join(absent)} not found): install the package `postgresql`")
+    pytest.importorskip("psycopg")
+    # The path of a socket is short, and those of pytest are not.
+    with tempfile.TemporaryDirectory(prefix="pg-") as folder:
+        if who := account():
+            os.chown(folder, who["user"], who["group"])
+        data, log = f"{folder}/data", f"{folder}/log"
+        run("initdb", "--pgdata", data, "--auth", "trust", "--username", "gradmem", "--encoding", "UTF8", "--no-locale")
+        run("pg_ctl", "start", "--wait", "--pgdata", data, "--log", log, "--options", f"{DURABLE} -k {folder}")
+        try:
+            yield Path(folder)
+        finally:
+            run("pg_ctl", "stop", "--pgdata", data, "--mode", "immediate")
+
+
+@pytest.fixture
+def crash(server: Path) -> Callable[[], None]:
+    """Stop the server as a crash would, and start it again."""
+    return partial(run, "pg_ctl", "restart", "--wait", "--pgdata", f"{server}/data", "--mode", "immediate")
+
+
+@pytest.fixture
+def postgres(server: Path) -> str:
+    """URL of an empty PostgreSQL database."""
+    name = f"store_{uuid.uuid4().hex}"
+    where = f"gradmem@/{{}}?host={server}"
+    engine = create_engine("postgresql+psycopg://" + where.format("postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return "postgresql://" + where.format(name)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Each database in turn, without a store."""
+    return str(request.getfixturevalue("postgres")) if request.param == "postgres" else str(tmp_path / "store.db")
