@@ -114,7 +114,8 @@ def test_queries_are_answered_between_steps_of_a_write(case: tuple[str, int]) ->
 
     with Engine(model) as engine:
         written = engine.write(TEXTS[3], on_step=on_step).result()
-    assert done == [True] * model.method.write_steps
+    assert all(done)
+    assert len(done) >= model.method.write_steps
     assert {future.result().text for future in asked} == {memory.ask("a7")}
     assert all(torch.equal(tensor, alone.tensors[name]) for name, tensor in written.tensors.items())
 

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gradmem
 from conftest import make_batch, random_tokens
@@ -304,16 +304,22 @@ def test_packaged_recipes_build(name: str, stand_ins: dict[str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """For each hub name in a packaged recipe: a directory with a small random model of the same type and tokenizer."""
-    place = tmp_path_factory.mktemp("stand-ins") / "gpt2"
+    """For each pretrained model in a packaged recipe: a directory with a small random one of its type."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*letters, "<|endoftext|>"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(place)
-    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=16, n_layer=1, n_head=2)).save_pretrained(place)
-    return {"openai-community/gpt2": str(place)}
+    sizes = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "openai-community/gpt2": GPT2LMHeadModel(GPT2Config(**sizes)),
+        "smollm2-135m": LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=16)),
+    }
+    places = {name: str(tmp_path_factory.mktemp("stand-in")) for name in small}
+    for name, place in places.items():
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(place)
+        small[name].save_pretrained(place)
+    return places
 
 
 def test_a_recipe_extends_another(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The demonstration: write pairs, delete them, answer from the memory."""
+"""The demonstration: write pairs, then a story, delete them, and answer from the memory."""
 
 from __future__ import annotations
 
@@ -16,21 +16,34 @@ from .evaluation.report import steps_figure, table
 from .model import MemoryModel
 
 console = Console()
+STORY = """
+Sandra went to the kitchen. Daniel travelled to the garden. Mary journeyed to the office. Daniel moved to the bedroom.
+John went back to the bathroom. Sandra moved to the hallway. Mary went to the garden. John travelled to the kitchen.
+"""
+WHERE = [
+    ("Where is Sandra?", "hallway"),
+    ("Where is Daniel?", "bedroom"),
+    ("Where is Mary?", "garden"),
+    ("Where is John?", "kitchen"),
+]
 
 
 def demo(
     checkpoint: str = "kv-32",
+    story: str | None = "babi",
     pairs: Path | None = None,
     output: Path = Path("demo-out"),
     samples: int = 100,
     seed: int = 7,
 ) -> None:
-    """Write key-value pairs into a few vectors, delete them, and answer every query.
+    """Write key-value pairs into a few vectors, delete them, and answer every query; then the same with a story.
 
     Parameters
     ----------
     checkpoint
         Name of a packaged checkpoint, or directory.
+    story
+        The same for stories, or none.
     pairs
         File of lines key:value to use instead of drawn ones.
     output
@@ -71,6 +84,15 @@ def demo(
         console.print(f"figure: {steps_figure(results, output / 'steps.png', title)}")
     except GradmemError as error:
         console.print(f"no figure: {error}", markup=False)
+    if story is not None:
+        _tell(load(story), output)
+
+
+def _tell(model: MemoryModel, output: Path) -> None:
+    """Tell a story, forget it, and answer from the memory file."""
+    file = model.write(STORY).save(output / "story.safetensors")
+    console.print(f"\na story: {' '.join(STORY.split())}\nwritten into {file}, and forgotten\n", highlight=False)
+    console.print(_answers(WHERE, open_memory(file).ask([question for question, _ in WHERE])))
 
 
 def _text(model: MemoryModel, pairs: Path | None, seed: int) -> str:
