@@ -16,11 +16,13 @@ from random import Random
 import pytest
 import torch
 
+import gradmem
 from conftest import DATA, needs
 from gradmem import GradmemError
 from gradmem.batch import Batch
 from gradmem.data.babi_stories import TASKS as GENERATED
 from gradmem.data.babi_stories import Told
+from gradmem.evaluation import evaluate
 from gradmem.model import MemoryModel
 from gradmem.tasks.babi import NAMES, WORDS, Babi
 from test_training import BACKBONE, METHOD
@@ -515,6 +517,26 @@ def test_a_model_writes_and_answers_and_names_unknown_words() -> None:
         model.write("Zebedee went to the zoo.")
     with pytest.raises(GradmemError, match="is no statement"):
         model.write("Mary moved to the bathroom. Where is Mary?")
+
+
+# --- The packaged checkpoint -------------------------------------------------------------------------------
+
+
+def test_the_packaged_checkpoint_answers_what_people_type() -> None:
+    memory = gradmem.load("babi").write(
+        "Mary went to the garden. JOHN moved to the office!\nmary travelled to the kitchen"
+    )
+    assert memory.ask(["Where is Mary?", "where is john"]) == ["kitchen", "office"]
+    with pytest.raises(GradmemError, match="tower"):
+        memory.ask("Where is the tower?")
+
+
+@needs("babi_v1.1_en")
+@pytest.mark.parametrize(("name", "least"), [("qa1", 0.9), ("qa4", 0.7)])
+def test_the_packaged_checkpoint_answers_official_stories(name: str, least: float) -> None:
+    (result,) = evaluate(gradmem.load("babi"), samples=60, task={"data": str(OFFICIAL), "tasks": name})
+    assert result.exact_match >= least
+    assert max(result.unwritten, result.swapped) < 0.5
 
 
 # --- Pretrained tokenizers ---------------------------------------------------------------------------------

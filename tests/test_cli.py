@@ -83,6 +83,8 @@ def test_demo_with_own_pairs(place: Path, tmp_path: Path, capsys: pytest.Capture
         assert key in shown
         assert value in shown
     assert (tmp_path / "out" / "steps.png").exists()
+    told = shown[shown.index("a story") :]
+    assert told.count("Where is") == told.count("✓") == 4
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
