@@ -33,8 +33,8 @@ class Busy(GradmemError):
         Seconds in which those that wait are likely to be answered.
     """
 
-    def __init__(self, waiting: int, retry_after: float) -> None:
-        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after:.1f} s")
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
         self.retry_after = retry_after
 
 
@@ -236,7 +236,8 @@ class Engine:
                 raise Closed("the engine is closed")
             waiting = len(self._asks) + len(self._writes)
             if waiting >= self.max_queue:
-                raise Busy(waiting, self._batch_seconds * (1 + len(self._asks) / self.max_batch))
+                seconds = self._batch_seconds * (1 + len(self._asks) / self.max_batch)
+                raise Busy(f"{waiting} requests are waiting already: try again in {seconds:.1f} s", seconds)
             queue.append(request)
             self._changed.notify()
 
