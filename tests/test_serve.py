@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gradmem import GradmemError, Memory, MemoryModel, load
+from gradmem import Client, GradmemError, Memory, MemoryModel, load
+from gradmem.errors import Missing
 from gradmem.memory import SCALE
 from gradmem.store import Store
 from stored import made
@@ -169,6 +171,26 @@ def test_a_name_that_is_taken_and_a_pin_are_conflicts(client: TestClient, served
     refused(client.delete("/v1/memories/notes"), 409, "pinned")
 
 
+def test_the_client_speaks_all_of_it(client: TestClient, served: str) -> None:
+    mine = Client("http://127.0.0.1:8000")
+    mine._http = client
+    client.base_url = "http://127.0.0.1:8000/v1/"
+    told: list[Any] = []
+    entry = mine.write(TEXT, served, name="a/b", tags=["x"], steps=1, on_step=lambda *step: told.append(step[:2]))
+    assert told == [(0, 1), (1, 1)]
+    assert entry == mine.get("a/b") == mine.list(tags=["x"])[0]
+    assert mine.ask("a/b", "a7") == mine.ask("a/b", ["k2", "a7"])[1]
+    data = mine.download(entry.id)
+    mine.delete("a/b")
+    with pytest.raises(Missing, match="no such memory"):
+        mine.get(entry.id)
+    assert mine.upload(data, name="back").name == "back"
+    with pytest.raises(GradmemError, match="unknown checkpoint"):
+        mine.write(TEXT, "none")
+    with pytest.raises(GradmemError, match="writes a memory once|chunk"):
+        mine.append("back", TEXT)
+
+
 # Who may
 
 
@@ -244,6 +266,22 @@ def test_too_much_and_too_often(served: str, keys: Keys, tmp_path: Path) -> None
         late = client.get("/v1/memories")
         refused(late, 429, "in a minute")
         assert 1 <= int(late.headers["Retry-After"]) <= 61
+
+
+def test_a_request_that_does_not_arrive_is_given_up(served: str, keys: Keys, tmp_path: Path) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    app = client_of(served, keys, tmp_path, timeout=0.2).app
+    scope = {"type": "http", "method": "POST", "path": "/v1/memories", "query_string": b"", "client": ("127.0.0.1", 1)}
+    asyncio.run(app({**scope, "headers": [(b"host", b"127.0.0.1")]}, receive, send))
+    assert sent[0]["status"] == 408
 
 
 def test_a_full_queue_says_when_to_come_back(served: str, keys: Keys, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ class Client:
                 if lines[0] == "event: error":
                     raise GradmemError(data["error"]["message"])
                 if on_step:
-                    on_step(**data)
+                    on_step(data["step"], data["of"], data["loss"])
         raise GradmemError("the server ended before the memory was written")
 
     def _json(self, method: str, path: str, **request: Any) -> Any:

@@ -61,6 +61,7 @@ def serve(
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         limit_concurrency=4 * settings.max_requests,
         timeout_graceful_shutdown=30,
     )

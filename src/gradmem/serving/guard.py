@@ -19,6 +19,8 @@ from .problems import Refused, problem
 from .settings import Settings, is_loopback
 from .watch import Watch
 
+ARRIVAL = 30.0
+"""Seconds in which a request must have arrived."""
 OPEN = ("/healthz", "/openapi.json")
 """Paths that need no key, besides the web page's."""
 
@@ -132,18 +134,8 @@ class Guard:
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > most:
             raise Refused(413, f"a request has at most {most:,} bytes")
-        parts, size = [], 0
         try:
-            while True:
-                message = await asyncio.wait_for(receive(), min(30, self.settings.timeout))
-                if message["type"] == "http.disconnect":
-                    raise Gone
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > most:
-                    raise Refused(413, f"a request has at most {most:,} bytes")
-                if not message.get("more_body", False):
-                    return b"".join(parts)
+            return await asyncio.wait_for(_read(receive, most), min(ARRIVAL, self.settings.timeout))
         except asyncio.TimeoutError:
             raise Refused(408, "the request did not arrive in time") from None
 
@@ -172,7 +164,21 @@ class Guard:
         finally:
             for one in (task, left):
                 one.cancel()
-            await asyncio.wait({task, left})
+            await asyncio.gather(task, left, return_exceptions=True)
+
+
+async def _read(receive: Receive, most: int) -> bytes:
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most:
+            raise Refused(413, f"a request has at most {most:,} bytes")
+        more = message.get("more_body", False)
+    return b"".join(parts)
 
 
 async def _left(receive: Receive) -> None:

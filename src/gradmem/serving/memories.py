@@ -81,7 +81,7 @@ class MoreText(WriteSteps):
 class Queries(BaseModel):
     """Queries to one memory."""
 
-    queries: list[Text] = Field(min_length=1, max_length=256)
+    queries: list[Text] = Field(min_length=1, max_length=64)
     version: int | None = Field(None, ge=1, le=2**31 - 1)
 
 
@@ -179,8 +179,10 @@ async def _answered(items: AsyncIterator[Step | Entry], stream: bool, status: in
 async def ask(ref: str, asked: Queries, store: Owned, engines: Served) -> Any:
     """Answer queries from a memory alone, each with what speaks for the answer."""
     engine, memory, key = await opened(ref, store, engines, asked.version)
-    futures = [asyncio.wrap_future(engine.ask(key, memory, query)) for query in asked.queries]
+    futures: list[asyncio.Future[Answer]] = []
     try:
+        for query in asked.queries:
+            futures.append(asyncio.wrap_future(engine.ask(key, memory, query)))
         return {"answers": await asyncio.gather(*futures)}
     finally:
         for future in futures:
