@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import schemathesis
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from safetensors.torch import save
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -68,7 +70,9 @@ def test_every_path_answers_as_documented(client: TestClient) -> None:
                     case.path_parameters["ref"] = "notes"
                 case.call_and_validate(headers=LOCAL, checks=CHECKS)
 
-            answers()
+            # Nothing that could be sent is forbidden where an operation takes nothing.
+            with suppress(*([Unsatisfiable] if mode is GenerationMode.NEGATIVE else [])):
+                answers()
 
 
 @QUIET
