@@ -6,6 +6,8 @@
 'Qz'
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .backbone import Backbone
 from .batch import Batch, Tokens
 from .checkpoints import checkpoint_names, load
@@ -16,12 +18,16 @@ from .methods import GradMem, Method, Written
 from .model import MemoryModel
 from .trust import Answer
 
+if TYPE_CHECKING:
+    from .serving.client import Client
+
 __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
     "Backbone",
     "Batch",
+    "Client",
     "GradMem",
     "GradmemError",
     "Memory",
@@ -34,3 +40,12 @@ __all__ = [
     "load",
     "open",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The client, which with its database types is imported only where it is used."""
+    if name == "Client":
+        from .serving.client import Client
+
+        return Client
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ from jsonargparse.typing import register_type
 from . import __version__, commands
 from .demo import demo
 from .errors import GradmemError
+from .serving import commands as serving_commands
 from .store import commands as store_commands
 from .training.recipe import Recipe, recipe_names, recipe_values
 
@@ -33,13 +34,16 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "ask": commands.ask,
     "restore": commands.restore,
     "inspect": commands.inspect,
+    "serve": serving_commands.serve,
     "demo": demo,
     "list": commands.show_list,
 }
 CHECKPOINTS_HELP = "names of packaged checkpoints, directories, or hub names"
 SYSTEMS_HELP = "recipes, each trained in OUTPUT/NAME where that is not done yet, and checkpoints"
 QUERIES_HELP = "queries; without any, one a line from standard input, answered as JSON lines"
+KEYS_HELP = "API keys of `gradmem serve` (GRADMEM_KEYS: the file of their hashes)."
 STORE_HELP = "Memories that are kept, under names and tags (GRADMEM_STORE: file or PostgreSQL URL)."
+GROUPS = {"store": (store_commands.COMMANDS, STORE_HELP), "keys": (serving_commands.KEYS, KEYS_HELP)}
 BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
     commands.write: {
         "--store": {"action": "store_true", "help": "keep the memory in the store; a file only where OUTPUT is given"},
@@ -52,6 +56,9 @@ BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
             "action": "store_true",
             "help": "say where the answer is not in the memory, and how sure others are",
         },
+    },
+    serving_commands.serve: {
+        "checkpoints": {"nargs": "*", "help": "checkpoints to serve; default: those in the package"},
     },
     commands.sweep: {"checkpoints": {"nargs": "+", "help": CHECKPOINTS_HELP}},
     commands.compare: {"systems": {"nargs": "+", "help": SYSTEMS_HELP}},
@@ -125,11 +132,12 @@ def _run(arguments: list[str]) -> None:
     subcommands.add_subcommand("plan", _recipe_parser(commands.plan, recipe), help=_summary(commands.plan))
     for name, function in FUNCTIONS.items():
         subcommands.add_subcommand(name, _function_parser(function), help=_summary(function))
-    store = ArgumentParser(description=STORE_HELP)
-    subcommands.add_subcommand("store", store, help=STORE_HELP)
-    kept = store.add_subcommands(required=True, metavar="COMMAND")
-    for name, function in store_commands.COMMANDS.items():
-        kept.add_subcommand(name, _function_parser(function), help=_summary(function))
+    for group, (functions, about) in GROUPS.items():
+        grouped = ArgumentParser(description=about)
+        subcommands.add_subcommand(group, grouped, help=about)
+        members = grouped.add_subcommands(required=True, metavar="COMMAND")
+        for name, function in functions.items():
+            members.add_subcommand(name, _function_parser(function), help=_summary(function))
     parsed = parser.parse_args(arguments)
     chosen = parsed[parsed.subcommand]
     if parsed.subcommand == "train":
@@ -137,8 +145,10 @@ def _run(arguments: list[str]) -> None:
     elif parsed.subcommand == "plan":
         options = parser.instantiate(parsed)["plan"]
         commands.plan(_recipe(options), options.json)
-    elif parsed.subcommand == "store":
-        store_commands.COMMANDS[chosen.subcommand](**chosen[chosen.subcommand].as_dict())
+    elif parsed.subcommand in GROUPS:
+        functions, _ = GROUPS[parsed.subcommand]
+        given = chosen[chosen.subcommand]
+        functions[chosen.subcommand](**(given.as_dict() if given else {}))
     else:
         FUNCTIONS[parsed.subcommand](**chosen.as_dict())
 

@@ -14,6 +14,14 @@ class Missing(GradmemError):
     """There is no such memory, or no store to find it in."""
 
 
+class Conflict(GradmemError):
+    """What is kept already stands against it: a name that is taken, a pin, another version."""
+
+
+class Unavailable(GradmemError):
+    """The database fails, or has lost what was stored: nothing that the one who asks could mend."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> GradmemError:
     """Build the error for a name that does not exist, with the nearest existing one."""
     names = sorted(known)

@@ -37,11 +37,12 @@ def _anything(value: object) -> bool:
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    "str": lambda value: isinstance(value, str),
+    "str": lambda value: isinstance(value, str) and value.isprintable(),
     "int": lambda value: type(value) is int,
     "list[int]": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
     "list[float]": lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
     "dict[str, Any]": lambda value: isinstance(value, dict),
+    "list[Record]": lambda value: not any(record.earlier for record in value),
 }
 """What a field of a record may hold, by its type: records come out of files that anybody may have written."""
 
@@ -289,7 +290,9 @@ class Memory:
                 raise GradmemError(f"{what} is no memory file")
             if about.get("version") != str(VERSION):
                 raise GradmemError(f"{what} has format version {about.get('version')}, this gradmem reads {VERSION}")
-            records = [Record.read(record) for record in json.loads(about["records"])]
+            told = json.loads(about["records"])
+            json.dumps(told, ensure_ascii=False).encode()  # text that is none would break whoever prints it
+            records = [Record.read(record) for record in told]
             same = digest(stored) == about.get("sha256")
             tensors = _decode(stored) if same else {}
         except (SafetensorError, AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -366,7 +369,10 @@ def _decode(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in stored.items():
         if name + SCALE in stored:
-            tensors[name] = tensor.float() * stored[name + SCALE]
+            scale = stored[name + SCALE]
+            if scale.shape != (*tensor.shape[:-1], 1):  # it would be spread to any size
+                raise ValueError(f"the scale of '{name}' does not fit")
+            tensors[name] = tensor.float() * scale
         elif not name.endswith(SCALE):
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
     return tensors

@@ -33,8 +33,8 @@ class Busy(GradmemError):
         Seconds in which those that wait are likely to be answered.
     """
 
-    def __init__(self, waiting: int, retry_after: float) -> None:
-        super().__init__(f"{waiting} requests are waiting already: try again in {retry_after:.1f} s")
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
         self.retry_after = retry_after
 
 
@@ -73,6 +73,7 @@ class _Write:
     """A text that waits to be written."""
 
     text: str | Sequence[str]
+    onto: Memory | None
     on_step: OnStep | None
     options: dict[str, Any]
     future: Future[Memory] = field(default_factory=Future)
@@ -181,17 +182,26 @@ class Engine:
         self._accept(self._asks, request)
         return request.future
 
-    def write(self, text: str | Sequence[str], *, on_step: OnStep | None = None, **options: Any) -> Future[Memory]:
+    def write(
+        self,
+        text: str | Sequence[str],
+        *,
+        onto: Memory | None = None,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Future[Memory]:
         """Take one text, or several, to write.
 
         Parameters
         ----------
         text : str or sequence of str
+        onto : Memory, optional
+            Append to this memory, bound to the engine's model, which stays as it is.
         on_step : callable
             `on_step(written, total)` is called on the engine's thread before the first step and after every step, of
             at most `total` calls. What it raises ends the write.
         options
-            `steps`, `until` and `max_steps` of `MemoryModel.write`.
+            `steps`, `until` and `max_steps` of `MemoryModel.write`; `before` of `MemoryModel.append`.
 
         Returns
         -------
@@ -203,7 +213,7 @@ class Engine:
         Busy, Closed
             As `ask`.
         """
-        request = _Write(text, on_step, options)
+        request = _Write(text, onto, on_step, options)
         self._accept(self._writes, request)
         return request.future
 
@@ -226,7 +236,8 @@ class Engine:
                 raise Closed("the engine is closed")
             waiting = len(self._asks) + len(self._writes)
             if waiting >= self.max_queue:
-                raise Busy(waiting, self._batch_seconds * (1 + len(self._asks) / self.max_batch))
+                seconds = self._batch_seconds * (1 + len(self._asks) / self.max_batch)
+                raise Busy(f"{waiting} requests are waiting already: try again in {seconds:.1f} s", seconds)
             queue.append(request)
             self._changed.notify()
 
@@ -289,7 +300,12 @@ class Engine:
         if not request.future.set_running_or_notify_cancel():
             return
         try:
-            request.future.set_result(self.model.write(request.text, progress=slices, **request.options))
+            given = {"progress": slices, **request.options}
+            if request.onto is None:
+                memory = self.model.write(request.text, **given)
+            else:
+                memory = self.model.append(request.onto, request.text, **given)
+            request.future.set_result(memory)
         except Exception as error:  # as in `_answer_waiting`
             request.future.set_exception(error)
 

@@ -8,6 +8,6 @@
 """
 
 from .entries import Diff, Entry, Version
-from .store import Store
+from .store import Store, content_of
 
-__all__ = ["Diff", "Entry", "Store", "Version"]
+__all__ = ["Diff", "Entry", "Store", "Version", "content_of"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from itertools import chain
 from typing import Any
@@ -103,6 +103,14 @@ class Entry:
         """The entry as plain data for JSON."""
         return plain({**asdict(self), "cursor": self.cursor})
 
+    @classmethod
+    def read(cls, row: dict[str, Any]) -> Entry:
+        """The entry that `row` made plain data of."""
+        about = {field.name: row[field.name] for field in fields(cls)}
+        times = {name: _moment(row[name]) for name in ("created", "updated")}
+        current = Version(**{**row["current"], "created": _moment(row["current"]["created"])})
+        return cls(**{**about, **times, "tags": tuple(row["tags"]), "current": current})
+
 
 @dataclass(frozen=True)
 class Diff:
@@ -143,6 +151,10 @@ def _tokens(records: Sequence[Record]) -> Iterator[tuple[tuple[int, int], bool]]
     for row, record in enumerate(records):
         losses = chain.from_iterable(part.token_losses for part in record.parts)
         yield from (((row, position), loss <= Record.LOST) for position, loss in enumerate(losses))
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))  # Python 3.10 does not know Z
 
 
 def plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from typing_extensions import Unpack
 
 from ..checkpoints import bind_memory
-from ..errors import GradmemError, Missing, require
+from ..errors import Conflict, GradmemError, Missing, Unavailable, require
 from ..memory import Memory, Precision, identity, stored_precision, text_digest
 from ..model import MemoryModel
 from . import database as db
@@ -140,13 +140,11 @@ class Store:
             When the name is another memory's, or the same memory has another name.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        # The fingerprint of the checkpoint covers the method and the options that it was trained with.
-        settings = [model.chosen, model.most_steps(steps, until, max_steps), until, precision]
-        content = _hash([model.fingerprints["checkpoint"], [text_digest(one) for one in texts], *settings])
-        if known := self._known(content, name, tags):
+        content = content_of(model, texts, steps, until, max_steps, precision)
+        if known := self.known(content, name=name, tags=tags):
             return known
         memory = model.write(texts, steps, until=until, max_steps=max_steps, **options)
-        return self._keep(memory, memory.to_bytes(precision), content, name, tags)
+        return self.put(memory, name=name, tags=tags, precision=precision, content=content)
 
     def put(
         self,
@@ -155,6 +153,7 @@ class Store:
         name: str | None = None,
         tags: str | Sequence[str] = (),
         precision: Precision = "float32",
+        content: str | None = None,
     ) -> Entry:
         """Keep a memory that was written before; the same one is kept once.
 
@@ -166,6 +165,8 @@ class Store:
             As in `write`.
         precision : {"float32", "float16", "int8"}
             In which a `Memory` is stored.
+        content : str, optional
+            What it was written from and how (`content_of`); by default it stands for itself.
 
         Raises
         ------
@@ -174,11 +175,22 @@ class Store:
         """
         data = memory if isinstance(memory, bytes) else memory.to_bytes(precision)
         loaded = Memory.from_bytes(data) if isinstance(memory, bytes) else memory
-        content = identity(data)
-        return self._known(content, name, tags) or self._keep(loaded, data, content, name, tags)
+        content = content or identity(data)
+        return self.known(content, name=name, tags=tags) or self._keep(loaded, data, content, name, tags)
 
-    def _known(self, content: str, name: str | None, tags: str | Sequence[str]) -> Entry | None:
-        """Find what is kept already and give it name and tags; or make sure that the name is free."""
+    def known(self, content: str, *, name: str | None = None, tags: str | Sequence[str] = ()) -> Entry | None:
+        """Find what is kept already and give it name and tags, as `write`; or make sure that the name is free.
+
+        Parameters
+        ----------
+        content : str
+            What was written and how; see `content_of`.
+
+        Raises
+        ------
+        GradmemError
+            As `write`.
+        """
         wanted = labels(tags)
         same = db.memories.c.content == content
         if name is not None:
@@ -202,9 +214,7 @@ class Store:
             with self._connection(writes=True) as connection:
                 row = self._locked(connection, id)
                 if row.name is not None and name not in (None, row.name):
-                    raise GradmemError(
-                        f"this memory is kept already, as '{row.name}': rename it, or give no other name"
-                    )
+                    raise Conflict(f"this memory is kept already, as '{row.name}': rename it, or give no other name")
                 present = connection.scalars(select(db.tags.c.tag).where(db.tags.c.memory == id)).all()
                 _insert_tags(connection, row._asdict(), [tag for tag in tags if tag not in present])
                 change = update(db.memories).where(db.memories.c.id == id)
@@ -235,7 +245,7 @@ class Store:
                 _insert_version(connection, values, version, data)
                 _insert_tags(connection, values, labels(tags))
         except IntegrityError as error:
-            if known := self._known(content, name, tags):
+            if known := self.known(content, name=name, tags=tags):
                 return known
             raise GradmemError(f"cannot keep the memory: {_reason(error)}") from error
         return self.get(values["id"])
@@ -277,7 +287,7 @@ class Store:
             raise self._missing(ref, version)
         data, sha256 = found
         if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != sha256:
-            raise GradmemError(f"memory '{ref}' is damaged in {self._place}: it does not match its checksum")
+            raise Unavailable(f"memory '{ref}' is damaged in {self._place}: it does not match its checksum")
         return data
 
     def load(self, ref: str, version: int | None = None) -> Memory:
@@ -353,7 +363,7 @@ class Store:
         with self._connection(writes=True) as connection:
             row = self._locked(connection, ref)
             if row.pinned:
-                raise GradmemError(f"memory '{ref}' is pinned: unpin it first")
+                raise Conflict(f"memory '{ref}' is pinned: unpin it first")
             connection.execute(delete(db.memories).where(db.memories.c.id == row.id))
 
     def prune(self, **filters: Unpack[Filters]) -> int:
@@ -397,9 +407,9 @@ class Store:
         with self._connection(writes=True) as connection:
             row = self._locked(connection, ref)
             if row.checkpoint != memory.records[0].checkpoint:
-                raise GradmemError(f"all versions of a memory are by one checkpoint; '{ref}' is by '{row.model}'")
+                raise Conflict(f"all versions of a memory are by one checkpoint; '{ref}' is by '{row.model}'")
             if expected not in (None, row.version):
-                raise GradmemError(f"'{ref}' has changed meanwhile: version {row.version} is current, not {expected}")
+                raise Conflict(f"'{ref}' has changed meanwhile: version {row.version} is current, not {expected}")
             last = connection.scalar(select(func.max(db.versions.c.number)).where(db.versions.c.memory == row.id))
             # No longer what was once written: that text would be written anew.
             values = {"version": (last or 0) + 1, "content": None, "updated": _now()}
@@ -496,7 +506,21 @@ class Store:
         except IntegrityError:
             raise
         except (SQLAlchemyError, OSError, ValueError) as error:
-            raise GradmemError(f"cannot use the store {self._place}: {_reason(error)}") from error
+            raise Unavailable(f"cannot use the store {self._place}: {_reason(error)}") from error
+
+
+def content_of(
+    model: MemoryModel,
+    texts: Sequence[str],
+    steps: int | None = None,
+    until: float | None = None,
+    max_steps: int | None = None,
+    precision: Precision = "float32",
+) -> str:
+    """Hash of what `Store.write` with these arguments would write, and how."""
+    # The fingerprint of the checkpoint covers the method and the options that it was trained with.
+    settings = [model.chosen, model.most_steps(steps, until, max_steps), until, precision]
+    return _hash([model.fingerprints["checkpoint"], [text_digest(one) for one in texts], *settings])
 
 
 def _now() -> datetime:
@@ -513,8 +537,8 @@ def _reason(error: Exception) -> str:
     return (str(cause).splitlines() or [type(cause).__name__])[0]
 
 
-def _taken(name: str | None) -> GradmemError:
-    return GradmemError(f"the name '{name}' is taken by another memory: update that one, or take another name")
+def _taken(name: str | None) -> Conflict:
+    return Conflict(f"the name '{name}' is taken by another memory: update that one, or take another name")
 
 
 def _check_name(name: str) -> None:

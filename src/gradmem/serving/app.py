@@ -1,0 +1,85 @@
+"""The HTTP API as one ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import Depends, FastAPI, Response
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from .. import __version__
+from ..errors import GradmemError
+from ..store import Store
+from . import chat, memories, problems
+from .engines import Engines
+from .guard import Guard
+from .keys import Keys
+from .settings import Settings
+from .watch import Watch
+
+WEB = Path(__file__).parent / "web"
+"""The web page, where there is one: every file in it is served under `/`."""
+ABOUT = "Memory for language models: written once, asked many times."
+
+
+def create_app(store: Store, settings: Settings | None = None, keys: Keys | None = None) -> FastAPI:
+    """Build the application.
+
+    Parameters
+    ----------
+    store : Store
+        Closed when the application ends.
+    settings : Settings, optional
+    keys : Keys, optional
+
+    Raises
+    ------
+    GradmemError
+        When others than this machine could reach it and there are no keys.
+    """
+    settings, keys = settings or Settings(), keys or Keys()
+    if not settings.local and not keys.owners():
+        raise GradmemError(f"'{settings.host}' is no loopback address: make a key first (gradmem keys add OWNER)")
+    engines, watch = Engines(settings.checkpoints, settings.max_queue), Watch()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await engines.close()
+        store.close()
+
+    # Its pages of documentation would have browsers load scripts of other hosts.
+    app = FastAPI(
+        title="gradmem",
+        version=__version__,
+        description=ABOUT,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.store, app.state.engines = store, engines
+    app.add_middleware(Guard, settings=settings, keys=keys, watch=watch)
+    problems.install(app)
+    # The guard has seen the key; this says so in the OpenAPI document.
+    bearer = Depends(HTTPBearer(auto_error=False, description="A key of `gradmem keys add`; not needed on loopback."))
+    for router in (memories.router, chat.router):
+        app.include_router(router, dependencies=[bearer], responses=problems.DOCUMENTED)
+
+    @app.get("/healthz", tags=["operation"], responses=problems.DOCUMENTED)
+    async def health() -> dict[str, str]:
+        """Whether the server is there."""
+        return {"status": "ok"}
+
+    @app.get("/metrics", tags=["operation"], include_in_schema=False, dependencies=[bearer])
+    async def metrics() -> Response:
+        """Counts for Prometheus."""
+        return Response(generate_latest(watch.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    if WEB.is_dir():
+        app.mount("/", StaticFiles(directory=WEB, html=True))
+    return app

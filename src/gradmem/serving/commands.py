@@ -1,0 +1,115 @@
+"""`gradmem serve` and `gradmem keys`, as plain functions like those in `gradmem.commands`."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from ..checkpoints import checkpoint_names
+from ..commands import console
+from ..errors import GradmemError
+from ..store import Store
+from .keys import Keys
+
+
+def serve(
+    checkpoints: list[str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_body: int = 2**23,
+    rate: int = 6000,
+    timeout: float = 300.0,
+) -> None:
+    """Serve the memories of the store over HTTP.
+
+    Parameters
+    ----------
+    checkpoints
+        Names of checkpoints to serve; default: those in the package.
+    host
+        Address to listen on; others than loopback need keys (gradmem keys add OWNER).
+    port
+        Port to listen on; 0 for any that is free.
+    max_body
+        Most bytes of a request.
+    rate
+        Requests of one key, or of one address without key, in a minute.
+    timeout
+        Seconds that a request may take.
+    """
+    try:
+        import uvicorn
+
+        from .app import create_app
+        from .settings import Settings
+        from .watch import LOG, JsonLines
+    except ImportError as error:
+        raise GradmemError(f"serving needs more packages ({error.name}): pip install 'gradmem[serve]'") from error
+    served = tuple(checkpoints or checkpoint_names())
+    settings = Settings(host=host, checkpoints=served, max_body=max_body, rate=rate, timeout=timeout)
+    app = create_app(Store(), settings)
+    lines = logging.StreamHandler()
+    lines.setFormatter(JsonLines())
+    LOG.addHandler(lines)
+    LOG.setLevel(logging.INFO)
+    logging.getLogger("uvicorn").addHandler(lines)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=4 * settings.max_requests,
+        timeout_graceful_shutdown=30,
+    )
+    with _listening(host, port) as listener:
+        shown = f"[{host}]" if ":" in host else host
+        # One line that a person clicks on and a program waits for: whoever connects from now on is answered.
+        print(f"http://{shown}:{listener.getsockname()[1]}", flush=True)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise GradmemError(f"cannot listen on {host}, port {port}: {error}") from error
+
+
+def add(owner: str) -> str:
+    """Make an API key and print it; it is kept as a hash only, and not shown again.
+
+    Parameters
+    ----------
+    owner
+        Whose memories it is for.
+    """
+    key = Keys().add(owner)
+    print(key)
+    return key
+
+
+def ls() -> dict[str, str]:
+    """List the owners of keys, and since when they have them."""
+    found = Keys().owners()
+    for owner, created in found.items():
+        console.print(f"{owner} {created}", markup=False, highlight=False)
+    return found
+
+
+def rm(owner: str) -> None:
+    """Remove an owner's key, also from a server that runs; the owner's memories stay.
+
+    Parameters
+    ----------
+    owner
+        Whose key it is.
+    """
+    Keys().remove(owner)
+
+
+KEYS: dict[str, Callable[..., Any]] = {"add": add, "ls": ls, "rm": rm}

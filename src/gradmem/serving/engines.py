@@ -1,0 +1,68 @@
+"""An engine for each checkpoint that is served, made when it is first needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from ..checkpoints import load
+from ..errors import unknown
+from ..memory import Memory
+from ..store import Entry, Store
+from .engine import Engine
+from .problems import NotServed
+
+
+class Engines:
+    """Engines by the names of their checkpoints; there are never more than names.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Checkpoints that may be loaded. What clients send never decides what else is.
+    max_queue : int
+        Of each engine.
+    """
+
+    def __init__(self, names: Sequence[str], max_queue: int) -> None:
+        self.names, self.max_queue = tuple(names), max_queue
+        self.loaded: dict[str, Engine] = {}
+        self._loading = {name: asyncio.Lock() for name in names}
+
+    async def get(self, name: str) -> Engine:
+        """The engine of a checkpoint.
+
+        Raises
+        ------
+        GradmemError
+            When it is not served, or cannot be loaded.
+        """
+        if name not in self._loading:
+            raise unknown("checkpoint", name, self.names)
+        async with self._loading[name]:
+            if name not in self.loaded:
+                self.loaded[name] = await asyncio.to_thread(self._start, name)
+        return self.loaded[name]
+
+    async def open(self, store: Store, entry: Entry, version: int | None = None) -> tuple[Engine, Memory]:
+        """A memory, by default its current version, bound to its engine's model.
+
+        Raises
+        ------
+        GradmemError
+            When its checkpoint is not served, or has other weights now.
+        """
+        if entry.model not in self._loading:
+            raise NotServed(f"the memory was written by '{entry.model}', which is not served here")
+        engine = await self.get(entry.model)
+        memory = await asyncio.to_thread(store.load, entry.id, version or entry.current.number)
+        return engine, engine.model.bind(memory)
+
+    async def close(self) -> None:
+        """Finish what was accepted."""
+        await asyncio.gather(*(asyncio.to_thread(engine.close) for engine in self.loaded.values()))
+
+    def _start(self, name: str) -> Engine:
+        model = load(name)
+        _ = model.fingerprints  # hashed once and here: later the weights are the engine's own thread's
+        return Engine(model, max_queue=self.max_queue)

@@ -1,0 +1,254 @@
+"""`/v1/memories`: write, ask, list, inspect, append, delete, and memory files."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import AfterValidator, BaseModel, Field
+
+from ..memory import Precision
+from ..methods.base import Written
+from ..store import Entry, Store, Version, content_of
+from ..store.listing import Filters
+from ..trust import Answer
+from .engines import Engines
+from .following import Following, finite, last, server_sent
+
+router = APIRouter(prefix="/v1/memories", tags=["memories"])
+FILE = "application/octet-stream"
+Number = Annotated[int | None, Query(ge=1, le=2**31 - 1, description="Version; by default the current one.")]
+
+
+def owned(request: Request) -> Store:
+    """The store as the owner of the request's key sees it."""
+    store: Store = request.app.state.store.owned_by(request.state.owner)
+    return store
+
+
+def served(request: Request) -> Engines:
+    """The engines."""
+    engines: Engines = request.app.state.engines
+    return engines
+
+
+def _whole(text: str) -> str:
+    text.encode()  # JSON can escape half a character, which is no text; its ValueError is what pydantic reports
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Owned = Annotated[Store, Depends(owned)]
+Served = Annotated[Engines, Depends(served)]
+
+
+class WriteSteps(BaseModel):
+    """How many write steps to take; by default as many as the checkpoint was trained for."""
+
+    steps: int | None = Field(None, ge=0, le=10_000)
+    until: float | None = Field(None, gt=0, allow_inf_nan=False, description="Stop at this write loss instead.")
+    max_steps: int | None = Field(None, ge=0, le=10_000, description="Most steps that `until` may take.")
+    stream: bool = Field(False, description="Answer with server-sent events `step`, then `memory`.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As `MemoryModel.write` takes them."""
+        return {"steps": self.steps, "until": self.until, "max_steps": self.max_steps}
+
+
+class NewMemory(WriteSteps):
+    """A text to write."""
+
+    text: Text
+    checkpoint: Text
+    name: Text | None = None
+    tags: list[Text] = Field([], max_length=100)
+    precision: Precision = "float32"
+
+
+class MoreText(WriteSteps):
+    """More text to write into a memory."""
+
+    text: Text
+    before: Text | None = Field(None, description="Text that was written before: measures what is still kept of it.")
+
+
+class Queries(BaseModel):
+    """Queries to one memory."""
+
+    queries: list[Text] = Field(min_length=1, max_length=64)
+    version: int | None = Field(None, ge=1, le=2**31 - 1)
+
+
+class Answers(BaseModel):
+    """Answers in the order of the queries."""
+
+    answers: list[Answer]
+
+
+class Page(BaseModel):
+    """Memories, the newest first."""
+
+    memories: list[Entry]
+    next: str | None = Field(description="`after` of the next page; null where there is none.")
+
+
+class Inspected(BaseModel):
+    """All that is known of a memory: versions, and of each row the record with its write receipt."""
+
+    memory: Entry
+    versions: list[Version]
+    records: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far a write has come: steps taken of at most how many, and the mean loss before the next, nats."""
+
+    step: int
+    of: int
+    loss: float | None
+
+
+@router.post("", status_code=201, response_model=Entry)
+async def write(wanted: NewMemory, store: Owned, engines: Served) -> Any:
+    """Write a text into a memory and keep it; what is kept already is not written again."""
+    return await _answered(_write(wanted, store, engines), wanted.stream, 201)
+
+
+async def _write(wanted: NewMemory, store: Store, engines: Engines) -> AsyncIterator[Step | Entry]:
+    engine = await engines.get(wanted.checkpoint)
+    options = wanted.options
+    content = content_of(engine.model, [wanted.text], precision=wanted.precision, **options)
+    about: dict[str, Any] = {"name": wanted.name, "tags": wanted.tags}
+    if known := await asyncio.to_thread(store.known, content, **about):
+        yield known
+        return
+    following = Following[Step]()
+    future = engine.write(wanted.text, on_step=_steps(following), **options)
+    async for step in following.until_done(future):
+        yield step
+    given = {**about, "precision": wanted.precision, "content": content}
+    yield await asyncio.to_thread(store.put, future.result(), **given)
+
+
+@router.post("/{ref}/append", response_model=Entry)
+async def append(ref: str, more: MoreText, store: Owned, engines: Served) -> Any:
+    """Write more text into a memory, as its next version."""
+    return await _answered(_append(ref, more, store, engines), more.stream, 200)
+
+
+async def _append(ref: str, more: MoreText, store: Store, engines: Engines) -> AsyncIterator[Step | Entry]:
+    entry = await asyncio.to_thread(store.get, ref)
+    engine, memory = await engines.open(store, entry)
+    following = Following[Step]()
+    options = more.options | {"before": more.before, "onto": memory}
+    future = engine.write(more.text, on_step=_steps(following), **options)
+    async for step in following.until_done(future):
+        yield step
+    yield await asyncio.to_thread(store.update, entry.id, future.result(), expected=entry.current.number)
+
+
+def _steps(following: Following[Step]) -> Any:
+    """Tell each step of a write."""
+    taken = iter(range(10**9))
+
+    def on_step(written: Written, total: int) -> None:
+        loss = float(written.losses[-1].mean()) if len(written.losses) else None
+        following.tell(Step(next(taken), total - 1, loss))
+
+    return on_step
+
+
+async def _answered(items: AsyncIterator[Step | Entry], stream: bool, status: int) -> Any:
+    """The entry that a write ends with, or all of it as events."""
+    if not stream:
+        return await last(items)
+    named = (("step" if isinstance(item, Step) else "memory", item) async for item in items)
+    response = await server_sent(named)
+    response.status_code = status
+    return response
+
+
+@router.post("/{ref}/ask", response_model=Answers)
+async def ask(ref: str, asked: Queries, store: Owned, engines: Served) -> Any:
+    """Answer queries from a memory alone, each with what speaks for the answer."""
+    engine, memory, key = await opened(ref, store, engines, asked.version)
+    futures: list[asyncio.Future[Answer]] = []
+    try:
+        for query in asked.queries:
+            futures.append(asyncio.wrap_future(engine.ask(key, memory, query)))
+        return {"answers": await asyncio.gather(*futures)}
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+async def opened(ref: str, store: Store, engines: Engines, version: int | None = None) -> Any:
+    """The engine of a memory, the memory, and the key that it has there."""
+    entry = await asyncio.to_thread(store.get, ref)
+    engine, memory = await engines.open(store, entry, version)
+    return engine, memory, (entry.id, version or entry.current.number)
+
+
+@router.get("")
+async def list_memories(
+    store: Owned,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    after: str | None = None,
+    checkpoint: str | None = None,
+    name: Annotated[str | None, Query(description="Name, or its beginning and a *.")] = None,
+    tags: Annotated[str, Query(description="Tags that it must have, as a,b.")] = "",
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> Page:
+    """List memories, the newest first."""
+    filters = Filters(checkpoint=checkpoint, name=name, tags=tags, since=since, until=until)
+    page = await asyncio.to_thread(store.list, limit=limit, after=after, **filters)
+    return Page(memories=list(page), next=page[-1].cursor if len(page) == limit else None)
+
+
+@router.get("/{ref}", response_model=Inspected)
+async def inspect(ref: str, store: Owned) -> Any:
+    """Show a memory, its versions, and what the current one kept."""
+    entry = await asyncio.to_thread(store.get, ref)
+    versions = await asyncio.to_thread(store.versions, entry.id)
+    memory = await asyncio.to_thread(store.load, entry.id, entry.current.number)
+    records = [record.row() for record in memory.records]
+    return JSONResponse(
+        finite({"memory": entry.row(), "versions": [version.row() for version in versions], "records": records})
+    )
+
+
+@router.delete("/{ref}", status_code=204)
+async def delete(ref: str, store: Owned) -> None:
+    """Delete a memory with all its versions."""
+    await asyncio.to_thread(store.delete, ref)
+
+
+@router.get("/{ref}/file", response_class=Response, responses={200: {"content": {FILE: {}}}})
+async def download(ref: str, store: Owned, version: Number = None) -> Response:
+    """The memory file."""
+    data = await asyncio.to_thread(store.read, ref, version)
+    headers = {"Content-Disposition": 'attachment; filename="memory.safetensors"'}
+    return Response(data, media_type=FILE, headers=headers)
+
+
+BODY = {"requestBody": {"required": True, "content": {FILE: {"schema": {"type": "string", "format": "binary"}}}}}
+
+
+@router.post("/files", status_code=201, openapi_extra=BODY)
+async def upload(
+    request: Request,
+    store: Owned,
+    name: str | None = None,
+    tags: Annotated[str, Query(description="Tags, as a,b.")] = "",
+) -> Entry:
+    """Keep a memory file, as it is; nothing in it is executed."""
+    data = await request.body()
+    return await asyncio.to_thread(store.put, data, name=name, tags=tags)
