@@ -72,6 +72,15 @@ def events(text: str) -> list[tuple[str | None, Any]]:
     return found
 
 
+def test_an_application_may_start_again(served: str, keys: Keys, tmp_path: Path) -> None:
+    """Whoever mounts it may end and begin its lifespan: what it closed then, it opens then."""
+    client = client_of(served, keys, tmp_path)
+    for _ in range(2):
+        with client:
+            ref = written(client, served)["id"]
+            assert client.post(f"/v1/memories/{ref}/ask", json={"queries": ["a7"]}).status_code == 200
+
+
 def refused(answer: Any, status: int, words: str) -> None:
     """An answer is an error in the one form of all."""
     assert answer.status_code == status, answer.text

@@ -59,8 +59,9 @@ class Engines:
         return engine, engine.model.bind(memory)
 
     async def close(self) -> None:
-        """Finish what was accepted."""
-        await asyncio.gather(*(asyncio.to_thread(engine.close) for engine in self.loaded.values()))
+        """Finish what was accepted. An application that starts again loads its engines again."""
+        engines, self.loaded = self.loaded, {}
+        await asyncio.gather(*(asyncio.to_thread(engine.close) for engine in engines.values()))
 
     def _start(self, name: str) -> Engine:
         model = load(name)
