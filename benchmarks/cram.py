@@ -44,16 +44,6 @@ def right(model: MemoryModel, memory: Memory, texts: list[str]) -> list[float]:
     return scores
 
 
-def cache_bytes(model: MemoryModel, texts: list[str]) -> int:
-    """Bytes of the key-value caches of the texts, in the model's precision."""
-    backbone, total = model.method.backbone, 0
-    for text in texts:
-        with torch.no_grad():
-            layers = backbone.prefix(backbone.embed(torch.tensor([model.task.encode(text)]))).cache.layers
-        total += sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
-    return total
-
-
 def job(name: str, texts: list[str], n_mem: int, until: float, steps: int) -> Row:
     """Write all chunks with so many vectors each, and read them back."""
     model = MemoryModel.from_language_model(name, {"name": "cram", "n_mem": n_mem})
@@ -111,7 +101,8 @@ def main() -> None:
     joined = "".join(texts).encode()
     print(f"text: {len(joined):,} bytes; gzip: {len(gzip.compress(joined)):,}, chunk by chunk: ", end="")
     print(f"{sum(len(gzip.compress(text.encode())) for text in texts):,}; ", end="")
-    print(f"key-value cache, float32: {cache_bytes(model, texts):,} bytes")
+    caches = (model.method.backbone.cache_bytes(torch.tensor([model.task.encode(text)])) for text in texts)
+    print(f"key-value cache, float32: {sum(caches):,} bytes")
     jobs = [partial(job, options.model, texts, n, options.until, options.steps) for n in options.n_mem]
     rows = measure("cram", jobs)
     report(f"{options.model}, chunks of {options.chunk} tokens, until {options.until}", rows, where, options.json)

@@ -56,13 +56,11 @@ def generated(model: MemoryModel, task: Task, steps: int, shift: int) -> float:
     """Generated answers that are right, each asked of the memory `shift` stories on, as a fraction."""
     batch = task.batch("train", 0, task.size("train") or 0)
     wanted = [task.decode(row[row != -100].tolist()) for row in batch.labels]
-    asked = batch.queries.mask & (batch.labels == -100)
-    queries = [ids[keep].tolist() for ids, keep in zip(batch.queries.ids, asked, strict=True)]
     with torch.no_grad():
         memory = model.method.write(batch.context, steps).memory
     options = {"max_new_tokens": task.answer_length, "do_sample": False, "eos_token_id": task.end_id}
     rows = (batch.rows + shift) % len(batch.context)
-    found = model.method.generate(memory, queries, rows, pad_id=task.pad_id, **options)
+    found = model.method.generate(memory, batch.prompts(), rows, pad_id=task.pad_id, **options)
     return sum(task.decode(ids) == answer for ids, answer in zip(found, wanted, strict=True)) / len(wanted)
 
 

@@ -261,6 +261,13 @@ def test_training_may_ask_everything_and_measuring_does_not() -> None:
     assert len(task.batch("valid", 0, 40).queries.ids) == 40
 
 
+def test_stories_that_are_never_so_short_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object must be taken and carried to two rooms before qa3 can ask."""
+    monkeypatch.setattr("gradmem.tasks.babi.LONG", 50)
+    with pytest.raises(GradmemError, match="no question of qa3 comes within 2 statements"):
+        Babi("3", max_statements=2).batch("train", 0, 1)
+
+
 def test_training_may_be_crowded_and_measuring_is_not() -> None:
     for name in ("1", "5"):
         task = Babi(name, crowded=True)

@@ -54,6 +54,19 @@ def client(served: str, keys: Keys, tmp_path: Path) -> Iterator[TestClient]:
         yield client
 
 
+class Once:
+    """A request that arrives; after that nothing comes of its client."""
+
+    def __init__(self) -> None:
+        self.arrived = False
+
+    async def __call__(self) -> dict[str, Any]:
+        if self.arrived:
+            await asyncio.Event().wait()
+        self.arrived = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+
 def written(client: TestClient, served: str, **more: Any) -> dict[str, Any]:
     """Write the text; return what the server says of the memory."""
     answer = client.post("/v1/memories", json={"text": TEXT, "checkpoint": served, **more})
@@ -290,6 +303,31 @@ def test_a_request_that_does_not_arrive_is_given_up(served: str, keys: Keys, tmp
     scope = {"type": "http", "method": "POST", "path": "/v1/memories", "query_string": b"", "client": ("127.0.0.1", 1)}
     asyncio.run(app({**scope, "headers": [(b"host", b"127.0.0.1")]}, receive, send))
     assert sent[0]["status"] == 408
+
+
+def test_more_requests_at_once_than_may_be_are_refused(served: str, keys: Keys, tmp_path: Path) -> None:
+    """The first one does not arrive; the second finds no room, and the third does again."""
+    answers: list[int] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        answers.extend([message["status"]] if "status" in message else [])
+
+    async def never() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def requests() -> None:
+        app = client_of(served, keys, tmp_path, max_requests=1, timeout=0.3).app
+        about = {"type": "http", "method": "GET", "path": "/healthz", "query_string": b"", "client": ("127.0.0.1", 1)}
+        scope = {**about, "headers": [(b"host", b"127.0.0.1")]}
+        first = asyncio.create_task(app(dict(scope), never, send))
+        await asyncio.sleep(0.05)
+        await app(dict(scope), Once(), send)
+        await first
+        await app(dict(scope), Once(), send)
+
+    asyncio.run(requests())
+    assert answers == [429, 408, 200]
 
 
 def test_a_full_queue_says_when_to_come_back(served: str, keys: Keys, tmp_path: Path) -> None:

@@ -264,6 +264,16 @@ def test_learning_rates_cool_down_before_the_minutes_are_over(tmp_path: Path, mo
     assert rates[18:] == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_one_process_keeps_the_time_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a main process that counts a minute a step, another cools down and ends with it, by the same clock."""
+    minutes = itertools.count(1)
+    monkeypatch.setattr("gradmem.training.loop.broadcast_object_list", lambda mine: [60.0 * next(minutes)])
+    train(recipe(100, max_minutes=20, strategy="unroll", micro_batch=4), tmp_path)
+    rows = log(tmp_path)
+    assert [float(row["seconds"]) for row in rows] == [60.0 * minute for minute in range(1, 21)]
+    assert [float(row["lr"]) for row in rows[-2:]] == pytest.approx([2 / 3, 1 / 3])
+
+
 def test_patience_halves_the_learning_rate(tmp_path: Path) -> None:
     """Exact match stays near zero on this task, so each 5 steps without progress halve the rate."""
     hard = {**TASK, "pairs": 3, "value_length": 4}

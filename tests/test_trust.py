@@ -127,6 +127,13 @@ def test_accuracy_and_calibration_error_by_hand() -> None:
     assert balanced(np.array([True, False, False])).tolist() == [0.5, 0.25, 0.25]
 
 
+def test_no_key_is_left_to_ask_for() -> None:
+    """Of four keys two are written: in a third of the contexts both that begin alike."""
+    task = build_task({"name": "kv", "pairs": 2, "alphabet": 2, "key_length": 2})
+    with pytest.raises(GradmemError, match="take fewer pairs"):
+        task.unwritten(task.batch("valid", 0, 40))
+
+
 @pytest.mark.parametrize(
     "options", [{"pairs": 3}, {"pairs": 20, "alphabet": 8, "key_length": 2}, {"pairs": 4, "noise": 0.5}]
 )

@@ -189,6 +189,12 @@ class Backbone(nn.Module):
         cache = DynamicCache(config=self.model.config)
         return Prefix(self.hidden(embeds, cache)[:, -1], cache)
 
+    @torch.no_grad()
+    def cache_bytes(self, ids: Tensor) -> int:
+        """Bytes of the key-value cache of tokens (batch, length): what it takes to keep a text whole."""
+        layers = self.prefix(self.embed(ids)).cache.layers
+        return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
         """Switch dropout off, as WRITE wants it, and restore the mode afterwards."""

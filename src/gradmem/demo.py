@@ -133,9 +133,7 @@ def _sizes(model: MemoryModel, text: str, memory: int, file: int) -> Table:
         ("memory file, with provenance and receipt", file),
     ]
     if method.backbone.attends:
-        with torch.no_grad():
-            layers = method.backbone.prefix(method.backbone.embed(ids)).cache.layers
-        cache = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+        cache = method.backbone.cache_bytes(ids)
         sizes.append((f"KV-cache of the {ids.shape[1]} tokens it replaces, float32", cache))
     built = Table(title="bytes")
     built.add_column("what")

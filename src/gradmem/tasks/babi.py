@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -42,6 +43,8 @@ LONGEST = "football,apple,milk"
 """The answer with most tokens."""
 BLOCK = 1024
 """Samples of a task generated at once."""
+LONG = 5000
+"""Stories without a short context, after which none is to be expected."""
 
 
 class Babi(FileTask):
@@ -250,16 +253,17 @@ class Babi(FileTask):
                 f"{task} cannot be generated ({known} can): give `data`, a directory, and `generated: 0`"
             )
         random = Random(f"{task} {split} {seed} {block}")
-        train, told = split == "train", list[Told]()
+        train, told, stories = split == "train", list[Told](), 0
+        most = self.max_statements or math.inf
         while len(told) < BLOCK:
+            if stories == LONG and not told:
+                raise GradmemError(f"no question of {task} comes within {most} statements: raise `max_statements`")
             story = babi_stories.TASKS[task](random, train and self.ask_all, train and self.crowded)
-            told += [one for one in story if self._short(one)]
+            told += [one for one in story if len(one.statements) <= most]
+            stories += 1
         del told[BLOCK:]
         random.shuffle(told)
         return told
-
-    def _short(self, told: Told) -> bool:
-        return self.max_statements is None or len(told.statements) <= self.max_statements
 
     def _sample(self, asked: Told) -> Sample:
         queries = []

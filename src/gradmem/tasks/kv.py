@@ -120,7 +120,13 @@ class KV(Task):
         )
 
     def unwritten(self, batch: Batch) -> dict[str, Batch]:
-        """Keys of the next context, and written keys with another last character; none of them was written."""
+        """Keys of the next context, and written keys with another last character; none of them was written.
+
+        Raises
+        ------
+        GradmemError
+            When all keys that differ from a written one in the last character were written too.
+        """
         colons = batch.context.ids == self._id(":")
         number = torch.arange(batch.context.ids.shape[1]).to(colons.device) - self.key_length
         written = [
@@ -129,19 +135,22 @@ class KV(Task):
         ]
         place = slice(2, 2 + self.key_length)
 
-        def free(kind: Tensor, rows: Tensor) -> Batch:
+        def moved(kind: Tensor, rows: Tensor) -> Batch:
             """The queries, each key moved on by its last character until it is none of its context's."""
             queries = batch.queries.ids.clone()
             for i, (key, row) in enumerate(zip(kind.tolist(), rows.tolist(), strict=True)):
-                while tuple(key) in written[row]:
-                    key[-1] = self.first + (key[-1] - self.first + 1) % self.alphabet
-                queries[i, place] = torch.tensor(key)
+                last = key[-1] - self.first
+                others = ([*key[:-1], self.first + (last + step) % self.alphabet] for step in range(self.alphabet))
+                free = next((other for other in others if tuple(other) not in written[row]), None)
+                if free is None:
+                    raise GradmemError("contexts hold every key that ends in another character: take fewer pairs")
+                queries[i, place] = torch.tensor(free)
             return Batch(batch.context, Tokens(queries, batch.queries.mask), batch.labels, rows)
 
         keys = batch.queries.ids[:, place]
         return {
-            "of another context": free(keys, (batch.rows + 1) % len(batch.context)),
-            "one character off": free(keys, batch.rows),
+            "of another context": moved(keys, (batch.rows + 1) % len(batch.context)),
+            "one character off": moved(keys, batch.rows),
         }
 
     def claim(self, query: str, answer: str) -> str:

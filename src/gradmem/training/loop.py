@@ -123,7 +123,7 @@ class Trainer:
                 row = self._step(stage, tasks)
             except (MemoryError, RuntimeError) as error:
                 raise self._explained(error, stage, tasks) from error
-            place.seconds += clock(self.accelerator.device) - started
+            self._count(started)
             row |= {
                 "step": place.step,
                 "stage": place.stage,
@@ -159,7 +159,7 @@ class Trainer:
             # One process decides for all, which must agree on the number of parts.
             found = broadcast_object_list([plan.chosen.strategy, plan.chosen.micro_batch])
             place.strategy, place.micro_batch = found
-            place.seconds += clock(self.accelerator.device) - started
+            self._count(started)
             progress.say(f"{place.strategy}, {place.micro_batch} contexts at a time")
         self.model.method.strategy = place.strategy
 
@@ -192,11 +192,14 @@ class Trainer:
         last = results[-1]
         progress.say(f"validation EM {shown}; unwritten {last.unwritten:.2%}, swapped {last.swapped:.2%}")
 
+    def _count(self, started: float) -> None:
+        """Add the time since `started`, by one process's clock for all: rates and the end of a run depend on it."""
+        seconds = self.place.seconds + clock(self.accelerator.device) - started
+        self.place.seconds = broadcast_object_list([seconds])[0]
+
     def _time_is_over(self) -> bool:
-        """Whether the run has had its minutes; one process decides for all."""
-        if self.recipe.max_minutes is None:
-            return False
-        return bool(broadcast_object_list([self.place.seconds >= 60 * self.recipe.max_minutes])[0])
+        """Whether the run has had its minutes."""
+        return self.recipe.max_minutes is not None and self.place.seconds >= 60 * self.recipe.max_minutes
 
     def _finished(self, stage: Stage) -> bool:
         """Whether the stage is over; also starts its decay and halves stalled learning rates."""
