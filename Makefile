@@ -3,16 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-system lint bench clean
+.PHONY: demo serve test test-system load lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/gradmem demo $(if $(PAIRS),--pairs "$(PAIRS)")
+
+serve: $(INSTALLED)
+	$(BIN)/gradmem serve $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-system: $(INSTALLED)
 	$(BIN)/python -m pytest tests/system $(ARGS)
+
+load: $(INSTALLED)
+	$(BIN)/python tests/system/load.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
