@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 from sqlalchemy import create_engine, text
 
 PROGRAMS = ("initdb", "pg_ctl")
+# Debian's packages keep them out of the way of its own commands.
+PATH = os.pathsep.join([os.environ.get("PATH", ""), *sorted(glob("/usr/lib/postgresql/*/bin"), reverse=True)])
 DURABLE = "-c fsync=on -c listen_addresses='' -c max_connections=60"
 
 
@@ -31,8 +34,9 @@ def account() -> dict[str, Any]:
 
 def run(*command: str) -> None:
     """Run a program of PostgreSQL."""
+    program = shutil.which(command[0], path=PATH) or command[0]
     with tempfile.TemporaryFile("w+") as said:  # no pipe: the server would hold it open
-        done = subprocess.run(command, cwd="/", stdout=said, stderr=subprocess.STDOUT, **account())
+        done = subprocess.run([program, *command[1:]], cwd="/", stdout=said, stderr=subprocess.STDOUT, **account())
         said.seek(0)
         assert done.returncode == 0, said.read()
 
@@ -40,7 +44,7 @@ def run(*command: str) -> None:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Path]:
     """Folder of a new PostgreSQL server: its socket, and `data`."""
-    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if absent:
         pytest.skip(f"no PostgreSQL here ({', '.join(absent)} not found): install the package `postgresql`")
     pytest.importorskip("psycopg")
