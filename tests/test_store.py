@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gradmem import GradmemError, Memory, MemoryModel
+from gradmem.errors import Missing
 from gradmem.store import Store
 from stored import made
 
@@ -368,9 +369,12 @@ REFUSED = {
     "missing": lambda store: store.get("notes"),
     "missing with a NUL": lambda store: store.get("no\0tes"),
     "missing, not UTF-8": lambda store: store.get("no\udc80tes"),
+    "filter with a NUL": lambda store: store.list(name="no\0tes*"),
+    "filter, not UTF-8": lambda store: store.list(checkpoint="k\udc80v"),
     "limit": lambda store: store.list(limit=0),
     "many": lambda store: store.list(limit=10**6),
     "cursor": lambda store: store.list(after="x"),
+    "cursor with a NUL": lambda store: store.list(after="20260101T000000.000000_\0"),
     "owner": lambda store: store.owned_by(""),
 }
 
@@ -381,6 +385,14 @@ def test_refused_in_one_line(case: str, store: Store) -> None:
         REFUSED[case](store)
     assert len(str(refused.value).splitlines()) == 1
     assert not store.list()
+
+
+def test_a_name_that_cannot_be_is_missing(store: Store) -> None:
+    """Also where the database would refuse the string itself."""
+    for name in ("no\0tes", "no\udc80tes"):
+        for look in (store.get, store.load, store.versions, store.delete, store.pin):
+            with pytest.raises(Missing, match="no memory 'no"):
+                look(name)
 
 
 # The file

@@ -67,6 +67,9 @@ def matching(owner: str, filters: Filters, after: str | None = None) -> Select[t
 
 def _about(filters: Filters) -> Iterator[ColumnElement[bool]]:
     """Conditions on the memories themselves."""
+    for what in ("checkpoint", "name"):
+        value = filters.get(what)
+        require(f"the filter {what}", value, value is None or str(value).isprintable(), "printable")
     if (checkpoint := filters.get("checkpoint")) is not None:
         columns = memories.c
         yield (columns.checkpoint if _FINGERPRINT.fullmatch(checkpoint) else columns.model) == checkpoint
@@ -91,6 +94,8 @@ def labels(tags: str | Iterable[str]) -> list[str]:
 def _parse_cursor(cursor: str) -> tuple[datetime, str]:
     created, _, last = cursor.partition("_")
     try:
+        if not last.isprintable():
+            raise ValueError(last)
         return utc(datetime.strptime(created, CURSOR)), last
     except ValueError as error:
-        raise GradmemError(f"'{cursor}' is no cursor: take that of the last memory of the page before") from error
+        raise GradmemError(f"{cursor!a} is no cursor: take that of the last memory of the page before") from error

@@ -474,12 +474,15 @@ class Store:
         return db.memories.c.owner == self._owner
 
     def _is(self, ref: str) -> ColumnElement[bool]:
-        """The memory of this id or name: no name looks like an id."""
+        """The memory of this id or name: no name looks like an id, and databases differ in what else they refuse."""
+        if not ref.isprintable():
+            raise self._missing(ref)
         return and_(self._mine, (db.memories.c.id if _ID.fullmatch(ref) else db.memories.c.name) == ref)
 
     def _missing(self, ref: str, version: int | None = None) -> Missing:
         which = "" if version is None else f"version {version} of "
-        return Missing(f"no {which}memory '{ref}' in {self._place}")
+        shown = ref if ref.isprintable() else ascii(ref)[1:-1]
+        return Missing(f"no {which}memory '{shown}' in {self._place}")
 
     def _locked(self, connection: Connection, ref: str) -> Row[Any]:
         """The row of a memory, which no other process changes before this transaction ends."""
