@@ -20,8 +20,8 @@ import gradmem
 from conftest import DATA, needs
 from gradmem import GradmemError
 from gradmem.batch import Batch
+from gradmem.data.babi_stories import GIVERS, OBJECTS, PEOPLE, ROOMS, Told
 from gradmem.data.babi_stories import TASKS as GENERATED
-from gradmem.data.babi_stories import Told
 from gradmem.evaluation import evaluate
 from gradmem.model import MemoryModel
 from gradmem.tasks.babi import NAMES, WORDS, Babi
@@ -276,6 +276,22 @@ def test_training_may_be_crowded_and_measuring_is_not() -> None:
             for split in ("train", "valid")
         )
         assert (len(crowd), len(few)) == (len(NAMES), 4)
+
+
+def test_unwritten_questions_are_about_what_the_story_does_not_mention() -> None:
+    task = Babi("qa1,qa2,qa3,qa4,qa5")
+    batch = task.batch("test", 0, 50, seed=1)
+    (asked,) = task.unwritten(batch).values()
+    originals = [task.text(prompt).split() for prompt in batch.prompts()]
+    assert len(asked.rows) > 20
+    assert torch.equal(asked.context.ids, batch.context.ids)
+    for prompt, row in zip(asked.prompts(), asked.rows.tolist(), strict=True):
+        question, story = task.text(prompt).split(), task.text(batch.context.ids[row].tolist()).split()
+        original = originals[batch.rows.tolist().index(row)]
+        ((before, after),) = [pair for pair in zip(original, question, strict=True) if pair[0] != pair[1]]
+        assert after not in story
+        names = [{word.lower() for word in kind} for kind in (ROOMS, OBJECTS, PEOPLE, GIVERS)]
+        assert any({before, after} <= kind for kind in names)
 
 
 def test_stories_may_be_kept_short() -> None:

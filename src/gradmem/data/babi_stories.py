@@ -21,6 +21,8 @@ Antoine Bernhard Bill Brian Daniel Emily Fred Gertrude Greg Jason Jeff Jessica J
 Winona Yann
 """
 EVERYBODY = NAMES.split()
+KINDS = [[name.lower() for name in names] for names in (ROOMS, OBJECTS, PEOPLE, GIVERS)]
+"""What a question can be about, by kind, in small letters."""
 VERBS = {
     "move": ["went to", "went back to", "moved to", "journeyed to", "travelled to"],
     "get": ["got", "took", "grabbed", "picked up"],

@@ -216,7 +216,8 @@ def _examine(
         with torch.no_grad():
             memory = model.method.write(batch.context).memory
         for kind, asked in {WRITTEN: batch, **task.unwritten(batch)}.items():
-            answers.setdefault(kind, []).extend(model.answer_ids(memory, asked.rows.tolist(), asked.prompts()))
+            found = model.answer_ids(memory, asked.rows.tolist(), asked.prompts()) if len(asked.rows) else []
+            answers.setdefault(kind, []).extend(found)
         wanted = [task.decode(labels[labels >= 0].tolist()) for labels in batch.labels]
         right += [a.text == text for a, text in zip(answers[WRITTEN][len(right) :], wanted, strict=True)]
     return answers, np.array(right), lengths

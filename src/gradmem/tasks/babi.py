@@ -225,6 +225,35 @@ class Babi(FileTask):
         lines = [re.sub(r"^\s*\d+\s+", "", line).split("\t") for line in text.splitlines() if "\t" in line]
         return [(parts[0].strip(), parts[1].strip()) for parts in lines]
 
+    def unwritten(self, batch: Batch) -> dict[str, Batch]:
+        """The questions, asked of somebody or something of the same world that the story does not mention.
+
+        Questions to which no such change can be made are left out: a story that names all people is a clean example
+        of nothing that is missing.
+        """
+        contexts = [ids[mask].tolist() for ids, mask in zip(batch.context.ids, batch.context.mask, strict=True)]
+        stories = [set(self._words(self.text(ids))) for ids in contexts]
+        samples = [Sample(ids, []) for ids in contexts]
+        for number, (prompt, labels, row) in enumerate(zip(batch.prompts(), batch.labels, batch.rows, strict=True)):
+            question = self._absent(self.text(prompt), stories[int(row)], number)
+            if question is not None:
+                ids = self.encode(self.query_text(question))
+                samples[int(row)].queries.append(Query([*ids, *labels[labels >= 0].tolist()], len(ids)))
+        return {"of what is not mentioned": collate(samples, self.pad_id).to(batch.rows.device)}
+
+    def _absent(self, question: str, story: set[str], number: int) -> str | None:
+        """The question with one name exchanged for one of the same kind that the story has not."""
+        for word in self._words(question):
+            kinds = [kind for kind in babi_stories.KINDS if word in kind]
+            kind = max(kinds, key=lambda kind: len(story & set(kind)), default=[])
+            if absent := [name for name in kind if name not in story]:
+                return re.sub(rf"\b{word}\b", absent[number % len(absent)], question, flags=re.IGNORECASE)
+        return None
+
+    def _words(self, text: str) -> list[str]:
+        """In small letters."""
+        return re.findall(r"\w+", text.lower())
+
     def _spelled(self, sentence: str) -> str:
         """Words without punctuation, in small letters; for pretrained tokenizers names and the first have capitals."""
         words = re.findall(r"[\w']+", sentence.lower())
