@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gradmem import GradmemError, Memory, MemoryModel
+from gradmem.methods.base import Written
 from gradmem.serving import Busy, Closed, Engine
 from gradmem.serving.prefixes import Prefixes
 from gradmem.trust import Answer
@@ -98,6 +99,45 @@ def test_a_written_memory_is_that_of_the_model(tiny: MemoryModel) -> None:
     wanted = tiny.write(TEXT, steps=3)
     assert torch.equal(memory.tensors["memory"], wanted.tensors["memory"])
     assert memory.records == wanted.records
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def test_texts_that_wait_are_written_together(case: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as alone; one that cannot be written, is cancelled or whose follower gives up stops no other."""
+    model = build(*case)
+    wanted = [model.write(text) for text in TEXTS]
+    batches: list[int] = []
+    write = model.write
+    monkeypatch.setattr(
+        model, "write", lambda t, **o: batches.append(1 if isinstance(t, str) else len(t)) or write(t, **o)
+    )
+    followed: list[list[Written]] = [[] for _ in TEXTS]
+    held = Held(model)
+    bad, leaving = held.engine.write("a7:Qz\n\u2603"), held.engine.write(TEXT, on_step=lambda *_: 1 / 0)
+    cancelled = held.engine.write(TEXT)
+    cancelled.cancel()
+    good = [
+        held.engine.write(text, on_step=lambda written, _, mine=mine: mine.append(written))
+        for text, mine in zip(TEXTS, followed, strict=True)
+    ]
+    other = held.engine.write(TEXT, steps=1)
+    held.gate.set()
+    held.engine.close()
+    assert batches == [1, len(TEXTS) + 1, 1]
+    with pytest.raises(GradmemError, match="is no pair"):
+        bad.result()
+    with pytest.raises(ZeroDivisionError):
+        leaving.result()
+    assert other.result().records[0].steps <= 1
+    for future, alone, mine in zip(good, wanted, followed, strict=True):
+        memory = future.result()
+        assert memory.records[0].context_sha256 == alone.records[0].context_sha256
+        assert memory.records[0].losses == pytest.approx(alone.records[0].losses, abs=1e-4)
+        for name, tensor in memory.tensors.items():
+            assert torch.allclose(tensor, alone.tensors[name], atol=1e-4)
+            assert torch.equal(tensor, mine[-1].memory.tensors[name])
+        assert [len(written.taken) for written in mine] == [1] * len(mine)
+        assert mine[-1].losses[:, 0].tolist() == pytest.approx(memory.records[0].losses[:-1], abs=1e-4)
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda pair: f"{pair[0]}-{pair[1]}")

@@ -403,7 +403,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         if not texts:
             raise GradmemError("nothing to write")
         steps = self.most_steps(steps, until, max_steps)
-        ids = [self.encode(self.task.context_text(t), "context", self.method.max_context) for t in texts]
+        ids = [self.context_ids(t) for t in texts]
         size = max(1, TOKENS_AT_ONCE // max(map(len, ids)))
         parts = []
         for first in range(0, len(texts), size):
@@ -645,6 +645,16 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         # Memories of bare tokens have no records: whoever makes them knows what they are.
         known = [not memory.records or abstain.holds(memory.records[row]) for row in rows]
         return [abstain.judge(answer) if good else answer for answer, good in zip(answers, known, strict=True)]
+
+    def context_ids(self, text: str) -> list[int]:
+        """Tokenize a text that is to be written.
+
+        Raises
+        ------
+        GradmemError
+            When it is empty, too long, or has characters or words that the model does not know.
+        """
+        return self.encode(self.task.context_text(text), "context", self.method.max_context)
 
     def query_ids(self, text: str, options: dict[str, Any] | None = None, taken: int = 0) -> list[int]:
         """Tokenize a query that is to be answered with these options of `generate`.

@@ -36,6 +36,11 @@ class Written:
     losses: Tensor
     taken: Tensor
 
+    def rows(self) -> list[Written]:
+        """Each context's own."""
+        columns = zip(self.losses.split(1, 1), self.taken.split(1), strict=True)
+        return [Written(self.memory[row], *own) for row, own in enumerate(columns)]
+
 
 def anywhere(ids: Tensor) -> Tensor:
     """A text without parts that must stay whole: it may be cut after every token."""

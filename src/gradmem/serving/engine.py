@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from .prefixes import Prefixes
 
 OnText = Callable[[str], object]
 OnStep = Callable[[Written, int], object]
+MAX_WRITES = 8
+"""Texts to write at once: more hardly gain, and queries wait for a step of all of them."""
 
 
 class Busy(GradmemError):
@@ -78,12 +80,37 @@ class _Write:
     options: dict[str, Any]
     future: Future[Memory] = field(default_factory=Future)
 
+    def joins(self, other: _Write) -> bool:
+        """Whether both can be written in one batch: new memories of one text each, with the same steps."""
+        new = all(isinstance(one.text, str) and one.onto is None for one in (self, other))
+        return new and self.options == other.options
+
+    def begin(self, model: MemoryModel) -> bool:
+        """Whether it is still to be written, and can be: a text that cannot must not stop those of its batch."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        try:
+            for text in [self.text] if isinstance(self.text, str) else self.text:
+                model.context_ids(text)
+        except GradmemError as error:
+            self.future.set_exception(error)
+        return not self.future.done()
+
+    def tell(self, written: Written, total: int) -> None:
+        """Tell of a step, if anybody follows; what the follower raises ends this write and no other."""
+        if self.on_step is None or self.future.done():
+            return
+        try:
+            self.on_step(written, total)
+        except Exception as error:
+            self.future.set_exception(error)
+
 
 class Engine:
     """Answers queries from many threads, those that wait together in one batch, each from a memory of its own.
 
-    All that touches the model happens on one thread of the engine. While a text is written, queries are answered
-    between its steps, so that none waits longer than a step and a batch.
+    All that touches the model happens on one thread of the engine. Texts that wait are written together too; queries
+    are answered between the steps, so that none waits longer than a step and a batch.
 
     Parameters
     ----------
@@ -250,8 +277,7 @@ class Engine:
                 if not self._asks and not self._writes:
                     return
             self._answer_waiting(self.max_wait)
-            if self._writes:
-                self._write(self._writes.popleft())
+            self._write(self._next_writes())
 
     def _answer_waiting(self, wait: float) -> None:
         """Answer one batch of the queries that are there, or come within `wait` seconds of the first."""
@@ -287,27 +313,47 @@ class Engine:
         rows, queries = [row[request.key] for request in requests], [request.ids for request in requests]
         return self.model.answer_ids(joined, rows, queries, **options)
 
-    def _write(self, request: _Write) -> None:
-        """Write a text; between its steps, answer what waits."""
+    def _next_writes(self) -> list[_Write]:
+        """The write that waits longest, and those right behind it that can share its batch; none, where none waits."""
+        with self._changed:
+            waiting = [self._writes.popleft()] if self._writes else []
+            while self._writes and len(waiting) < MAX_WRITES and waiting[0].joins(self._writes[0]):
+                waiting.append(self._writes.popleft())
+        return [request for request in waiting if request.begin(self.model)]
+
+    def _write(self, requests: list[_Write]) -> None:
+        """Write texts together; between the steps, answer what waits."""
+        if not requests:
+            return
+        first, alone = requests[0], len(requests) == 1
+        done = 0
 
         def slices(steps: Iterable[Written], title: str, total: int) -> Iterator[Written]:
+            nonlocal done
             for written in steps:
-                if request.on_step:
-                    request.on_step(written, total)
+                rows = [written] if alone else written.rows()
+                for request, row in zip(requests if alone else requests[done:], rows, strict=False):
+                    request.tell(row, total)
+                if all(request.future.done() for request in requests):
+                    raise CancelledError
                 self._answer_waiting(0)
                 yield written
+            done += len(written.taken)  # the model takes long texts in several parts, one after the other
 
-        if not request.future.set_running_or_notify_cancel():
-            return
+        options = {"progress": slices, **first.options}
         try:
-            given = {"progress": slices, **request.options}
-            if request.onto is None:
-                memory = self.model.write(request.text, **given)
+            if first.onto is not None:
+                memory = self.model.append(first.onto, first.text, **options)
             else:
-                memory = self.model.append(request.onto, request.text, **given)
-            request.future.set_result(memory)
+                memory = self.model.write(first.text if alone else [str(one.text) for one in requests], **options)
         except Exception as error:  # as in `_answer_waiting`
-            request.future.set_exception(error)
+            for request in requests:
+                if not request.future.done():
+                    request.future.set_exception(error)
+            return
+        for row, request in enumerate(requests):
+            if not request.future.done():
+                request.future.set_result(memory if alone else memory[row])
 
 
 class _Streamer(BaseStreamer):
