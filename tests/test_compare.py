@@ -118,7 +118,9 @@ def test_command_trains_once_and_saves_everything(tmp_path: Path, capsys: pytest
     )
     with (tmp_path / "c.csv").open(newline="") as file:
         assert [row["checkpoint"] for row in csv.DictReader(file)] == [row["checkpoint"] for row in rows]
-    assert {path.name for path in (tmp_path / "f").iterdir()} == {"pairs.png", "bytes.png", "cost.png"}
+    assert {path.name for path in (tmp_path / "f").iterdir()} == {
+        f"{name}.png" for name in ("pairs", "bytes", "flops", "cost")
+    }
     # Trained already: the same weights are measured again.
     log = (tmp_path / "runs" / "tiny-rmt" / "log.csv").read_text()
     assert main(["compare", *recipes, *options]) == 0

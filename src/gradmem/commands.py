@@ -272,7 +272,8 @@ def compare(
     csv
         Also save them to this file, as a table.
     figures
-        Also draw exact match by pairs, by bytes, and the time of many queries, in this directory.
+        Also draw exact match by pairs, by bytes and by the cost of a write, and the time of many queries, in this
+        directory.
     """
     entries = comparison.compare(
         [_system(name, output) for name in systems],

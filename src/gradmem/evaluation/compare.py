@@ -205,11 +205,12 @@ def _queries(count: float) -> str:
 
 
 def figures(entries: Sequence[Entry], directory: Path) -> list[Path]:
-    """Draw exact match by pairs and by bytes, and the time of many queries."""
+    """Draw exact match by pairs, by bytes and by the cost of a write, and the time of many queries."""
     directory.mkdir(parents=True, exist_ok=True)
     return [
         pairs_figure(entries, directory / "pairs.png"),
         bytes_figure(entries, directory / "bytes.png"),
+        flops_figure(entries, directory / "flops.png"),
         cost_figure(entries, directory / "cost.png"),
     ]
 
@@ -225,14 +226,25 @@ def pairs_figure(entries: Sequence[Entry], path: Path) -> Path:
 
 
 def bytes_figure(entries: Sequence[Entry], path: Path) -> Path:
-    """Exact match by bytes of memory; each point says its number of pairs."""
+    """Exact match by bytes of memory."""
+    return _match_figure(entries, path, lambda cost: cost.bytes, "bytes of memory (float32)")
+
+
+def flops_figure(entries: Sequence[Entry], path: Path) -> Path:
+    """Exact match by what a WRITE costs: passes over the context against gradient steps."""
+    return _match_figure(entries, path, lambda cost: cost.write_flops / 1e9, "GFLOP of a write")
+
+
+def _match_figure(entries: Sequence[Entry], path: Path, x: Callable[[Cost], float], label: str) -> Path:
+    """Exact match by something of the cost; each point says its number of pairs."""
     with figure(path) as axis:
         for name, mine in _by_system(entries):
-            axis.plot([entry.cost.bytes for entry in mine], _match(mine), marker="o", label=name)
-            for entry, match in zip(mine, _match(mine), strict=True):
-                axis.annotate(f" {entry.result.task['pairs']}", (entry.cost.bytes, match), fontsize=7)
+            places = [x(entry.cost) for entry in mine]
+            axis.plot(places, _match(mine), marker="o", label=name)
+            for entry, place, match in zip(mine, places, _match(mine), strict=True):
+                axis.annotate(f" {entry.result.task['pairs']}", (place, match), fontsize=7)
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="bytes of memory (float32)", ylabel="exact match, %", ylim=(-3, 103))
+        axis.set(xlabel=label, ylabel="exact match, %", ylim=(-3, 103))
         axis.set_title(f"by number of pairs (at the points); {_about(entries)}", fontsize=9)
         axis.legend(frameon=False, fontsize=7)
     return path
