@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import TypedDict
 
-from sqlalchemy import ColumnElement, Select, and_, literal, select, tuple_
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, select, tuple_
 
 from ..errors import GradmemError, require
 from .database import Moment, memories, tags, utc
 from .entries import CURSOR
 
+COUNTED = 1000
+"""A tag of so many memories is as good as any other to go through."""
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
@@ -31,19 +33,22 @@ class Filters(TypedDict, total=False):
     """Date or time before which it was created."""
 
 
-def matching(owner: str, filters: Filters, after: str | None = None) -> Select[tuple[str]]:
+def matching(connection: Connection, owner: str, filters: Filters, after: str | None = None) -> Select[tuple[str]]:
     """Ids of an owner's memories that match all filters, the newest first.
 
     Tags carry owner and time themselves, so that each filter alone is a range of an index in the order of the listing.
+    Of several tags the rarest is that range, and the others are looked up.
 
     Parameters
     ----------
+    connection : Connection
+        Counts the tags.
     owner : str
     filters : Filters
     after : str, optional
         `Entry.cursor` of the memory after which the listing goes on.
     """
-    wanted = labels(filters.get("tags", ()))
+    wanted = _rarest_first(connection, owner, labels(filters.get("tags", ())))
     table, which = (tags, tags.c.memory) if wanted else (memories, memories.c.id)
     conditions = [table.c.owner == owner, *(tags.c.tag == tag for tag in wanted[:1])]
     for tag in wanted[1:]:
@@ -63,6 +68,16 @@ def matching(owner: str, filters: Filters, after: str | None = None) -> Select[t
         same = (memories.c.owner == table.c.owner, memories.c.created == table.c.created, memories.c.id == which)
         query = query.join(memories, and_(*same))
     return query.where(*conditions, *about).order_by(table.c.created.desc(), which.desc())
+
+
+def _rarest_first(connection: Connection, owner: str, wanted: list[str]) -> list[str]:
+    """Tags by the number of memories that have them, as far as it matters."""
+
+    def count(tag: str) -> int:
+        some = select(tags.c.tag).where(tags.c.owner == owner, tags.c.tag == tag).limit(COUNTED).subquery()
+        return connection.scalar(select(func.count()).select_from(some)) or 0
+
+    return sorted(wanted, key=count) if len(wanted) > 1 else wanted
 
 
 def _about(filters: Filters) -> Iterator[ColumnElement[bool]]:

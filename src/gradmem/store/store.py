@@ -317,8 +317,8 @@ class Store:
             When a limit or a cursor is none.
         """
         require("limit", limit, 1 <= limit <= PAGE, f"from 1 to {PAGE}")
-        page = matching(self._owner, filters, after).limit(limit)
         with self._connection() as connection:
+            page = matching(connection, self._owner, filters, after).limit(limit)
             return self._entries(connection, db.memories.c.id.in_(page))
 
     # Changing
@@ -368,8 +368,8 @@ class Store:
 
     def prune(self, **filters: Unpack[Filters]) -> int:
         """Delete all memories that match all filters, but for pinned ones; return how many. See `list`."""
-        ids = db.memories.c.id.in_(matching(self._owner, filters).order_by(None))
         with self._connection(writes=True) as connection:
+            ids = db.memories.c.id.in_(matching(connection, self._owner, filters).order_by(None))
             done = connection.execute(delete(db.memories).where(ids, db.memories.c.pinned.is_(False)))
         return done.rowcount
 
