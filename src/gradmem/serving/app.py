@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from .. import __version__
 from ..errors import GradmemError
 from ..store import Store
-from . import chat, memories, problems
+from . import chat, checkpoints, memories, problems
 from .engines import Engines
 from .guard import Guard
 from .keys import Keys
@@ -62,12 +62,12 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.store, app.state.engines = store, engines
+    app.state.store, app.state.engines, app.state.settings = store, engines, settings
     app.add_middleware(Guard, settings=settings, keys=keys, watch=watch)
     problems.install(app)
     # The guard has seen the key; this says so in the OpenAPI document.
     bearer = Depends(HTTPBearer(auto_error=False, description="A key of `gradmem keys add`; not needed on loopback."))
-    for router in (memories.router, chat.router):
+    for router in (memories.router, checkpoints.router, chat.router):
         app.include_router(router, dependencies=[bearer], responses=problems.DOCUMENTED)
 
     @app.get("/healthz", tags=["operation"], responses=problems.DOCUMENTED)
