@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import Depends, FastAPI, Response
 from fastapi.security import HTTPBearer
@@ -22,7 +23,7 @@ from .settings import Settings
 from .watch import Watch
 
 WEB = Path(__file__).parent / "web"
-"""The web page, where there is one: every file in it is served under `/`."""
+"""The web page: every file in it is served under `/`."""
 ABOUT = "Memory for language models: written once, asked many times."
 
 
@@ -80,6 +81,15 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
         """Counts for Prometheus."""
         return Response(generate_latest(watch.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    if WEB.is_dir():
-        app.mount("/", StaticFiles(directory=WEB, html=True))
+    app.mount("/", Page(directory=WEB, html=True))
     return app
+
+
+class Page(StaticFiles):
+    """The files of the page, asked for anew each time: another version of gradmem has others."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """Answer with a file, or say that the browser has it."""
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
