@@ -84,18 +84,22 @@ async function showVectors(entry) {
   the("vectors").hidden = false;
 }
 
-/** Show a memory; false where there is none of this id. */
+/** Show a memory, or say that there is none of this id. */
 export async function open(id) {
-  the("rename-form").hidden = true;
-  await attempt(async () => {
-    const found = await api.inspect(id);
-    the("gone").hidden = true;
-    the("memory").hidden = false;
-    showEntry(found.memory);
-    showReceipt(found);
-    ask.open(id);
-    await Promise.all([showBytes(found), showVectors(found.memory)]);
-  });
+  if (shown?.id !== id) close();
+  let found;
+  try {
+    found = await api.inspect(id);
+  } catch (error) {
+    if (error.status === 404) missing();
+    else the("open-error").textContent = error.message;
+    return;
+  }
+  the("memory").hidden = false;
+  showEntry(found.memory);
+  showReceipt(found);
+  ask.open(id);
+  await attempt(() => Promise.all([showBytes(found), showVectors(found.memory)]));
 }
 
 /** Look whether the memory that is shown is still there, and still called so. */
@@ -136,6 +140,9 @@ async function remove() {
 export function close() {
   shown = null;
   the("memory").hidden = the("gone").hidden = true;
+  the("rename-form").hidden = true;
+  the("rename").hidden = false;
+  the("memory-error").textContent = the("memory-status").textContent = the("open-error").textContent = "";
 }
 
 export function start(handlers) {

@@ -49,6 +49,20 @@ function reset() {
   showSteps();
 }
 
+/** The first lines of a text, or of one that is one line its beginning. */
+function beginning(text) {
+  const found = text.split("\n").slice(0, 4).join("\n").slice(0, 120);
+  return found.length < text.length ? `${found.replace(/\s+\S*$/, "")} …` : found;
+}
+
+/** Load what there is to write with. */
+async function serve() {
+  const served = await api.checkpoints();
+  limit = served.max_body;
+  the("checkpoint").replaceChildren(...served.checkpoints.map((one) => new Option(one)));
+  await describe();
+}
+
 async function describe(seed) {
   const wanted = the("checkpoint").value;
   const found = await api.checkpoint(wanted, seed);
@@ -63,6 +77,8 @@ async function describe(seed) {
   the("about").textContent =
     `Task ${found.task}: ${size}${room}; texts of up to ${number(found.max_tokens)} tokens, in ${count(found.write_steps, "step")}.`;
   the("example").hidden = !found.example;
+  const like = found.example ? `. It looks like this:\n\n${beginning(found.example.text)}` : "";
+  text.placeholder = `Paste a text, or drop a file here${like}`;
   showSteps();
   return found;
 }
@@ -70,6 +86,7 @@ async function describe(seed) {
 async function attempt(action) {
   fail("");
   try {
+    if (!about && action !== serve) await serve(); // it could not be loaded before, for want of a key perhaps
     await action();
   } catch (error) {
     if (error.name === "AbortError") say("Cancelled. Nothing was kept.");
@@ -153,8 +170,8 @@ async function write(before = null) {
       entry = await api.change(entry.id, { name: called });
     }
     written = { entry, steps: seen.length - 1 };
-    const kept = before ? " The one written before stays in the list." : "";
-    say(`Written in ${count(written.steps, "step")}.${kept}`);
+    const next = before ? "The one written before stays in the list." : "Drag the steps back to see how it came.";
+    say(`Written in ${count(written.steps, "step")}. ${next}`);
     onWritten(entry);
   } finally {
     await shown;
@@ -206,10 +223,5 @@ export async function start(handlers) {
     say("");
     if (written) reset();
   };
-  await attempt(async () => {
-    const served = await api.checkpoints();
-    limit = served.max_body;
-    the("checkpoint").replaceChildren(...served.checkpoints.map((one) => new Option(one)));
-    await describe();
-  });
+  await attempt(serve);
 }
