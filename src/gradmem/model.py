@@ -512,9 +512,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         GradmemError
             When the text is none that this model could write.
         """
-        ids = self.encode(self.task.context_text(text), "context", self.method.max_context)
+        context = Tokens.from_lists([self.context_ids(text)]).to(self.device)
         with torch.no_grad():
-            return self.method.token_losses(memory, Tokens.from_lists([ids]).to(self.device))[0].tolist()
+            return self.method.token_losses(memory, context)[0].tolist()
 
     def open(self, path: str | os.PathLike[str]) -> Memory:
         """Load a memory file that this model wrote.

@@ -668,7 +668,7 @@ def test_screenshots(server: Server, windows: Windows, screenshots: Path) -> Non
 
     def shown(**options: Any) -> Page:
         page = windows.open("about:blank", **options)
-        page.add_init_script("Math.random = () => 0.35")  # always the same example
+        page.add_init_script("Math.random = () => 0.5")  # always the same example
         page.goto(server.url)
         return page
 

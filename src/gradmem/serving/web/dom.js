@@ -11,8 +11,9 @@ export function make(tag, properties = {}, ...children) {
 }
 
 export const number = (value) => value.toLocaleString("en");
-/** A loss or a log-probability to two digits, or to four where two would say nothing. */
-export const nats = (value) => value.toFixed(Math.abs(value) < 0.01 ? 4 : 2).replace("-", "−");
+/** A loss or a log-probability to two digits, or where these would say nothing to one that does. */
+export const nats = (value) =>
+  (value && Math.abs(value) < 0.005 ? value.toPrecision(1) : value.toFixed(2)).replace("-", "−");
 
 /** Bytes, exactly below 100 kB and to three digits beyond. */
 export function bytes(count) {

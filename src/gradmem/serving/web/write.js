@@ -77,8 +77,11 @@ async function describe(seed) {
   the("about").textContent =
     `Task ${found.task}: ${size}${room}; texts of up to ${number(found.max_tokens)} tokens, in ${count(found.write_steps, "step")}.`;
   the("example").hidden = !found.example;
-  const like = found.example ? `. It looks like this:\n\n${beginning(found.example.text)}` : "";
-  text.placeholder = `Paste a text, or drop a file here${like}`;
+  if (seed === undefined) {
+    // Never of the example that is being written: that one will have to be forgotten.
+    const like = found.example ? `. It looks like this:\n\n${beginning(found.example.text)}` : "";
+    text.placeholder = `Paste a text, or drop a file here${like}`;
+  }
   showSteps();
   return found;
 }
