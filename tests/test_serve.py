@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -345,6 +346,26 @@ def test_pages_of_other_sites_reach_nothing(client: TestClient) -> None:
         answer = client.get("/v1/memories", headers={"Host": host, "Origin": f"http://{host}"})
         assert answer.status_code == 200
         assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_the_page_is_served_beside_the_api(served: str, keys: Keys, tmp_path: Path) -> None:
+    """Its files need no key, and the paths of the API stay the API's."""
+    keys.add("one")
+    with client_of(served, keys, tmp_path, host="0.0.0.0") as client:
+        page = client.get("/")
+        assert page.headers["Content-Type"].startswith("text/html")
+        assert page.headers["Cache-Control"] == "no-cache"
+        for name in re.findall(r'(?:src|href)="([\w.]+)"', page.text):
+            assert client.get(f"/{name}").status_code == 200, name
+        scripts = client.get("/main.js")
+        assert scripts.headers["Content-Type"].startswith("text/javascript")
+        assert client.get("/main.js", headers={"If-None-Match": scripts.headers["ETag"]}).status_code == 304
+        refused(client.put("/v1/memories"), 401, "a key is needed")
+        refused(client.get("/../app.py"), 404, "Not Found")
+        refused(client.get("/%2e%2e/app.py"), 404, "Not Found")
+    with client_of(served, keys, tmp_path) as client:
+        refused(client.put("/v1/memories"), 405, "Method Not Allowed")
+        refused(client.post("/"), 404, "Not Found")
 
 
 def test_answers_tell_browsers_to_stay_here(client: TestClient) -> None:

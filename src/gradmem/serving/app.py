@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, Response
+from fastapi import Depends, FastAPI, HTTPException, Response
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -81,12 +81,18 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
         """Counts for Prometheus."""
         return Response(generate_latest(watch.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    app.mount("/", Page(directory=WEB, html=True))
+    app.router.default = Page(directory=WEB, html=True)  # no mount, which would answer for paths of the API too
     return app
 
 
 class Page(StaticFiles):
     """The files of the page, asked for anew each time: another version of gradmem has others."""
+
+    async def get_response(self, path: str, scope: Any) -> Response:
+        """Answer with a file; whoever wants more than to read one looks for something that is not there."""
+        if scope["method"] not in ("GET", "HEAD"):
+            raise HTTPException(404)
+        return await super().get_response(path, scope)
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         """Answer with a file, or say that the browser has it."""
