@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +439,17 @@ def test_a_file_goes_out_and_in(page: Page, server: Server, tmp_path: Path) -> N
     damaged.write_bytes(data[:-3])
     page.get_by_label("Upload").set_input_files(damaged)
     expect(page.locator("#list-error")).to_contain_text("damaged")
+
+
+def test_a_file_whose_numbers_are_none_is_shown(page: Page, server: Server, tmp_path: Path) -> None:
+    memory = load("kv-16").write("l1:m2")
+    record = {"losses": [math.nan], "token_losses": [math.inf, math.nan, 0.1], "context_tokens": 3}
+    memory.records = [replace(memory.records[0], **record)]
+    saved = memory.save(tmp_path / "odd.safetensors")
+    page.get_by_label("Upload").set_input_files(saved)
+    expect(page.locator("#facts")).to_contain_text("no number → no number")
+    expect(page.locator("#cells .token[data-level=kept]")).to_have_count(1)
+    expect(ask(page, "l1").locator(".answer")).to_have_text("m2")
 
 
 def test_files_are_dropped_and_opened(page: Page, tmp_path: Path) -> None:

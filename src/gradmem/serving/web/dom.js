@@ -11,9 +11,11 @@ export function make(tag, properties = {}, ...children) {
 }
 
 export const number = (value) => value.toLocaleString("en");
-/** A loss or a log-probability to two digits, or where these would say nothing to one that does. */
-export const nats = (value) =>
-  (value && Math.abs(value) < 0.005 ? value.toPrecision(1) : value.toFixed(2)).replace("-", "−");
+/** A loss or a log-probability to two digits, or where these would say nothing to one that does; null is no number. */
+export function nats(value) {
+  if (value === null) return "no number";
+  return (value && Math.abs(value) < 0.005 ? value.toPrecision(1) : value.toFixed(2)).replace("-", "−");
+}
 
 /** Bytes, exactly below 100 kB and to three digits beyond. */
 export function bytes(count) {

@@ -1,9 +1,10 @@
 // Tokens, or where they are gone their places, coloured by what a memory keeps of them.
 import { make, nats } from "./dom.js";
 
-const LOST = 5;
 /** Nats at which a colour cannot get paler: the loss of a token that the memory knows nothing of. */
+const LOST = 5;
 const [KEPT, PART] = [Math.log(2), Math.log(10)];
+const MOST = 5000;
 
 export const isKept = (loss) => loss <= KEPT;
 const level = (loss) => (isKept(loss) ? "kept" : loss <= PART ? "part" : "lost");
@@ -20,10 +21,12 @@ export function paint(places, losses) {
   });
 }
 
-/** Places of so many tokens, without the tokens. */
+/** Places of so many tokens, without the tokens; of very many the first ones. */
 export function blank(box, losses) {
-  box.replaceChildren(...losses.map((loss) => make("span", { className: "token", title: `${nats(loss)} nats` })));
-  paint([...box.children], losses);
+  const shown = losses.slice(0, MOST);
+  box.replaceChildren(...shown.map((loss) => make("span", { className: "token", title: `${nats(loss)} nats` })));
+  paint([...box.children], shown);
+  if (shown.length < losses.length) box.append("…");
   const kept = losses.filter(isKept).length;
   box.setAttribute("aria-label", `${kept} of ${losses.length} tokens kept`);
 }

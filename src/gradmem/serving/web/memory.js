@@ -6,6 +6,9 @@ import { ago, bytes, count, make, nats, number, the } from "./dom.js";
 import { blank } from "./heat.js";
 import * as vectors from "./vectors.js";
 
+/** Bytes of a memory file beyond which its numbers are no picture. */
+const LARGE = 500_000;
+
 let shown = null; // its entry
 let onChanged = () => {};
 
@@ -44,7 +47,8 @@ function showReceipt({ memory, memory_bytes, versions, records }) {
   const last = parts.at(-1);
   const { current } = memory;
   drawLosses(the("receipt-chart"), last.losses, last.losses.length - 1, last.losses.length - 1);
-  blank(the("cells"), parts.flatMap((part) => part.token_losses));
+  // A file may come from anywhere: what is no number in it is null here, and nothing that is kept.
+  blank(the("cells"), parts.flatMap((part) => part.token_losses.map((loss) => loss ?? Infinity)));
   const facts = {
     "Write loss": `${nats(current.loss_before)} → ${nats(current.loss_after)} nats`,
     "Write steps": number(last.steps),
@@ -78,6 +82,7 @@ async function showBytes({ memory, memory_bytes }) {
 
 async function showVectors(entry) {
   the("vectors").hidden = true;
+  if (entry.current.size > LARGE) return;
   const found = vectors.read(await api.download(entry.id));
   if (!found || shown?.id !== entry.id) return;
   vectors.draw(the("vectors"), found);
