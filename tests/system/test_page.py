@@ -443,7 +443,7 @@ def test_a_file_goes_out_and_in(page: Page, server: Server, tmp_path: Path) -> N
 
 def test_a_file_whose_numbers_are_none_is_shown(page: Page, server: Server, tmp_path: Path) -> None:
     memory = load("kv-16").write("l1:m2")
-    record = {"losses": [math.nan], "token_losses": [math.inf, math.nan, 0.1], "context_tokens": 3}
+    record = {"losses": [math.inf], "token_losses": [math.inf, math.nan, 0.1], "context_tokens": 3}
     memory.records = [replace(memory.records[0], **record)]
     saved = memory.save(tmp_path / "odd.safetensors")
     page.get_by_label("Upload").set_input_files(saved)
