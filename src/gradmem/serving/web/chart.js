@@ -16,7 +16,7 @@ export function drawLosses(svg, losses, steps, current) {
   svg.replaceChildren();
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
   const highest = Math.ceil(2 * Math.max(...losses) + 0.01) / 2;
-  const lowest = Math.max(0, Math.floor(2 * Math.min(...losses, highest - 1.5)) / 2);
+  const lowest = Math.max(0, Math.floor(2 * Math.min(...losses, highest - 1)) / 2);
   const x = (step) => LEFT + ((WIDTH - LEFT - RIGHT) * step) / Math.max(1, steps);
   const y = (loss) => TOP + ((HEIGHT - TOP - BOTTOM) * (highest - loss)) / (highest - lowest);
   const lines = highest - lowest > 4 ? 1 : 0.5;
