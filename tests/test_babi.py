@@ -596,3 +596,14 @@ def test_answers_of_many_tokens_come_back(answer: str) -> None:
     assert len(prompt) < len(task.encode(f"Where is Mary? {answer}")) < len(prompt) + len(target)
     assert task.decode([*target, task.pad_id]) == answer
     assert len(target) <= task.answer_length
+
+
+def test_an_example_is_a_story_that_answers_its_questions() -> None:
+    """Of qa1, the answers are the last rooms that people went to; what cannot be generated has none."""
+    for seed in range(5):
+        text, questions = Babi("qa1").example(seed)
+        last = dict(re.findall(r"(\w+) [a-z ]+ the (\w+)\.", text))
+        assert {(f"Where is {name}?", room) for name, room in last.items()} == set(questions)
+        assert questions
+    assert len({Babi("qa1,qa4,qa5").example(seed)[0] for seed in range(20)}) == 20
+    assert Babi("qa6", data="somewhere").example() is None

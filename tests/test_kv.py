@@ -362,3 +362,11 @@ def test_exact_match_ignores_the_marks(guess: str, right: bool) -> None:
     labels = torch.tensor([[-100] * 5 + task.tokenizer.encode("Qz!|")])
     predicted = torch.tensor(task.tokenizer.encode(guess))
     assert exact_match(predicted, labels, task.scored(labels)).tolist() == [right]
+
+
+def test_an_example_is_a_test_context_in_lines() -> None:
+    task = KV(pairs=4)
+    text, pairs = task.example(7)
+    assert task.encode(task.context_text(text)) == task.batch("test", 0, 1, 7).context.ids[0].tolist()
+    assert text.splitlines() == [f"{key}:{value}" for key, value in pairs]
+    assert text != task.example(8)[0]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+import torch
 
 from gradmem import Client, GradmemError, Memory, MemoryModel, load
 from gradmem.errors import Missing
@@ -151,6 +154,72 @@ def test_append_makes_a_version(client: TestClient, tiny: MemoryModel, tmp_path:
         assert client.post(f"/v1/memories/{entry['id']}/ask", json=asked).status_code == 200
 
 
+def test_a_watched_write_tells_tokens_and_their_losses(client: TestClient, served: str) -> None:
+    """After each step the losses are those of a memory of as many steps; what is kept already is watched again."""
+    wanted = {"text": TEXT, "checkpoint": served, "steps": 2, "stream": True, "tokens": True}
+    told = events(client.post("/v1/memories", json=wanted).text)
+    assert [name for name, _ in told] == ["tokens", "step", "step", "step", "memory"]
+    model = load(served)
+    assert "".join(told[0][1]["tokens"]) == model.task.context_text(TEXT) == "!a7:Qz!!k2:9f!|"
+    for number, (_, data) in enumerate(told[1:-1]):
+        receipt = model.write(TEXT, number).records[0]
+        assert data["token_losses"] == pytest.approx(receipt.token_losses, abs=1e-3)
+    again = events(client.post("/v1/memories", json=wanted).text)
+    assert [name for name, _ in again] == ["tokens", "step", "step", "step", "memory"]
+    assert again[-1][1]["id"] == told[-1][1]["id"]
+    assert "token_losses" not in events(client.post("/v1/memories", json=wanted | {"tokens": False}).text)[0][1]
+
+
+def test_a_watched_append_shows_what_is_appended(
+    client: TestClient, tiny: MemoryModel, tmp_path: Path, keys: Keys
+) -> None:
+    chunked = MemoryModel.from_spec(tiny.spec["task"], tiny.spec["backbone"], {**tiny.spec["method"], "chunk": 8})
+    chunked.save_pretrained(tmp_path / "chunked")
+    with client_of(str(tmp_path / "chunked"), keys, tmp_path) as client:
+        ref = written(client, str(tmp_path / "chunked"))["id"]
+        wanted = {"text": "b1:c2", "steps": 1, "stream": True, "tokens": True}
+        told = events(client.post(f"/v1/memories/{ref}/append", json=wanted).text)
+        assert "".join(told[0][1]["tokens"]) == "!b1:c2!|"
+        last = client.get(f"/v1/memories/{ref}").json()["records"][0]
+        assert told[-2][1]["token_losses"] == pytest.approx(last["token_losses"], abs=1e-3)
+
+
+def test_change_renames_tags_and_pins(client: TestClient, served: str) -> None:
+    ref = written(client, served, name="notes", tags=["a"])["id"]
+    changed = client.patch("/v1/memories/notes", json={"name": "other", "tags": ["b", "c"], "pinned": True}).json()
+    assert (changed["id"], changed["name"], changed["tags"], changed["pinned"]) == (ref, "other", ["b", "c"], True)
+    assert client.get("/v1/memories?name=other").json()["memories"] == [changed]
+    refused(client.get("/v1/memories/notes"), 404, "no such memory")
+    refused(client.delete(f"/v1/memories/{ref}"), 409, "pinned")
+    only = client.patch(f"/v1/memories/{ref}", json={"pinned": False}).json()
+    assert (only["name"], only["tags"], only["pinned"]) == ("other", ["b", "c"], False)
+    assert client.patch(f"/v1/memories/{ref}", json={"name": None}).json()["name"] is None
+    assert client.patch(f"/v1/memories/{ref}", json={}).json()["tags"] == ["b", "c"]
+    refused(client.patch("/v1/memories/none", json={"name": "x"}), 404, "no such memory")
+    refused(client.patch(f"/v1/memories/{ref}", json={"name": "x", "tags": ["a,b"]}), 422, "a tag")
+    assert client.get(f"/v1/memories/{ref}").json()["memory"]["name"] is None
+    taken = client.post("/v1/memories", json={"text": "b1:c2", "checkpoint": served, "name": "taken"})
+    assert taken.status_code == 201
+    refused(client.patch(f"/v1/memories/{ref}", json={"name": "taken"}), 409, "taken")
+
+
+def test_checkpoints_say_what_they_are_for(client: TestClient, served: str) -> None:
+    assert client.get("/v1/checkpoints").json() == {"checkpoints": [served], "max_body": 2**23}
+    about = client.get(f"/v1/checkpoints/{quote(served, safe='')}?seed=3").json()
+    model = load(served)
+    assert (about["name"], about["task"], about["method"], about["write_steps"]) == (served, "kv", "gradmem", 2)
+    assert (about["vectors"], about["width"], about["calibrated"]) == (8, 16, False)
+    text, truth = model.task.example(3)
+    shown = about["example"]
+    assert (shown["text"], [(one["query"], one["answer"]) for one in shown["questions"]]) == (text, truth)
+    assert truth == model.task.examples(text)
+    ids = model.encode(model.task.context_text(text), "context", 10**6)
+    assert about["token_cache_bytes"] * len(ids) == model.method.backbone.cache_bytes(torch.tensor([ids]))
+    refused(client.get("/v1/checkpoints/gpt2"), 404, "no such checkpoint")
+    ref = written(client, served)["id"]
+    assert client.get(f"/v1/memories/{ref}").json()["memory_bytes"] == 4 * about["vectors"] * about["width"]
+
+
 def test_files_go_out_and_in(client: TestClient, served: str) -> None:
     entry = written(client, served)
     data = client.get(f"/v1/memories/{entry['id']}/file").content
@@ -202,6 +271,10 @@ def test_the_client_speaks_all_of_it(client: TestClient, served: str) -> None:
     assert told == [(0, 1), (1, 1)]
     assert entry == mine.get("a b") == mine.list(tags=["x"])[0]
     assert mine.ask("a b", "a7") == mine.ask("a b", ["k2", "a7"])[1]
+    assert mine.checkpoints() == [served]
+    assert mine.checkpoint(served, seed=1)["example"] != mine.checkpoint(served)["example"]
+    assert mine.change("a b", name="c", pinned=True).pinned
+    assert mine.change("c", name="a b", pinned=False) == mine.get(entry.id)
     data = mine.download(entry.id)
     mine.delete("a b")
     with pytest.raises(Missing, match="no such memory"):
@@ -273,6 +346,37 @@ def test_pages_of_other_sites_reach_nothing(client: TestClient) -> None:
         answer = client.get("/v1/memories", headers={"Host": host, "Origin": f"http://{host}"})
         assert answer.status_code == 200
         assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_the_page_is_served_beside_the_api(served: str, keys: Keys, tmp_path: Path) -> None:
+    """Its files need no key, and the paths of the API stay the API's."""
+    keys.add("one")
+    with client_of(served, keys, tmp_path, host="0.0.0.0") as client:
+        page = client.get("/")
+        assert page.headers["Content-Type"].startswith("text/html")
+        assert page.headers["Cache-Control"] == "no-cache"
+        for name in re.findall(r'(?:src|href)="([\w.]+)"', page.text):
+            assert client.get(f"/{name}").status_code == 200, name
+        scripts = client.get("/main.js")
+        assert scripts.headers["Content-Type"].startswith("text/javascript")
+        assert client.get("/main.js", headers={"If-None-Match": scripts.headers["ETag"]}).status_code == 304
+        refused(client.put("/v1/memories"), 401, "a key is needed")
+        refused(client.get("/../app.py"), 404, "Not Found")
+        refused(client.get("/%2e%2e/app.py"), 404, "Not Found")
+    with client_of(served, keys, tmp_path) as client:
+        refused(client.put("/v1/memories"), 405, "Method Not Allowed")
+        refused(client.post("/"), 404, "Not Found")
+
+
+def test_answers_tell_browsers_to_stay_here(client: TestClient) -> None:
+    """Also answers that refuse: a page of the server loads nothing from elsewhere, and no other page frames it."""
+    for answer in (client.get("/"), client.get("/v1/memories"), client.get("/", headers={"Host": "other.example"})):
+        policy = dict(part.split(" ", 1) for part in answer.headers["Content-Security-Policy"].split("; "))
+        assert policy["default-src"] == policy["frame-ancestors"] == policy["form-action"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+        assert answer.headers["Referrer-Policy"] == "no-referrer"
+        assert answer.headers["X-Frame-Options"] == "DENY"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 # Limits

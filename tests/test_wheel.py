@@ -42,5 +42,8 @@ def test_wheel_holds_the_package_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name == "gradmem/py.typed" for name in names)
     assert any(name.startswith("gradmem/recipes/") for name in names)
+    page = {path.name for path in (ROOT / "src/gradmem/serving/web").iterdir()}
+    assert {"index.html", "style.css", "main.js"} <= page
+    assert {f"gradmem/serving/web/{name}" for name in page} <= set(names)
     assert all(name.startswith(("gradmem/", "gradmem-")) for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)

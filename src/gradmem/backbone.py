@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -194,6 +195,11 @@ class Backbone(nn.Module):
         """Bytes of the key-value cache of tokens (batch, length): what it takes to keep a text whole."""
         layers = self.prefix(self.embed(ids)).cache.layers
         return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+
+    @cached_property
+    def token_cache_bytes(self) -> int | None:
+        """Bytes that the key-value cache keeps of each token; None for models that keep recurrent states instead."""
+        return self.cache_bytes(torch.zeros(1, 1, dtype=torch.long, device=self.model.device)) if self.attends else None
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:

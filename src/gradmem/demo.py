@@ -100,9 +100,9 @@ def _text(model: MemoryModel, pairs: Path | None, seed: int) -> str:
         from .commands import read_text
 
         return read_text(pairs)
-    drawn = model.task.batch("test", 0, 1, seed).context.ids[0]
-    examples = model.task.examples(model.task.tokenizer.decode(drawn))
-    return "\n".join(f"{key}:{value}" for key, value in examples)
+    if (drawn := model.task.example(seed)) is None:
+        raise GradmemError(f"'{model.name}' has no examples of its own: give --pairs")
+    return drawn[0]
 
 
 def _answers(truth: list[tuple[str, str]], answers: list[str]) -> Table:

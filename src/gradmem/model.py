@@ -471,10 +471,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         earlier = []
         for part in record.earlier:
             if part.context_sha256 in found:
-                text = self.task.context_text(found[part.context_sha256])
-                context = Tokens.from_lists([self.task.encode(text)]).to(self.device)
-                with torch.no_grad():
-                    losses = self.method.token_losses(memory, context)[0].tolist()
+                losses = self.token_losses(memory, found[part.context_sha256])
                 part = replace(
                     part, losses=[*part.losses[:-1], *_rounded([_mean(losses)], 6)], token_losses=_rounded(losses, 3)
                 )
@@ -506,6 +503,18 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             chunks=chunks,
             earlier=earlier,
         )
+
+    def token_losses(self, memory: Memory, text: str) -> list[float]:
+        """Loss of each token of a context text when it is read back from a memory of one row, nats.
+
+        Raises
+        ------
+        GradmemError
+            When the text is none that this model could write.
+        """
+        context = Tokens.from_lists([self.context_ids(text)]).to(self.device)
+        with torch.no_grad():
+            return self.method.token_losses(memory, context)[0].tolist()
 
     def open(self, path: str | os.PathLike[str]) -> Memory:
         """Load a memory file that this model wrote.

@@ -1,4 +1,4 @@
-"""Both databases: a SQLite file, and a PostgreSQL server that lives as long as the tests."""
+"""Both databases: a SQLite file, and a PostgreSQL server that lives as long as the tests; and pictures of the page."""
 
 from __future__ import annotations
 
@@ -39,6 +39,17 @@ def run(*command: str) -> None:
         done = subprocess.run([program, *command[1:]], cwd="/", stdout=said, stderr=subprocess.STDOUT, **account())
         said.seek(0)
         assert done.returncode == 0, said.read()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where pictures of the page are kept."""
+    parser.addoption("--screenshots", type=Path, help="directory for pictures of the page, as docs")
+
+
+@pytest.fixture
+def screenshots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The directory for pictures, by default one that is thrown away."""
+    return Path(request.config.getoption("--screenshots") or tmp_path)
 
 
 @pytest.fixture(scope="session")

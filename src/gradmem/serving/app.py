@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
-from fastapi import Depends, FastAPI, Response
+from fastapi import Depends, FastAPI, HTTPException, Response
 from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -14,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from .. import __version__
 from ..errors import GradmemError
 from ..store import Store
-from . import chat, memories, problems
+from . import chat, checkpoints, memories, problems
 from .engines import Engines
 from .guard import Guard
 from .keys import Keys
@@ -22,7 +23,7 @@ from .settings import Settings
 from .watch import Watch
 
 WEB = Path(__file__).parent / "web"
-"""The web page, where there is one: every file in it is served under `/`."""
+"""The web page: every file in it is served under `/`."""
 ABOUT = "Memory for language models: written once, asked many times."
 
 
@@ -62,12 +63,12 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.store, app.state.engines = store, engines
+    app.state.store, app.state.engines, app.state.settings = store, engines, settings
     app.add_middleware(Guard, settings=settings, keys=keys, watch=watch)
     problems.install(app)
     # The guard has seen the key; this says so in the OpenAPI document.
     bearer = Depends(HTTPBearer(auto_error=False, description="A key of `gradmem keys add`; not needed on loopback."))
-    for router in (memories.router, chat.router):
+    for router in (memories.router, checkpoints.router, chat.router):
         app.include_router(router, dependencies=[bearer], responses=problems.DOCUMENTED)
 
     @app.get("/healthz", tags=["operation"], responses=problems.DOCUMENTED)
@@ -80,6 +81,21 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
         """Counts for Prometheus."""
         return Response(generate_latest(watch.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    if WEB.is_dir():
-        app.mount("/", StaticFiles(directory=WEB, html=True))
+    app.router.default = Page(directory=WEB, html=True)  # no mount, which would answer for paths of the API too
     return app
+
+
+class Page(StaticFiles):
+    """The files of the page, asked for anew each time: another version of gradmem has others."""
+
+    async def get_response(self, path: str, scope: Any) -> Response:
+        """Answer with a file; whoever wants more than to read one looks for something that is not there."""
+        if scope["method"] not in ("GET", "HEAD"):
+            raise HTTPException(404)
+        return await super().get_response(path, scope)
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """Answer with a file, or say that the browser has it."""
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response

@@ -79,6 +79,16 @@ class Client:
         found = self._json("POST", f"{_path(ref)}/ask", json={"queries": list(query)})
         return [Answer(**answer) for answer in found["answers"]]
 
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoints that are served."""
+        found: list[str] = self._json("GET", "checkpoints")["checkpoints"]
+        return found
+
+    def checkpoint(self, name: str, seed: int = 0) -> dict[str, Any]:
+        """What a checkpoint is for and how it writes, as plain data, with an `example` drawn by the seed."""
+        found: dict[str, Any] = self._json("GET", f"checkpoints/{quote(name, safe='')}", params={"seed": seed})
+        return found
+
     def list(self, **filters: Any) -> list[Entry]:
         """One page of memories, the newest first; `limit`, `after` and filters are those of `Store.list`."""
         if not isinstance(tags := filters.get("tags", ""), str):
@@ -93,6 +103,10 @@ class Client:
         """All that is known of a memory, as plain data: `memory`, `versions`, and `records` with write receipts."""
         found: dict[str, Any] = self._json("GET", _path(ref))
         return found
+
+    def change(self, ref: str, **changes: Any) -> Entry:
+        """Give a memory another `name` (None for none) or other `tags`, or set whether it is `pinned`."""
+        return Entry.read(self._json("PATCH", _path(ref), json=changes))
 
     def delete(self, ref: str) -> None:
         """Delete a memory with all its versions."""
@@ -121,7 +135,7 @@ class Client:
                     return Entry.read(data)
                 if lines[0] == "event: error":
                     raise GradmemError(data["error"]["message"])
-                if on_step:
+                if on_step and lines[0] == "event: step":
                     on_step(data["step"], data["of"], data["loss"])
         raise GradmemError("the server ended before the memory was written")
 

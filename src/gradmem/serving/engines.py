@@ -65,5 +65,6 @@ class Engines:
 
     def _start(self, name: str) -> Engine:
         model = load(name)
-        _ = model.fingerprints  # hashed once and here: later the weights are the engine's own thread's
+        # Found once and here: later the weights are the engine's own thread's.
+        _ = model.fingerprints, model.method.backbone.token_cache_bytes
         return Engine(model, max_queue=self.max_queue)

@@ -1,4 +1,4 @@
-"""`/v1/memories`: write, ask, list, inspect, append, delete, and memory files."""
+"""`/v1/memories`: write, ask, list, inspect, change, append, delete, and memory files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from ..memory import Precision
 from ..methods.base import Written
+from ..model import MemoryModel
 from ..store import Entry, Store, Version, content_of
-from ..store.listing import Filters
+from ..store.listing import Filters, labels
 from ..trust import Answer
 from .engines import Engines
 from .following import Following, finite, last, server_sent
@@ -54,6 +55,11 @@ class WriteSteps(BaseModel):
     until: float | None = Field(None, gt=0, allow_inf_nan=False, description="Stop at this write loss instead.")
     max_steps: int | None = Field(None, ge=0, le=10_000, description="Most steps that `until` may take.")
     stream: bool = Field(False, description="Answer with server-sent events `step`, then `memory`.")
+    tokens: bool = Field(
+        False,
+        description="Show also, before all else, an event `tokens`, and `token_losses` with each step. What is kept "
+        "already is then written once more, to be watched.",
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -76,6 +82,14 @@ class MoreText(WriteSteps):
 
     text: Text
     before: Text | None = Field(None, description="Text that was written before: measures what is still kept of it.")
+
+
+class Change(BaseModel):
+    """What is to be another; what is not given stays."""
+
+    name: Text | None = Field(None, description="null takes the name away.")
+    tags: list[Text] = Field([], max_length=100, description="In place of those it has.")
+    pinned: bool = False
 
 
 class Queries(BaseModel):
@@ -102,6 +116,7 @@ class Inspected(BaseModel):
     """All that is known of a memory: versions, and of each row the record with its write receipt."""
 
     memory: Entry
+    memory_bytes: int = Field(description="Of the memory itself, in float32; its file has records besides.")
     versions: list[Version]
     records: list[dict[str, Any]]
 
@@ -115,24 +130,43 @@ class Step:
     loss: float | None
 
 
+@dataclass(frozen=True)
+class SeenStep(Step):
+    """The same with the loss of each token under the memory after these steps."""
+
+    token_losses: list[float]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The tokens of the context, as the parts of its text, in the form in which the model reads it."""
+
+    tokens: list[str]
+
+
+EVENTS = {Seen: "tokens", Step: "step", SeenStep: "step", Entry: "memory"}
+Told = Seen | Step | Entry
+
+
 @router.post("", status_code=201, response_model=Entry)
 async def write(wanted: NewMemory, store: Owned, engines: Served) -> Any:
     """Write a text into a memory and keep it; what is kept already is not written again."""
     return await _answered(_write(wanted, store, engines), wanted.stream, 201)
 
 
-async def _write(wanted: NewMemory, store: Store, engines: Engines) -> AsyncIterator[Step | Entry]:
+async def _write(wanted: NewMemory, store: Store, engines: Engines) -> AsyncIterator[Told]:
     engine = await engines.get(wanted.checkpoint)
     options = wanted.options
     content = content_of(engine.model, [wanted.text], precision=wanted.precision, **options)
     about: dict[str, Any] = {"name": wanted.name, "tags": wanted.tags}
-    if known := await asyncio.to_thread(store.known, content, **about):
+    known = await asyncio.to_thread(store.known, content, **about)
+    if known and not wanted.tokens:
         yield known
         return
-    following = Following[Step]()
-    future = engine.write(wanted.text, on_step=_steps(following), **options)
-    async for step in following.until_done(future):
-        yield step
+    following = Following[Told]()
+    future = engine.write(wanted.text, on_step=_steps(following, engine.model, wanted), **options)
+    async for told in following.until_done(future):
+        yield told
     given = {**about, "precision": wanted.precision, "content": content}
     yield await asyncio.to_thread(store.put, future.result(), **given)
 
@@ -143,33 +177,39 @@ async def append(ref: str, more: MoreText, store: Owned, engines: Served) -> Any
     return await _answered(_append(ref, more, store, engines), more.stream, 200)
 
 
-async def _append(ref: str, more: MoreText, store: Store, engines: Engines) -> AsyncIterator[Step | Entry]:
+async def _append(ref: str, more: MoreText, store: Store, engines: Engines) -> AsyncIterator[Told]:
     entry = await asyncio.to_thread(store.get, ref)
     engine, memory = await engines.open(store, entry)
-    following = Following[Step]()
+    following = Following[Told]()
     options = more.options | {"before": more.before, "onto": memory}
-    future = engine.write(more.text, on_step=_steps(following), **options)
-    async for step in following.until_done(future):
-        yield step
+    future = engine.write(more.text, on_step=_steps(following, engine.model, more), **options)
+    async for told in following.until_done(future):
+        yield told
     yield await asyncio.to_thread(store.update, entry.id, future.result(), expected=entry.current.number)
 
 
-def _steps(following: Following[Step]) -> Any:
-    """Tell each step of a write."""
+def _steps(following: Following[Told], model: MemoryModel, wanted: NewMemory | MoreText) -> Any:
+    """Tell each step of a write, on the engine's thread, where the model may be used."""
     taken = iter(range(10**9))
 
     def on_step(written: Written, total: int) -> None:
         loss = float(written.losses[-1].mean()) if len(written.losses) else None
-        following.tell(Step(next(taken), total - 1, loss))
+        step = next(taken), total - 1, loss
+        if wanted.tokens:
+            if step[0] == 0:
+                following.tell(Seen(model.task.pieces(model.task.context_text(wanted.text))))
+            following.tell(SeenStep(*step, model.token_losses(written.memory, wanted.text)))
+        else:
+            following.tell(Step(*step))
 
     return on_step
 
 
-async def _answered(items: AsyncIterator[Step | Entry], stream: bool, status: int) -> Any:
+async def _answered(items: AsyncIterator[Told], stream: bool, status: int) -> Any:
     """The entry that a write ends with, or all of it as events."""
     if not stream:
         return await last(items)
-    named = (("step" if isinstance(item, Step) else "memory", item) async for item in items)
+    named = ((EVENTS[type(item)], item) async for item in items)
     response = await server_sent(named)
     response.status_code = status
     return response
@@ -219,10 +259,29 @@ async def inspect(ref: str, store: Owned) -> Any:
     entry = await asyncio.to_thread(store.get, ref)
     versions = await asyncio.to_thread(store.versions, entry.id)
     memory = await asyncio.to_thread(store.load, entry.id, entry.current.number)
-    records = [record.row() for record in memory.records]
-    return JSONResponse(
-        finite({"memory": entry.row(), "versions": [version.row() for version in versions], "records": records})
-    )
+    shown = {
+        "memory": entry.row(),
+        "memory_bytes": memory.nbytes,
+        "versions": [version.row() for version in versions],
+        "records": [record.row() for record in memory.records],
+    }
+    return JSONResponse(finite(shown))
+
+
+@router.patch("/{ref}")
+async def change(ref: str, wanted: Change, store: Owned) -> Entry:
+    """Rename a memory, tag it, or pin it, which keeps it from being deleted."""
+    given = wanted.model_dump(exclude_unset=True)
+    labels(wanted.tags)  # refused before anything is changed
+
+    def changed() -> Entry:
+        entry = store.get(ref)
+        for name, act in (("name", store.rename), ("tags", store.tag), ("pinned", store.pin)):
+            if name in given:
+                entry = act(entry.id, given[name])
+        return entry
+
+    return await asyncio.to_thread(changed)
 
 
 @router.delete("/{ref}", status_code=204)

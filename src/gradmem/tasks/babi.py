@@ -225,6 +225,14 @@ class Babi(FileTask):
         lines = [re.sub(r"^\s*\d+\s+", "", line).split("\t") for line in text.splitlines() if "\t" in line]
         return [(parts[0].strip(), parts[1].strip()) for parts in lines]
 
+    def example(self, seed: int = 0) -> tuple[str, list[tuple[str, str]]] | None:
+        """A generated story with all that can be asked at its end, where one of the tasks can be generated."""
+        if not (tasks := [name for name in self.tasks if name in babi_stories.TASKS]):
+            return None
+        random = Random(f"example {seed}")
+        told = babi_stories.TASKS[random.choice(tasks)](random, True, False)[-1]
+        return " ".join(told.statements), told.questions
+
     def unwritten(self, batch: Batch) -> dict[str, Batch]:
         """The questions, asked of somebody or something of the same world that the story does not mention.
 

@@ -167,6 +167,16 @@ class Task(ABC):
         """Queries and true answers that a context text contains, where the task can tell."""
         return []
 
+    def example(self, seed: int = 0) -> tuple[str, list[tuple[str, str]]] | None:
+        """A text as a user writes it, with queries and their true answers; None where it would take data to make one.
+
+        Parameters
+        ----------
+        seed : int
+            Another one for another number, none of them seen in training.
+        """
+        return None
+
 
 class FileTask(Task):
     """Base of tasks whose samples come from files: `load` makes those of a split."""

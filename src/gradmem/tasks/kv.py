@@ -193,6 +193,11 @@ class KV(Task):
         """Every key with its value."""
         return self._pair.findall(text) or self._lines(text)
 
+    def example(self, seed: int = 0) -> tuple[str, list[tuple[str, str]]]:
+        """The pairs of a test context, one in a line."""
+        pairs = self.examples(self.text(self.batch("test", 0, 1, seed).context.ids[0].tolist()))
+        return "\n".join(f"{key}:{value}" for key, value in pairs), pairs
+
     def _lines(self, text: str) -> list[tuple[str, str]]:
         pairs: dict[str, str] = {}
         for number, line in enumerate(text.splitlines(), 1):

@@ -1,0 +1,178 @@
+// One memory: what remains of its text, its receipt, and what can be done with it.
+import * as api from "./api.js";
+import * as ask from "./ask.js";
+import { drawLosses } from "./chart.js";
+import { ago, bytes, count, make, nats, number, the } from "./dom.js";
+import { blank } from "./heat.js";
+import * as vectors from "./vectors.js";
+
+/** Bytes of a memory file beyond which its numbers are no picture. */
+const LARGE = 500_000;
+
+let shown = null; // its entry
+let onChanged = () => {};
+
+/** A name for people. */
+export const label = (entry) => entry.name ?? `unnamed ${entry.id.slice(0, 8)}`;
+
+function missing() {
+  shown = null;
+  the("memory").hidden = true;
+  the("gone").hidden = false;
+  document.title = "gone – gradmem";
+  the("gone-title").focus();
+}
+
+async function attempt(action) {
+  the("memory-error").textContent = the("memory-status").textContent = "";
+  try {
+    await action();
+  } catch (error) {
+    if (error.status === 404) missing();
+    else the("memory-error").textContent = error.message;
+  }
+}
+
+function showEntry(entry) {
+  shown = entry;
+  the("memory-title").textContent = label(entry);
+  the("memory-about").textContent = [`Written by ${entry.model}`, ago(entry.created), ...entry.tags].join(" · ");
+  the("pin").setAttribute("aria-pressed", entry.pinned);
+  the("pin").textContent = entry.pinned ? "Pinned" : "Pin";
+  document.title = `${label(entry)} – gradmem`;
+}
+
+function showReceipt({ memory, memory_bytes, versions, records }) {
+  const parts = records.flatMap((record) => [...record.earlier, record]);
+  const last = parts.at(-1);
+  const { current } = memory;
+  drawLosses(the("receipt-chart"), last.losses, last.losses.length - 1, last.losses.length - 1);
+  // A file may come from anywhere: what is no number in it is null here, and nothing that is kept.
+  blank(the("cells"), parts.flatMap((part) => part.token_losses.map((loss) => loss ?? Infinity)));
+  const facts = {
+    "Write loss": `${nats(current.loss_before)} → ${nats(current.loss_after)} nats`,
+    "Write steps": number(last.steps),
+    "Tokens kept": `${number(current.kept)} of ${number(current.tokens)}`,
+    "Memory": bytes(memory_bytes),
+    "File": `${bytes(current.size)}, ${current.precision}`,
+    "Version": `${current.number} of ${versions.length}`,
+    "Checkpoint": `${memory.model} ${memory.checkpoint.slice(0, 12)}`,
+    "Text, SHA-256": last.context_sha256.slice(0, 12),
+    "Id": memory.id,
+  };
+  const rows = Object.entries(facts).map(([name, fact]) => make("div", {}, make("dt", {}, name), make("dd", {}, fact)));
+  the("facts").replaceChildren(...rows);
+}
+
+/** Beside the memory, the KV-cache of its text, as large as the checkpoint says. */
+async function showBytes({ memory, memory_bytes }) {
+  the("remains").textContent = `${bytes(memory_bytes)} remain of ${count(memory.current.tokens, "token")}`;
+  the("instead").textContent = "";
+  the("bars").hidden = true;
+  const about = await api.checkpoint(memory.model).catch(() => null); // perhaps it is not served here
+  if (!about?.token_cache_bytes || shown?.id !== memory.id) return;
+  const cache = about.token_cache_bytes * memory.current.tokens;
+  const times = cache / memory_bytes;
+  const compared = times >= 1 ? `${number(Math.round(times))} × as much` : "less than the memory";
+  the("instead").textContent = `The KV-cache of the text would be ${bytes(cache)}, ${compared}.`;
+  the("bars").style.setProperty("--mine", `${100 * Math.min(1, 1 / times)}%`);
+  the("bars").style.setProperty("--theirs", `${100 * Math.min(1, times)}%`);
+  the("bars").hidden = false;
+}
+
+async function showVectors(entry) {
+  the("vectors").hidden = true;
+  if (entry.current.size > LARGE) return;
+  const found = vectors.read(await api.download(entry.id));
+  if (!found || shown?.id !== entry.id) return;
+  vectors.draw(the("vectors"), found);
+  the("vectors").hidden = false;
+}
+
+/** Show a memory, or say that there is none of this id. */
+export async function open(id) {
+  if (shown?.id !== id) close();
+  let found;
+  try {
+    found = await api.inspect(id);
+  } catch (error) {
+    if (error.status === 404) missing();
+    else the("open-error").textContent = error.message;
+    return;
+  }
+  the("memory").hidden = false;
+  showEntry(found.memory);
+  showReceipt(found);
+  ask.open(id);
+  await attempt(() => Promise.all([showBytes(found), showVectors(found.memory)]));
+}
+
+/** Look whether the memory that is shown is still there, and still called so. */
+export async function refresh() {
+  if (!shown || !the("rename-form").hidden) return;
+  await attempt(async () => {
+    const { memory } = await api.inspect(shown.id);
+    if (memory.id === shown?.id) showEntry(memory);
+  });
+}
+
+async function change(changes) {
+  showEntry(await api.change(shown.id, changes));
+  onChanged();
+}
+
+async function save() {
+  const data = await api.download(shown.id);
+  const url = URL.createObjectURL(new Blob([data], { type: "application/octet-stream" }));
+  make("a", { href: url, download: `${label(shown)}.safetensors` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+function askToDelete() {
+  the("delete-note").textContent = `“${label(shown)}” and all its versions will be gone. Nothing can bring them back.`;
+  the("delete-dialog").showModal();
+}
+
+async function remove() {
+  the("delete-dialog").close();
+  await api.remove(shown.id);
+  shown = null;
+  onChanged();
+  location.hash = "#/";
+}
+
+/** No memory is shown any more. */
+export function close() {
+  shown = null;
+  the("memory").hidden = the("gone").hidden = true;
+  the("rename-form").hidden = true;
+  the("rename").hidden = false;
+  the("memory-error").textContent = the("memory-status").textContent = the("open-error").textContent = "";
+}
+
+export function start(handlers) {
+  ({ onChanged } = handlers);
+  ask.start({ onMissing: missing });
+  const editing = (on) => {
+    the("rename-form").hidden = !on;
+    the("rename").hidden = on;
+    if (on) the("new-name").value = shown.name ?? "";
+    (on ? the("new-name") : the("rename")).focus();
+  };
+  the("rename").onclick = () => editing(true);
+  the("rename-cancel").onclick = () => editing(false);
+  the("rename-form").onkeydown = (event) => event.key === "Escape" && editing(false);
+  the("rename-form").onsubmit = (event) => {
+    event.preventDefault();
+    attempt(async () => {
+      await change({ name: the("new-name").value.trim() || null });
+      editing(false);
+      the("memory-status").textContent = `It is called “${label(shown)}” now.`;
+    });
+  };
+  the("pin").onclick = () => attempt(() => change({ pinned: !shown.pinned }));
+  the("download").onclick = () => attempt(save);
+  the("delete").onclick = askToDelete;
+  the("delete-yes").onclick = () => attempt(remove);
+  the("delete-no").onclick = () => the("delete-dialog").close();
+}

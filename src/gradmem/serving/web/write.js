@@ -1,0 +1,230 @@
+// Writing: from a text to a memory, watched step by step, and the text forgotten.
+import * as api from "./api.js";
+import { drawLosses } from "./chart.js";
+import { bytes, calm, count, nats, number, pause, the } from "./dom.js";
+import { Heat, isKept } from "./heat.js";
+
+/** Milliseconds between two steps on the screen: a write is often over before an eye has seen it. */
+const PACE = 320;
+const [text, name, steps] = [the("text"), the("name"), the("steps")];
+const heat = new Heat(the("heat"), the("heat-detail"));
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+
+let limit = Infinity; // bytes of a request
+let about = null; // the checkpoint
+let example = null; // { seed, queries } of the example that stands in the text field
+let seen = []; // losses of each token, after 0, 1, ... steps
+let written = null; // { entry, steps }
+let running = null; // AbortController of the write on its way
+let onWritten = () => {};
+let onForgotten = () => {};
+
+const fail = (message) => (the("write-error").textContent = message);
+const say = (message) => (the("write-status").textContent = message);
+
+/** Show the write after so many steps. */
+function showStep(step) {
+  const [losses, first] = [seen[step], seen[0]];
+  heat.paint(losses, first);
+  drawLosses(the("watch-chart"), seen.map(mean), Math.max(seen.length - 1, Number(steps.value)), step);
+  the("at-step").textContent = `${step} of ${Math.max(seen.length - 1, running ? Number(steps.value) : 0)}`;
+  the("at-loss").textContent = nats(mean(losses));
+  the("at-kept").textContent = `${number(losses.filter(isKept).length)} of ${number(losses.length)}`;
+}
+
+function showSteps() {
+  the("steps-shown").textContent = steps.value;
+  const other = written && Number(steps.value) !== written.steps;
+  the("again").hidden = !other;
+  the("again").textContent = `Write with ${count(Number(steps.value), "step")} instead`;
+  if (written) showStep(Math.min(Number(steps.value), seen.length - 1));
+}
+
+/** What was watched is no longer what stands in the form. */
+function reset() {
+  the("watch").hidden = true;
+  heat.show([]);
+  seen = [];
+  written = null;
+  showSteps();
+}
+
+/** The first lines of a text, or of one that is one line its beginning. */
+function beginning(text) {
+  const found = text.split("\n").slice(0, 4).join("\n").slice(0, 120);
+  return found.length < text.length ? `${found.replace(/\s+\S*$/, "")} …` : found;
+}
+
+/** Load what there is to write with. */
+async function serve() {
+  const served = await api.checkpoints();
+  limit = served.max_body;
+  the("checkpoint").replaceChildren(...served.checkpoints.map((one) => new Option(one)));
+  await describe();
+}
+
+async function describe(seed) {
+  const wanted = the("checkpoint").value;
+  const found = await api.checkpoint(wanted, seed);
+  if (the("checkpoint").value !== wanted) return null;
+  if (about?.name !== found.name) {
+    steps.max = Math.max(2 * found.write_steps, 1);
+    steps.value = found.write_steps;
+  }
+  about = found;
+  const size = found.vectors ? `${count(found.vectors, "vector")} of ${found.width} numbers` : "a memory of its own kind";
+  const room = found.vectors ? `, ${bytes(4 * found.vectors * found.width)}` : "";
+  the("about").textContent =
+    `Task ${found.task}: ${size}${room}; texts of up to ${number(found.max_tokens)} tokens, in ${count(found.write_steps, "step")}.`;
+  the("example").hidden = !found.example;
+  if (seed === undefined) {
+    // Never of the example that is being written: that one will have to be forgotten.
+    const like = found.example ? `. It looks like this:\n\n${beginning(found.example.text)}` : "";
+    text.placeholder = `Paste a text, or drop a file here${like}`;
+  }
+  showSteps();
+  return found;
+}
+
+async function attempt(action) {
+  fail("");
+  try {
+    if (!about && action !== serve) await serve(); // it could not be loaded before, for want of a key perhaps
+    await action();
+  } catch (error) {
+    if (error.name === "AbortError") say("Cancelled. Nothing was kept.");
+    else {
+      say("");
+      fail(error.message);
+    }
+  }
+}
+
+async function fillExample() {
+  const seed = Math.floor(Math.random() * 2 ** 31);
+  const found = await describe(seed);
+  if (!found?.example) return;
+  reset();
+  text.value = found.example.text;
+  example = { seed, queries: found.example.questions.map((one) => one.query) };
+  say("An example that the checkpoint has never seen. Write it.");
+}
+
+/** Take a text file into the form. */
+export function open(file) {
+  return attempt(async () => {
+    if (file.size > limit) throw new api.Refused(`The file has ${bytes(file.size)}; the server takes ${bytes(limit)}.`);
+    let found;
+    try {
+      found = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+    } catch {
+      throw new api.Refused(`“${file.name}” is no text in UTF-8.`);
+    }
+    reset();
+    example = null;
+    text.value = found;
+    say(`“${file.name}” is ready to be written.`);
+  });
+}
+
+function busy(on) {
+  the("write-form").setAttribute("aria-busy", on);
+  the("write-button").hidden = on;
+  the("cancel").hidden = !on;
+  for (const id of ["checkpoint", "name", "steps", "example", "text-file"]) the(id).disabled = on;
+  text.readOnly = on;
+}
+
+/** Write the text; a memory of another number of steps hands its name on. */
+async function write(before = null) {
+  const wanted = { text: text.value, checkpoint: the("checkpoint").value, steps: Number(steps.value) };
+  if (!wanted.text.trim()) throw new api.Refused("There is no text yet: paste one, open a file or try an example.");
+  const size = new Blob([wanted.text]).size;
+  if (size > limit) throw new api.Refused(`The text has ${bytes(size)}; the server takes ${bytes(limit)}.`);
+  const called = name.value.trim();
+  if (called && !before) wanted.name = called;
+  reset();
+  running = new AbortController();
+  busy(true);
+  the("cancel").focus();
+  say("Writing …");
+  let shown = Promise.resolve();
+  let entry = null;
+  try {
+    for await (const [event, told] of api.write(wanted, running.signal)) {
+      if (event === "tokens") {
+        heat.show(told.tokens);
+      } else if (event === "step") {
+        shown = shown.then(async () => {
+          seen.push(told.token_losses);
+          the("watch").hidden = false;
+          showStep(seen.length - 1);
+          if (seen.length === 1) the("watch").scrollIntoView({ block: "nearest" });
+          await pause(calm() ? 0 : PACE);
+        });
+      } else {
+        entry = told;
+      }
+    }
+    the("cancel").hidden = true; // it is written and kept: what is left is only shown
+    await shown;
+    if (before && called) {
+      if (before.name === called) await api.change(before.id, { name: null });
+      entry = await api.change(entry.id, { name: called });
+    }
+    written = { entry, steps: seen.length - 1 };
+    const next = before ? "The one written before stays in the list." : "Drag the steps back to see how it came.";
+    say(`Written in ${count(written.steps, "step")}. ${next}`);
+    onWritten(entry);
+  } finally {
+    await shown;
+    running = null;
+    busy(false);
+    if (!written) reset();
+    else showSteps();
+  }
+  the("forget").focus({ preventScroll: true });
+}
+
+/** Let go of the text wherever the page has it, and go to the memory. */
+async function forget() {
+  const [id, asked] = [written.entry.id, example && { ...example, checkpoint: about.name }];
+  the("watch").classList.add("forgetting");
+  text.value = "";
+  await pause(calm() ? 0 : 700);
+  clear();
+  the("watch").classList.remove("forgetting");
+  onForgotten(id, asked);
+}
+
+function clear() {
+  text.value = name.value = the("text-file").value = "";
+  example = null;
+  reset();
+  say("");
+}
+
+/** Begin: what the server serves, and what happens when a memory is written, and when its text is forgotten. */
+export async function start(handlers) {
+  ({ onWritten, onForgotten } = handlers);
+  the("write-form").onsubmit = (event) => {
+    event.preventDefault();
+    if (!running) attempt(() => write());
+  };
+  the("cancel").onclick = () => running?.abort();
+  the("again").onclick = () => attempt(() => write(written.entry));
+  the("forget").onclick = forget;
+  the("example").onclick = () => attempt(fillExample);
+  the("text-file").onchange = (event) => event.target.files.length && open(event.target.files[0]);
+  the("checkpoint").onchange = () => attempt(async () => {
+    reset();
+    await describe();
+  });
+  steps.oninput = showSteps;
+  text.oninput = () => {
+    example = null;
+    say("");
+    if (written) reset();
+  };
+  await attempt(serve);
+}

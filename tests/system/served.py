@@ -1,0 +1,40 @@
+"""`gradmem serve` as a process."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+
+
+class Server:
+    """A server that has said where it is; its log is a file."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.log = folder / "log"
+        command = [sys.executable, "-m", "gradmem", "serve", "--port", "0", *arguments]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=self.environment(folder))
+        assert self.process.stdout is not None
+        assert select.select([self.process.stdout], [], [], 120)[0], self.log.read_text()
+        self.url = self.process.stdout.readline().decode().strip()
+
+    @staticmethod
+    def environment(folder: Path) -> dict[str, str]:
+        """Where it keeps memories and keys."""
+        return os.environ | {"GRADMEM_STORE": str(folder / "store.db"), "GRADMEM_KEYS": str(folder / "keys.json")}
+
+    def metric(self, line: str) -> float:
+        """The value of a metric."""
+        found = [row for row in httpx2.get(f"{self.url}/metrics").text.splitlines() if row.startswith(line + " ")]
+        return float(found[0].rpartition(" ")[2]) if found else 0.0
+
+    def stop(self) -> int:
+        """End it as a service manager does; return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
