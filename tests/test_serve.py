@@ -232,6 +232,22 @@ def test_files_go_out_and_in(client: TestClient, served: str) -> None:
     refused(client.post(f"/v1/memories/{foreign['id']}/ask", json={"queries": ["a7"]}), 409, "not served")
 
 
+def test_text_files_are_written(client: TestClient, served: str) -> None:
+    """As the same text in JSON is, so that it is written once."""
+    about = {"checkpoint": served, "name": "notes", "tags": "a,b", "steps": "2"}
+    kept = client.post("/v1/memories/texts", params=about, content=b"\xef\xbb\xbf" + TEXT.encode())
+    assert (kept.status_code, kept.json()["tags"]) == (201, ["a", "b"])
+    assert written(client, served, name="notes", steps=2)["id"] == kept.json()["id"]
+    streamed = client.post("/v1/memories/texts", params={**about, "stream": True, "steps": 3}, content=TEXT).text
+    assert streamed.count("event: step") == 0  # a name that is taken is told before
+    streamed = client.post(
+        "/v1/memories/texts", params={"checkpoint": served, "stream": True, "steps": 3}, content=TEXT
+    )
+    assert streamed.text.count("event: step") == 4
+    refused(client.post("/v1/memories/texts", params=about, content=b"a7:\xff"), 422, "not UTF-8: byte 3")
+    refused(client.post("/v1/memories/texts", content=TEXT), 422, "checkpoint")
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
-from test_server import Server
+from served import Server
 
 from gradmem import Client, GradmemError, Memory
 from gradmem.errors import Missing

@@ -51,7 +51,7 @@ def client(tiny: MemoryModel, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield client
 
 
-PATHS = ("/v1/memories", "/v1/memories/notes/ask", "/v1/chat/completions", "/v1/memories/files")
+PATHS = ("/v1/memories", "/v1/memories/notes/ask", "/v1/chat/completions", "/v1/memories/files", "/v1/memories/texts")
 TEXTS = st.text().map(lambda text: json.dumps({"text": text, "checkpoint": "x"}).encode())
 
 

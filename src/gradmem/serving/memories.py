@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field
 
+from ..errors import GradmemError
 from ..memory import Precision
 from ..methods.base import Written
 from ..model import MemoryModel
@@ -67,14 +68,25 @@ class WriteSteps(BaseModel):
         return {"steps": self.steps, "until": self.until, "max_steps": self.max_steps}
 
 
-class NewMemory(WriteSteps):
+class Kept(WriteSteps):
+    """How to write a memory, and what it is kept as."""
+
+    checkpoint: Text
+    name: Text | None = None
+    precision: Precision = "float32"
+
+
+class NewMemory(Kept):
     """A text to write."""
 
     text: Text
-    checkpoint: Text
-    name: Text | None = None
     tags: list[Text] = Field([], max_length=100)
-    precision: Precision = "float32"
+
+
+class NewFile(Kept):
+    """What stands in the address of a text file's upload."""
+
+    tags: Text = Field("", description="Tags, as a,b.")
 
 
 class MoreText(WriteSteps):
@@ -298,10 +310,23 @@ async def download(ref: str, store: Owned, version: Number = None) -> Response:
     return Response(data, media_type=FILE, headers=headers)
 
 
-BODY = {"requestBody": {"required": True, "content": {FILE: {"schema": {"type": "string", "format": "binary"}}}}}
+def _body(kind: str, **schema: str) -> dict[str, Any]:
+    """A body that is no JSON, for the OpenAPI document."""
+    return {"requestBody": {"required": True, "content": {kind: {"schema": {"type": "string", **schema}}}}}
 
 
-@router.post("/files", status_code=201, openapi_extra=BODY)
+@router.post("/texts", status_code=201, response_model=Entry, openapi_extra=_body("text/plain"))
+async def upload_text(request: Request, about: Annotated[NewFile, Query()], store: Owned, engines: Served) -> Any:
+    """Write a text file, its bytes as the body, in UTF-8."""
+    try:
+        text = (await request.body()).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GradmemError(f"the text is not UTF-8: byte {error.start} cannot be read") from error
+    given = {**about.model_dump(), "text": text, "tags": labels(about.tags)}
+    return await write(NewMemory(**given), store, engines)
+
+
+@router.post("/files", status_code=201, openapi_extra=_body(FILE, format="binary"))
 async def upload(
     request: Request,
     store: Owned,
