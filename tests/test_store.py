@@ -6,6 +6,7 @@ import random
 import sqlite3
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -354,6 +355,13 @@ def test_versions_are_by_one_checkpoint(store: Store) -> None:
 
 # Refusals
 
+
+def spoiled() -> Memory:
+    """Make a memory whose write diverged."""
+    memory = made(1)
+    return Memory(memory.tensors, [replace(memory.records[0], losses=[3.0, float("nan")])])
+
+
 REFUSED = {
     "empty name": lambda store: store.put(made(1), name=""),
     "name like an id": lambda store: store.put(made(1), name="0" * 32),
@@ -365,6 +373,7 @@ REFUSED = {
     "tag with a comma": lambda store: store.put(made(1), tags=["a,b"]),
     "no memory file": lambda store: store.put(b"hello"),
     "memory of bare tokens": lambda store: store.put(Memory({"memory": torch.zeros(1, 2)})),
+    "loss that is no number": lambda store: store.put(spoiled()),
     "precision": lambda store: store.put(made(1), precision="int4"),
     "missing": lambda store: store.get("notes"),
     "missing with a NUL": lambda store: store.get("no\0tes"),
@@ -384,6 +393,7 @@ def test_refused_in_one_line(case: str, store: Store) -> None:
     with pytest.raises(GradmemError) as refused:
         REFUSED[case](store)
     assert len(str(refused.value).splitlines()) == 1
+    assert "gradmem_" not in str(refused.value)  # no table of the database
     assert not store.list()
 
 

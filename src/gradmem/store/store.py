@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -556,6 +557,9 @@ def _version(memory: Memory, data: bytes) -> Version:
     if not written or len({record.checkpoint for record in written}) != 1:
         raise GradmemError("a store keeps memories of text, written by one checkpoint")
     require("the size of a memory", len(data), len(data) <= LARGEST, f"at most {LARGEST:,} bytes")
+    losses = [loss for record in written for loss in (record.loss_before, record.loss_after)]
+    if any(map(math.isnan, losses)):  # SQLite would keep it as NULL
+        raise GradmemError("the memory's write losses are no numbers (NaN): it was not written well")
     tokens = [len(record.token_losses) for record in written]
     mean = partial(_mean, weights=tokens)
     return Version(
