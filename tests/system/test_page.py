@@ -441,13 +441,16 @@ def test_a_file_goes_out_and_in(page: Page, server: Server, tmp_path: Path) -> N
     expect(page.locator("#list-error")).to_contain_text("damaged")
 
 
-def test_a_file_whose_numbers_are_none_is_shown(page: Page, server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("losses", "told"), [([math.inf], "no number → no number"), ([1e300, 1.0], "→ 1.00 nats")], ids=["none", "huge"]
+)
+def test_a_file_whose_numbers_mean_nothing_is_shown(page: Page, tmp_path: Path, losses: list[float], told: str) -> None:
     memory = load("kv-16").write("l1:m2")
-    record = {"losses": [math.inf], "token_losses": [math.inf, math.nan, 0.1], "context_tokens": 3}
+    record = {"losses": losses, "token_losses": [math.inf, math.nan, 0.1], "context_tokens": 3}
     memory.records = [replace(memory.records[0], **record)]
     saved = memory.save(tmp_path / "odd.safetensors")
     page.get_by_label("Upload").set_input_files(saved)
-    expect(page.locator("#facts")).to_contain_text("no number → no number")
+    expect(page.locator("#facts")).to_contain_text(told)
     expect(page.locator("#cells .token[data-level=kept]")).to_have_count(1)
     expect(ask(page, "l1").locator(".answer")).to_have_text("m2")
 

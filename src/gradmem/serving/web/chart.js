@@ -18,9 +18,11 @@ export function drawLosses(svg, losses, steps, current) {
   const highest = Math.ceil(2 * Math.max(...losses) + 0.01) / 2;
   const lowest = Math.max(0, Math.floor(2 * Math.min(...losses, highest - 1)) / 2);
   const x = (step) => LEFT + ((WIDTH - LEFT - RIGHT) * step) / Math.max(1, steps);
-  const y = (loss) => TOP + ((HEIGHT - TOP - BOTTOM) * (highest - loss)) / (highest - lowest);
-  const lines = highest - lowest > 4 ? 1 : 0.5;
-  for (let loss = lowest; loss <= highest; loss += lines) {
+  const y = (loss) => TOP + ((HEIGHT - TOP - BOTTOM) * (highest - loss)) / (highest - lowest || 1);
+  const range = highest - lowest;
+  const lines = range > 4 ? Math.ceil(range / 8) : 0.5; // a few, however large a loss a file claims
+  for (let i = 0; i * lines <= range; i++) {
+    const loss = lowest + i * lines;
     draw(svg, "line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(loss), y2: y(loss) });
     draw(svg, "text", { class: "label", x: LEFT - 8, y: y(loss) + 4, "text-anchor": "end" }, loss.toFixed(1));
   }
