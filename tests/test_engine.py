@@ -264,6 +264,13 @@ def test_refused(option: str, tiny: MemoryModel) -> None:
         Engine(tiny, **{option: -1})
 
 
+def test_what_is_no_text_harms_nobody_else(tiny: MemoryModel, memory: Memory) -> None:
+    with Engine(tiny) as engine:
+        for future in (engine.write(5), engine.write([None]), engine.ask(1, memory, None)):  # type: ignore[arg-type,list-item]
+            assert future.exception(60) is not None
+        assert engine.ask(1, memory, "a7").result(60).text == memory.ask("a7")
+
+
 def test_a_listener_can_end_a_write(tiny: MemoryModel, memory: Memory) -> None:
     def enough(*_: object) -> None:
         raise KeyError("enough")

@@ -65,7 +65,7 @@ class _Ask:
             if time.monotonic() > self.arrived + self.timeout:
                 raise TimeoutError(f"the query waited longer than its {self.timeout:g} s")
             self.ids = tokenize(self.query)
-        except (TimeoutError, GradmemError) as error:
+        except Exception as error:  # whatever it is, the engine's thread must live
             self.future.set_exception(error)
         return not self.future.done()
 
@@ -92,7 +92,7 @@ class _Write:
         try:
             for text in [self.text] if isinstance(self.text, str) else self.text:
                 model.context_ids(text)
-        except GradmemError as error:
+        except Exception as error:  # whatever it is, the engine's thread must live
             self.future.set_exception(error)
         return not self.future.done()
 
