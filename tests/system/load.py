@@ -27,7 +27,6 @@ from rich.table import Table
 from served import Server
 
 from gradmem import Client, GradmemError, Memory
-from gradmem.errors import Missing
 from gradmem.memory import text_digest
 from gradmem.serving import Busy
 from gradmem.store import Store
@@ -236,7 +235,7 @@ class User(threading.Thread):
             wrong[told]()
         except Busy:
             raise
-        except (Missing, GradmemError) as error:
+        except GradmemError as error:
             if any(down in str(error) for down in DOWN):
                 raise
             self.check(told in str(error), f"instead of '{told}': {error}")

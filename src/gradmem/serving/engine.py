@@ -23,7 +23,7 @@ from .prefixes import Prefixes
 OnText = Callable[[str], object]
 OnStep = Callable[[Written, int], object]
 MAX_WRITES = 8
-"""Texts to write at once: more hardly gain, and queries wait for a step of all of them."""
+"""Texts to write at once: queries wait for a step of all of them."""
 
 
 class Busy(GradmemError):
