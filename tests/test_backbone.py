@@ -180,3 +180,11 @@ def test_tokenizers_of_other_models_are_refused(directory: str, vocabulary: int)
 def test_fields_of_a_pretrained_backbone_cannot_be_changed(directory: str) -> None:
     with pytest.raises(GradmemError, match="leave out hidden_size"):
         MemoryModel.from_spec({"name": "kv"}, {"pretrained": directory, "hidden_size": 8}, {"name": "gradmem"})
+
+
+def test_larger_models_write_fewer_tokens_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Backbone(LlamaForCausalLM(LlamaConfig(**FIELDS)))
+    assert small.tokens_at_once == 4096
+    # embeddings and output layer: 2 x (9 + 32); a block: q and o 2 x 64, k and v 2 x 48, MLP 3 x 96
+    monkeypatch.setattr("gradmem.backbone.ACTIVATIONS", 10 * (82 + 2 * 512))
+    assert small.tokens_at_once == 10

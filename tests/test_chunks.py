@@ -29,6 +29,7 @@ from conftest import (
     tiny_model,
 )
 from gradmem import GradmemError, Memory, MemoryModel
+from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
 from gradmem.cli import main
 from gradmem.commands import plan, train
@@ -244,7 +245,7 @@ def test_parts_of_a_long_context(until: float | None, monkeypatch: pytest.Monkey
     sizes = []
     walk = method.walk
     method.walk = lambda tokens, *rest: (sizes.append(len(tokens)), walk(tokens, *rest))[1]
-    monkeypatch.setattr("gradmem.methods._chunked.TOKENS_AT_ONCE", 2 * SIZE)
+    monkeypatch.setattr(Backbone, "tokens_at_once", 2 * SIZE)
     with torch.no_grad():
         got = method.write(context, 4, until=until)
     assert sizes == [2, 2, 2, 1]

@@ -245,6 +245,23 @@ def test_chunks_are_the_files(books: str, bytes_tokenizer: str) -> None:
     assert batch.queries.ids[0, :1].tolist() == task.encode(task.query_text("anything"))
 
 
+def test_every_byte_is_a_token_where_no_tokenizer_is_named(tmp_path: Path) -> None:
+    task, text = Text(), "Ünïcode \u201cquoted\u201d  two spaces\n\ttab [PAD] [END] 漢字"
+    assert len(task.encode(text)) == len(text.encode())
+    assert task.text(task.encode(text)) == text
+    assert task.pad_id not in task.encode(text)
+    assert task.begin not in task.text(task.encode(text))
+    model = text_model({"name": "text", "chunk": 8})
+    model.save_pretrained(tmp_path)
+    again = MemoryModel.from_pretrained(tmp_path)
+    assert again.restore(again.write(text[:4], 1)) == model.restore(model.write(text[:4], 1))
+
+
+def test_a_missing_option_is_named() -> None:
+    with pytest.raises(GradmemError, match="squad task: missing a required argument: 'tokenizer'"):
+        text_model({"name": "squad"})
+
+
 def test_text_metrics_by_hand(books: str, bytes_tokenizer: str) -> None:
     task = Text(bytes_tokenizer, books, chunk=10)
     batch = task.batch("test", 0, 3)

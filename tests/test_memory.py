@@ -14,6 +14,7 @@ import torch
 
 import gradmem
 from gradmem import GradmemError, Memory, MemoryModel
+from gradmem.backbone import Backbone
 
 TEXT = "a7:Qz\nk2:9f\nzz:aa"
 FLOATS = 8 * 16
@@ -107,7 +108,7 @@ def test_batch_of_texts_is_each_text_alone(tiny: MemoryModel) -> None:
 def test_many_texts_are_written_in_parts(tiny: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["a7:Qz", TEXT, "11:22\n33:44", "xx:yy"]
     whole = tiny.write(texts, 2)
-    monkeypatch.setattr("gradmem.model.TOKENS_AT_ONCE", 50)
+    monkeypatch.setattr(Backbone, "tokens_at_once", 50)
     parts = tiny.write(texts, 2)
     assert torch.allclose(parts.tensors["memory"], whole.tensors["memory"], atol=1e-5)
     assert [r.context_sha256 for r in parts.records] == [r.context_sha256 for r in whole.records]

@@ -15,6 +15,7 @@ from torch import Tensor
 import gradmem
 from conftest import distance, make_batch, random_tokens, real
 from gradmem import GradmemError, Memory, MemoryModel, methods
+from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
 from gradmem.evaluation import evaluate
 from gradmem.evaluation.report import table
@@ -342,7 +343,7 @@ def test_checkpoint(model: MemoryModel, tmp_path: Path) -> None:
 def test_write_and_ask(model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of different lengths, written in parts, answer as each does alone."""
     texts, queries = ["a7:Qz", TEXT, "11:22\n33:44"], [["a7"], ["k2", "zz"], []]
-    monkeypatch.setattr("gradmem.model.TOKENS_AT_ONCE", 50)
+    monkeypatch.setattr(Backbone, "tokens_at_once", 50)
     memory = model.write(texts)
     single = [model.write(text) for text in texts]
     assert all(same(memory[row], one) for row, one in enumerate(single))

@@ -24,6 +24,10 @@ SPARE = 0.95
 """Smallest part of a pretrained model's embeddings that its tokenizer has tokens for."""
 ADDED = 4
 """Most special tokens that a pretrained model's tokenizer may have got since, as one to pad with."""
+TOKENS_AT_ONCE = 4096
+"""Context tokens to write at once where no meta-gradient is wanted: more only costs memory and page faults."""
+ACTIVATIONS = 2**28
+"""Activations that these tokens may have, so that larger models write fewer at once."""
 
 
 class Backbone(nn.Module):
@@ -140,6 +144,13 @@ class Backbone(nn.Module):
     def attends(self) -> bool:
         """Whether every layer keeps keys and values of what came before, and no recurrent state."""
         return not any(hasattr(layer, "conv_states") for layer in DynamicCache(config=self.model.config).layers)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Context tokens to write at once where no meta-gradient is wanted."""
+        # What goes into a matrix and what comes out of it is kept for the gradient.
+        of_token = sum(sum(weights.shape) for weights in self.model.parameters() if weights.ndim == 2)
+        return max(1, min(TOKENS_AT_ONCE, ACTIVATIONS // of_token))
 
     @property
     def takes_positions(self) -> bool:

@@ -9,9 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TOKENS_AT_ONCE = 4096
-"""Context tokens to write at once where no gradient is wanted: larger batches only cost memory and page faults."""
-
 
 @dataclass
 class Tokens:

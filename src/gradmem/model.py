@@ -23,7 +23,7 @@ from safetensors.torch import load_model, save_model
 
 from . import methods, tasks
 from .backbone import Backbone, Prefix, copies
-from .batch import TOKENS_AT_ONCE, Tokens
+from .batch import Tokens
 from .data.pretrained import digest_tokenizer
 from .errors import GradmemError
 from .memory import Memory, Record, digest, text_digest, written_texts
@@ -73,6 +73,7 @@ def build_backbone(spec: Spec, task: Task) -> Backbone:
 def _construct(cls: type, kind: str, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
     check_options(cls, kind, options, ("backbone",))
     try:
+        inspect.signature(cls).bind(*given, **options)  # whose errors name options and not our functions
         return cls(*given, **options)
     except TypeError as error:
         raise GradmemError(f"{kind}: {error}") from error
@@ -404,7 +405,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             raise GradmemError("nothing to write")
         steps = self.most_steps(steps, until, max_steps)
         ids = [self.context_ids(t) for t in texts]
-        size = max(1, TOKENS_AT_ONCE // max(map(len, ids)))
+        size = max(1, self.method.backbone.tokens_at_once // max(map(len, ids)))
         parts = []
         for first in range(0, len(texts), size):
             last = min(first + size, len(texts))
@@ -567,7 +568,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
                 f"the memory has {len(lengths)} chunks in the vectors of {len(memory)}, which cannot be told apart: "
                 "ask it, or write with `chunks: independent` to read texts back"
             )
-        size = max(1, TOKENS_AT_ONCE // max(lengths))
+        size = max(1, self.method.backbone.tokens_at_once // max(lengths))
         starts = range(0, len(lengths), size)
         found: list[list[int]] = []
         for first in progress(starts, title="reading back", total=len(starts)):

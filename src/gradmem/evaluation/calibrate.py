@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from ..batch import TOKENS_AT_ONCE
 from ..errors import GradmemError
 from ..model import MemoryModel, build_task
 from ..tasks.base import Split, Task
@@ -205,7 +204,7 @@ def _examine(
         raise GradmemError("calibration needs at least 2 samples: queries are asked of other contexts")
     length = task.batch(split, 0, samples, seed).context.ids.shape[1]
     # A batch of one context would ask its own queries of itself.
-    size = min(samples, max(2, TOKENS_AT_ONCE // length))
+    size = min(samples, max(2, model.method.backbone.tokens_at_once // length))
     starts = range(0, samples - samples % size if samples % size == 1 else samples, size)
     answers: dict[str, list[Answer]] = {}
     right: list[bool] = []

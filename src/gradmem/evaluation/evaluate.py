@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import TOKENS_AT_ONCE, Batch
+from ..batch import Batch
 from ..errors import GradmemError
 from ..memory import Memory
 from ..methods.base import Method
@@ -167,7 +167,7 @@ def evaluate(
         raise GradmemError("evaluation needs at least 2 samples: memories are swapped between contexts")
     probed = min(samples, PROBED)
     length = max(built.batch(split, at, probed, seed).context.ids.shape[1] for at in (0, samples - probed))
-    sizes = _split(samples, max(2, TOKENS_AT_ONCE // length))
+    sizes = _split(samples, max(2, model.method.backbone.tokens_at_once // length))
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     scores: dict[tuple[str, str, int], list[Tensor]] = {}
     losses: dict[int, list[Tensor]] = {}

@@ -19,34 +19,37 @@ from .published import BY_PAIRS
 
 
 def table(results: Sequence[Result]) -> Table:
-    """Table of results; every group of rows ends with its control rows."""
+    """Table of results; every group of rows ends with its control rows. A task that is alone stands in the title."""
     first = results[0]
+    labels = list(dict.fromkeys(result.label for result in results))
+    alone = f"{labels[0]}, " if len(labels) == 1 else ""
     contexts = "/".join(dict.fromkeys(str(result.samples) for result in results))
     sources = ", ".join(dict.fromkeys(result.source for result in results))
     others = [name for name in first.metrics if not name.startswith(("unwritten_", "swapped_"))]
     built = Table(
-        title=f"{first.checkpoint}: exact match, {contexts} {first.split} contexts ({sources}), seed {first.seed}",
+        title=f"{first.checkpoint}: {alone}exact match, "
+        f"{contexts} {first.split} contexts ({sources}), seed {first.seed}",
         caption=f"memory: {first.size}; {first.parameters:,} parameters; "
         "all queries of each context; 95 % interval bootstrapped over contexts",
         pad_edge=False,
     )
-    for heading in ("task", "memory", "steps", "EM %", "95 %", *others, "write loss"):
+    for heading in (*([] if alone else ["task"]), "memory", "steps", "EM %", "95 %", *others, "write loss"):
         left = heading in ("task", "memory")
-        built.add_column(heading, justify="left" if left else "right", no_wrap=heading == "memory")
+        built.add_column(heading.replace("_", " "), justify="left" if left else "right", no_wrap=heading == "memory")
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(json.dumps(result.task, sort_keys=True), []).append(result)
     for group in groups.values():
-        label = group[0].label
+        label = [] if alone else [group[0].label]
         for result in group:
             low, high = (f"{100 * bound:.2f}" for bound in result.ci95)
             built.add_row(
-                label,
+                *label,
                 "written" if result.steps else "unwritten",
                 str(result.steps),
                 f"{100 * result.exact_match:.2f}",
                 f"{low} to {high}",
-                *(f"{result.metrics[name]:.4f}" for name in others),
+                *(f"{result.metrics[name]:.4g}" for name in others),
                 f"{result.write_loss:.4f}",
             )
         last = group[-1]
@@ -54,8 +57,8 @@ def table(results: Sequence[Result]) -> Table:
             ("unwritten", 0, last.unwritten),
             ("swapped", last.swapped_steps, last.swapped),
         ):
-            rest = [f"{last.metrics[f'{kind}_{name}']:.4f}" for name in others]
-            row = [label, f"control: {kind}", str(steps), f"{100 * match:.2f}", "", *rest, ""]
+            rest = [f"{last.metrics[f'{kind}_{name}']:.4g}" for name in others]
+            row = [*label, f"control: {kind}", str(steps), f"{100 * match:.2f}", "", *rest, ""]
             built.add_row(*row, style="dim", end_section=kind == "swapped")
         if last.bits_per_vector is not None:
             built.caption = f"{built.caption}; {last.bits_per_vector:.1f} bits per vector after {last.steps} steps"

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ..backbone import Backbone, Prefix
-from ..batch import TOKENS_AT_ONCE, Tokens
+from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.optimizers import Tensors
 from ..memory import LENGTHS, Memory
@@ -162,7 +162,8 @@ class ChunkedMethod(PrefixMethod):
         chunks = self._cut(context)
         self._check_chunks(chunks.counts)
         # The trainer and `write` see to it that a batch is not too large, but not that one long context is not.
-        size = len(chunks.rows) if torch.is_grad_enabled() else max(1, TOKENS_AT_ONCE // chunks.tokens.ids.shape[1])
+        size = max(1, self.backbone.tokens_at_once // chunks.tokens.ids.shape[1])
+        size = len(chunks.rows) if torch.is_grad_enabled() else size
         tokens = [chunks.tokens[i : i + size] for i in range(0, len(chunks.rows), size)]
         walks = [self.walk(some, self._start(len(some)), steps, until) for some in tokens]
         for states in _together(walks):

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch
 from ..data import Query, Sample, Samples, cached, digest_files
@@ -30,8 +32,8 @@ class Text(FileTask):
 
     Parameters
     ----------
-    tokenizer : str
-        Hub name or directory of a pretrained tokenizer.
+    tokenizer : str, optional
+        Hub name or directory of a pretrained tokenizer. By default every byte is a token.
     data : str, optional
         Directory with a folder `train` of text files, and `test` or `valid`; or a data set of the hub with a column
         `text`. Test takes `test` where it is, otherwise `valid`; validation takes a twentieth of the training chunks.
@@ -43,12 +45,12 @@ class Text(FileTask):
     generates = True
     chunk: int
 
-    def __init__(self, tokenizer: str, data: str | None = None, chunk: int = 128) -> None:
+    def __init__(self, tokenizer: str | None = None, data: str | None = None, chunk: int = 128) -> None:
         super().__init__()
         if chunk < 1:
             raise GradmemError(f"chunk must be at least 1, not {chunk}")
         self.data, self.chunk, self.answer_length = data, chunk, chunk
-        self.tokenizer = pretrained_tokenizer(tokenizer)
+        self.tokenizer = pretrained_tokenizer(tokenizer) if tokenizer else byte_tokenizer()
         self.begin = str(self.tokenizer.bos_token or self.tokenizer.eos_token)
 
     @property
@@ -135,3 +137,14 @@ class Text(FileTask):
     def _samples(self, chunks: list[np.ndarray]) -> Iterator[Sample]:
         for chunk in chunks:
             yield Sample(chunk, [Query([self._begin_id, *chunk], 1)])
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte of a text in UTF-8."""
+    special = ["[PAD]", "[BEGIN]", "[END]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    named = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
