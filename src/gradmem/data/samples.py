@@ -117,10 +117,11 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
     )
 
 
-def places(split: str, start: int, count: int, size: int, seed: int) -> np.ndarray:
+def places(split: str, start: int, count: int, size: int, seed: int, shuffled: bool = False) -> np.ndarray:
     """Where samples `start` to `start + count` of a finite split stand.
 
-    Training goes round and round, each time in a new order; the other splits have one order and an end.
+    Training goes round and round, each time in a new order; the other splits have one order and an end: that of their
+    files, or, `shuffled`, one in which the first few come from all over the files.
 
     Raises
     ------
@@ -131,7 +132,7 @@ def places(split: str, start: int, count: int, size: int, seed: int) -> np.ndarr
         raise GradmemError(f"the {split} split has {size} samples: there is none from {start} to {start + count}")
     wanted = np.arange(start, start + count)
     if split != "train":
-        return wanted
+        return _order(size, 0, 0)[wanted] if shuffled else wanted
     rounds = wanted // size
     return np.concatenate([_order(size, seed, int(n))[wanted[rounds == n] % size] for n in np.unique(rounds)])
 

@@ -205,13 +205,16 @@ class FileTask(Task):
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
         """Samples of a split, in training round and round in ever new orders; see `Task.batch`.
 
+        In the other splits neighbours, which evaluation swaps, come from different parts of the files, and so do the
+        first few samples, if no more are asked for.
+
         Raises
         ------
         GradmemError
             When there are not as many, and training is not meant.
         """
         samples = self.samples(split)
-        chosen = places(split, start, size, len(samples), seed)
+        chosen = places(split, start, size, len(samples), seed, shuffled=True)
         return collate([samples[int(i)] for i in chosen], self.pad_id)
 
 
