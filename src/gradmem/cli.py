@@ -197,11 +197,6 @@ def _train(options: Namespace, arguments: list[str]) -> None:
         return
     output = options.output or Path("runs") / Path(options.recipe).stem
     commands.train(_recipe(options), output, options.resume)
-    if "RANK" in os.environ:
-        # One run in ten was aborted, or waited for ever, while Python took a process group of gloo apart.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _recipe(options: Namespace) -> Recipe:
