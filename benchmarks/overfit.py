@@ -18,7 +18,8 @@ import torch
 import gradmem
 from common import Row, machine, parser, report
 from gradmem.data.sources import find_file
-from gradmem.model import MemoryModel, build_task
+from gradmem.model import MemoryModel
+from gradmem.specs import build_task
 from gradmem.tasks.base import Task
 from gradmem.training.loop import Trainer
 from gradmem.training.recipe import Recipe, Stage, load_recipe

@@ -38,7 +38,7 @@ from gradmem.inner import Strategy
 from gradmem.memory import Record
 from gradmem.methods import RMT, GradMem, MeanPool
 from gradmem.methods._chunked import Chunks
-from gradmem.model import build_task
+from gradmem.specs import build_task
 from naive import Naive
 from test_gradmem import EVERYTHING, OPTIONS, check_slopes, outer_loss
 from test_rmt import naive_read, naive_write

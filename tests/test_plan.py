@@ -12,7 +12,8 @@ import torch
 from gradmem import GradmemError
 from gradmem.cli import main
 from gradmem.commands import train
-from gradmem.model import MemoryModel, build_task
+from gradmem.model import MemoryModel
+from gradmem.specs import build_task
 from gradmem.training import loop, plan
 from gradmem.training.plan import Trial, make_plan, plan_stage
 from gradmem.training.step import MetaStep

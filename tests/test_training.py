@@ -348,6 +348,11 @@ def test_a_recipe_extends_another(tmp_path: Path) -> None:
         load_recipe(str(mine))
 
 
+def test_training_from_weights_that_are_not_there_says_which(tmp_path: Path) -> None:
+    with pytest.raises(GradmemError, match=r"init_from: runs/other/checkpoint.*train that first"):
+        train(recipe(init_from="runs/other/checkpoint"), tmp_path / "run")
+
+
 def test_evaluate_agrees_with_asking_one_by_one(tmp_path: Path) -> None:
     """Teacher-forced exact match is the exact match of greedy generation, counted by hand."""
     train(recipe(60), tmp_path / "run")
@@ -374,5 +379,7 @@ def test_evaluate_controls_and_steps(tmp_path: Path) -> None:
     row = results[2].row()
     assert {"pairs", "steps", "exact_match", "ci95", "samples", "seed", "parameters", "n_mem", "d", "bytes"} <= set(row)
     assert row["bytes"] == 2 * 16 * 4
+    assert row["unwritten_ci95"] == results[0].ci95  # nothing written is the memory after no steps
+    assert row["swapped_ci95"][0] <= row["swapped"] <= row["swapped_ci95"][1]
     with pytest.raises(GradmemError, match="limit"):
         evaluate(model, [1], samples=2, task={"pairs": 32, "key_length": 2})

@@ -15,7 +15,7 @@ from gradmem import Answer, GradmemError, MemoryModel
 from gradmem.batch import Tokens
 from gradmem.cli import main
 from gradmem.evaluation.calibrate import WRITTEN, Calibration, _auroc, calibrate
-from gradmem.model import build_task
+from gradmem.specs import build_task
 from gradmem.trust import Abstain, balanced, claim_losses
 from test_methods import ALL, TEXT, build
 

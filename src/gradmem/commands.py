@@ -28,7 +28,8 @@ from .evaluation.sweep import steps_figure as heatmap_figure
 from .evaluation.sweep import sweep as run_sweep
 from .evaluation.sweep import table as sweep_table
 from .memory import Memory, Precision, write_bytes, written_texts
-from .model import MemoryModel, build_task
+from .model import MemoryModel
+from .specs import build_task
 from .store import Store
 from .tables import differences, plan_table, provenance, receipt, receipts, restored, tokens_of
 from .tasks.base import Split

@@ -21,14 +21,13 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from . import methods, tasks
-from .backbone import Backbone, Prefix, copies
+from .backbone import Prefix, copies
 from .batch import Tokens
 from .data.pretrained import digest_tokenizer
 from .errors import GradmemError
 from .memory import Memory, Record, digest, text_digest, written_texts
 from .methods.base import Method, Written, final
-from .plugins import check_options, find
+from .specs import Spec, build_backbone, build_method, build_task
 from .tasks.base import Task
 from .trust import FILE as ABSTAIN
 from .trust import Abstain, Answer, assess, claim_losses, token_logprobs
@@ -37,46 +36,11 @@ FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HERE = "."
 """In a checkpoint's config: the directory of the checkpoint itself."""
-Spec = dict[str, Any]
 Progress = Callable[..., Iterable[Any]]
 
 
 def _silent(steps: Iterable[Any], title: str = "", total: int | None = None) -> Iterable[Any]:
     return steps
-
-
-def build_task(spec: Spec, *, trusted: bool = True) -> Task:
-    """Build a task from its `name` and options."""
-    cls = find(Task, tasks.__name__, "task", spec["name"], trusted=trusted)
-    options = {key: value for key, value in spec.items() if key != "name"}
-    return _construct(cls, f"{spec['name']} task", (), options)
-
-
-def build_method(spec: Spec, backbone: Backbone, *, trusted: bool = True) -> Method:
-    """Build a method from its `name` and options."""
-    cls = find(Method, methods.__name__, "method", spec["name"], trusted=trusted)
-    options = {key: value for key, value in spec.items() if key != "name"}
-    return _construct(cls, f"{spec['name']} method", (backbone,), options)
-
-
-def build_backbone(spec: Spec, task: Task) -> Backbone:
-    """Build a backbone from `pretrained: NAME` (and `dtype`) or the fields of a config, for the task's tokenizer."""
-    if "pretrained" in spec:
-        options = {key: value for key, value in spec.items() if key != "pretrained"}
-        if extra := sorted(options.keys() - {"dtype"}):
-            raise GradmemError(f"a pretrained backbone is what it is: leave out {', '.join(extra)}")
-        return Backbone.from_pretrained(spec["pretrained"], len(task.tokenizer), **options)
-    fields = {"vocab_size": len(task.tokenizer), "pad_token_id": task.pad_id, "eos_token_id": task.end_id}
-    return Backbone.from_config({**fields, **spec})
-
-
-def _construct(cls: type, kind: str, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    check_options(cls, kind, options, ("backbone",))
-    try:
-        inspect.signature(cls).bind(*given, **options)  # whose errors name options and not our functions
-        return cls(*given, **options)
-    except TypeError as error:
-        raise GradmemError(f"{kind}: {error}") from error
 
 
 class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-time-training"]):

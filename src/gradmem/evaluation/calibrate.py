@@ -12,7 +12,8 @@ import torch
 from rich.table import Table
 
 from ..errors import GradmemError
-from ..model import MemoryModel, build_task
+from ..model import MemoryModel
+from ..specs import build_task
 from ..tasks.base import Split, Task
 from ..trust import Abstain, Answer, balanced, features
 from .report import figure

@@ -14,7 +14,8 @@ from rich.table import Table
 from ..errors import GradmemError
 from ..methods.base import Method
 from ..methods.full_context import FullContext
-from ..model import MemoryModel, build_task
+from ..model import MemoryModel
+from ..specs import build_task
 from .cost import Cost, break_even, measure
 from .evaluate import Result, evaluate
 from .report import by_pairs, figure

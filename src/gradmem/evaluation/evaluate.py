@@ -14,7 +14,8 @@ from ..batch import Batch
 from ..errors import GradmemError
 from ..memory import Memory
 from ..methods.base import Method
-from ..model import MemoryModel, build_task
+from ..model import MemoryModel
+from ..specs import build_task
 from ..tasks.base import Split, Task
 
 UNLIMITED = 1000
@@ -50,6 +51,8 @@ class Result:
         Options of the method that were chosen anew, as `{"chunk": 113}`.
     metrics : dict of float
         The task's other metrics, averaged as exact match is; their controls are `unwritten_NAME`, `swapped_NAME`.
+    intervals : dict of tuple
+        95 % intervals, as `ci95`, of the controls `unwritten` and `swapped` and of all `metrics`.
     """
 
     checkpoint: str
@@ -73,6 +76,7 @@ class Result:
     bytes: int
     method: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def bits_per_vector(self) -> float | None:
@@ -89,7 +93,7 @@ class Result:
     def row(self) -> dict[str, Any]:
         """The result as one flat row; the task's options (as `pairs`) stand beside the rest."""
         fields = asdict(self)
-        task, metrics, method = fields.pop("task"), fields.pop("metrics"), fields.pop("method")
+        task, metrics, method, intervals = (fields.pop(name) for name in ("task", "metrics", "method", "intervals"))
         if self.bits_per_vector is not None:
             metrics["bits_per_vector"] = self.bits_per_vector
         return {
@@ -99,6 +103,7 @@ class Result:
             **fields,
             **{f"method.{name}": value for name, value in method.items()},
             **metrics,
+            **{f"{name}_ci95": bounds for name, bounds in intervals.items()},
         }
 
 
@@ -197,26 +202,32 @@ def evaluate(
                 )
     joined = {key: torch.cat(parts).double().cpu().numpy() for key, parts in scores.items()}
     method = model.method
-    others = [name for name in dict.fromkeys(name for name, _, _ in joined) if name != "exact_match"]
+    controls = {"unwritten": (0, "own"), "swapped": (swapped_steps, "swapped")}
 
-    def mean(name: str, kind: str, step: int) -> float:
-        return float(joined[name, kind, step].mean())
+    def measured(step: int) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """Means and intervals of all metrics after a step, and of their controls."""
+        found = {}
+        for name in dict.fromkeys(name for name, _, _ in joined):
+            found[name] = joined[name, "own", step]
+            for control, (at, kind) in controls.items():
+                found[control if name == "exact_match" else f"{control}_{name}"] = joined[name, kind, at]
+        return {name: float(each.mean()) for name, each in found.items()}, {
+            name: interval(each) for name, each in found.items()
+        }
 
-    def controls(name: str) -> tuple[float, float]:
-        return mean(name, "own", 0), mean(name, "swapped", swapped_steps)
-
-    return [
-        Result(
+    def result(step: int) -> Result:
+        means, intervals = measured(step)
+        return Result(
             checkpoint=model.name,
             task=spec,
             label=built.label,
             source=built.source(split),
             steps=step,
-            exact_match=mean("exact_match", "own", step),
-            ci95=interval(joined["exact_match", "own", step]),
+            exact_match=means.pop("exact_match"),
+            ci95=intervals.pop("exact_match"),
             write_loss=float(torch.cat(losses[step]).mean()),
-            unwritten=controls("exact_match")[0],
-            swapped=controls("exact_match")[1],
+            unwritten=means.pop("unwritten"),
+            swapped=means.pop("swapped"),
             swapped_steps=swapped_steps,
             samples=samples,
             queries=queries,
@@ -227,18 +238,11 @@ def evaluate(
             d=method.backbone.width,
             bytes=round(nbytes / samples),
             method=dict(model.chosen),
-            metrics={
-                key: value
-                for name in others
-                for key, value in zip(
-                    (name, f"unwritten_{name}", f"swapped_{name}"),
-                    (mean(name, "own", step), *controls(name)),
-                    strict=True,
-                )
-            },
+            metrics=means,
+            intervals=intervals,
         )
-        for step in steps
-    ]
+
+    return [result(step) for step in steps]
 
 
 def _split(samples: int, most: int) -> list[int]:

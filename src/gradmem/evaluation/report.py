@@ -42,13 +42,12 @@ def table(results: Sequence[Result]) -> Table:
     for group in groups.values():
         label = [] if alone else [group[0].label]
         for result in group:
-            low, high = (f"{100 * bound:.2f}" for bound in result.ci95)
             built.add_row(
                 *label,
                 "written" if result.steps else "unwritten",
                 str(result.steps),
                 f"{100 * result.exact_match:.2f}",
-                f"{low} to {high}",
+                _percent(result.ci95),
                 *(f"{result.metrics[name]:.4g}" for name in others),
                 f"{result.write_loss:.4f}",
             )
@@ -58,11 +57,24 @@ def table(results: Sequence[Result]) -> Table:
             ("swapped", last.swapped_steps, last.swapped),
         ):
             rest = [f"{last.metrics[f'{kind}_{name}']:.4g}" for name in others]
-            row = [*label, f"control: {kind}", str(steps), f"{100 * match:.2f}", "", *rest, ""]
+            row = [
+                *label,
+                f"control: {kind}",
+                str(steps),
+                f"{100 * match:.2f}",
+                _percent(last.intervals[kind]),
+                *rest,
+                "",
+            ]
             built.add_row(*row, style="dim", end_section=kind == "swapped")
         if last.bits_per_vector is not None:
             built.caption = f"{built.caption}; {last.bits_per_vector:.1f} bits per vector after {last.steps} steps"
     return built
+
+
+def _percent(bounds: tuple[float, float]) -> str:
+    """An interval in percent."""
+    return " to ".join(f"{100 * bound:.2f}" for bound in bounds)
 
 
 def save_json(rows: Sequence[dict[str, Any]], path: Path) -> Path:

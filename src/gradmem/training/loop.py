@@ -25,7 +25,8 @@ from ..checkpoints import load
 from ..errors import GradmemError
 from ..evaluation.evaluate import evaluate
 from ..evaluation.report import save_json
-from ..model import MemoryModel, build_task
+from ..model import MemoryModel
+from ..specs import build_task
 from ..tasks.base import Task
 from .optim import build_optimizers
 from .plan import choose_device, clock, gigabytes, plan_stage
@@ -73,7 +74,13 @@ class Trainer:
         set_seed(recipe.seed)
         self.model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method)
         if recipe.init_from:
-            self.model.take_weights(load(recipe.init_from))
+            try:
+                self.model.take_weights(load(recipe.init_from))
+            except GradmemError as error:
+                raise GradmemError(
+                    f"cannot start from `init_from: {recipe.init_from}`: {error}; "
+                    "train that first, or say --init_from WHERE"
+                ) from error
         self.model.name = str(output / "checkpoint")
         self.model.to(self.accelerator.device)
         self.optimizers = build_optimizers(self.model.method, recipe)

@@ -12,7 +12,8 @@ import torch
 from ..errors import GradmemError
 from ..inner.meta_gradient import Strategy
 from ..methods.base import Method
-from ..model import MemoryModel, build_task
+from ..model import MemoryModel
+from ..specs import build_task
 from ..tasks.base import Task
 from .memory_use import forget_peak, free_memory, peak
 from .recipe import Recipe, Stage

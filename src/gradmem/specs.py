@@ -1,0 +1,49 @@
+"""Tasks, methods and backbones from plain data: a `name` and options, as recipes and checkpoints hold them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from . import methods, tasks
+from .backbone import Backbone
+from .errors import GradmemError
+from .methods.base import Method
+from .plugins import check_options, find
+from .tasks.base import Task
+
+Spec = dict[str, Any]
+
+
+def build_task(spec: Spec, *, trusted: bool = True) -> Task:
+    """Build a task from its `name` and options."""
+    cls = find(Task, tasks.__name__, "task", spec["name"], trusted=trusted)
+    options = {key: value for key, value in spec.items() if key != "name"}
+    return _construct(cls, f"{spec['name']} task", (), options)
+
+
+def build_method(spec: Spec, backbone: Backbone, *, trusted: bool = True) -> Method:
+    """Build a method from its `name` and options."""
+    cls = find(Method, methods.__name__, "method", spec["name"], trusted=trusted)
+    options = {key: value for key, value in spec.items() if key != "name"}
+    return _construct(cls, f"{spec['name']} method", (backbone,), options)
+
+
+def build_backbone(spec: Spec, task: Task) -> Backbone:
+    """Build a backbone from `pretrained: NAME` (and `dtype`) or the fields of a config, for the task's tokenizer."""
+    if "pretrained" in spec:
+        options = {key: value for key, value in spec.items() if key != "pretrained"}
+        if extra := sorted(options.keys() - {"dtype"}):
+            raise GradmemError(f"a pretrained backbone is what it is: leave out {', '.join(extra)}")
+        return Backbone.from_pretrained(spec["pretrained"], len(task.tokenizer), **options)
+    fields = {"vocab_size": len(task.tokenizer), "pad_token_id": task.pad_id, "eos_token_id": task.end_id}
+    return Backbone.from_config({**fields, **spec})
+
+
+def _construct(cls: type, kind: str, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    check_options(cls, kind, options, ("backbone",))
+    try:
+        inspect.signature(cls).bind(*given, **options)  # whose errors name options and not our functions
+        return cls(*given, **options)
+    except TypeError as error:
+        raise GradmemError(f"{kind}: {error}") from error
