@@ -61,6 +61,26 @@ def test_write_and_read_equal_one_forward(kind: str) -> None:
     assert_same_gradients(gradients(got, method), gradients(wanted, method), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"), [("bloom", {}), *((kind, options) for kind in KINDS for options in ({}, {"budget": 3}))]
+)
+def test_targets_of_queries_in_one_row(kind: str, options: dict[str, Any]) -> None:
+    """As if each query were read alone, whichever context it asks; one is asked nothing."""
+    method, context, queries = make_full(kind, **options), random_tokens([7, 5, 8]), random_tokens([4, 6, 3, 2, 5], 1)
+    rows = torch.tensor([2, 0, 2, 0, 2])
+    labels = queries.ids.masked_fill(~queries.mask, -100)
+    labels[:, 0] = -100
+    found = method.read_targets(method.write(context).memory, queries, labels, rows)
+    memory, wanted = method.write(context).memory, []
+    for query, row in enumerate(rows.tolist()):
+        alone = method.read(memory, queries[query : query + 1], torch.tensor([row]))[0]
+        wanted.append(alone[1 : int(queries.lengths[query])])
+    reference = torch.cat(wanted)
+    assert distance(found, reference) < TOLERANCE
+    got = gradients(found.square().sum(), method)
+    assert_same_gradients(got, gradients(reference.square().sum(), method), 1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget", [1, 3, 6, 50])
 def test_budget_of_last_entries(kind: str, budget: int) -> None:

@@ -87,6 +87,24 @@ class FullContext(OnePassMethod):
         last = keys.new_zeros(len(memory), self.backbone.width)
         return Prefix(last, cache, None if mask.all() else mask, None if counted else start)
 
+    def read_targets(self, memory: Memory, queries: Tokens, labels: Tensor, rows: Tensor) -> Tensor:
+        """As every method, but all queries of a context stand in one row, where none sees another.
+
+        So the cache is not copied for each of them, which took most of the time of training.
+        """
+        if not self.backbone.takes_positions:
+            return super().read_targets(memory, queries, labels, rows)
+        prefix = self.prefix(memory)
+        place = (rows[:, None] == rows).tril(-1).sum(1)  # of a query among those of its context
+        most, length = int(place.max()) + 1, queries.ids.shape[1]
+        packed = queries.ids.new_zeros(len(memory), most, length)
+        packed[rows, place] = queries.ids
+        embeds = self.backbone.embed(packed.flatten(1))
+        start = memory.tensors["start"][:, None] + torch.arange(length, device=rows.device).repeat(most)
+        hidden = self.backbone.hidden(embeds, prefix.cache, _apart(prefix, most, length, embeds.dtype), start)
+        mine = torch.cat([prefix.last[rows, None], hidden.unflatten(1, (most, length))[rows, place]], dim=1)
+        return self.backbone.head(mine[:, :-1][labels != -100])
+
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
         found = memory.tensors
@@ -140,6 +158,18 @@ class FullContext(OnePassMethod):
 def _forms(memory: Memory) -> dict[str, tuple[bool, int, torch.Size]]:
     """What any two memories of one backbone have in common."""
     return {name: (t.is_floating_point(), t.ndim, t.shape[2:]) for name, t in memory.tensors.items()}
+
+
+def _apart(prefix: Prefix, queries: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Mask to add, so that queries see the prefix and themselves: (batch, 1, query tokens, prefix and query tokens)."""
+    device = prefix.last.device
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    own = torch.block_diag(*[causal] * queries).expand(len(prefix.last), -1, -1)
+    before = (
+        torch.ones(len(own), prefix.length, dtype=torch.bool, device=device) if prefix.mask is None else prefix.mask
+    )
+    seen = torch.cat([before[:, None].expand(-1, own.shape[1], -1), own], dim=2)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def _real(lengths: Tensor, entries: int) -> Tensor:
