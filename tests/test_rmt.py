@@ -25,6 +25,7 @@ from conftest import (
 from gradmem.batch import Batch, Tokens
 from gradmem.errors import GradmemError
 from gradmem.methods import RMT
+from gradmem.training.step import MetaStep
 
 OPTIONS = [
     dict(zip(("projection", "n_ctrl", "residual", "write_head", "reconstruction", "write_steps"), values, strict=True))
@@ -259,3 +260,16 @@ def test_generate_is_greedy_reading(kind: str) -> None:
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(GradmemError, match=next(iter(options))):
         make_rmt(**options)
+
+
+@pytest.mark.parametrize("config", [{}, {"attn_pdrop": 1e-9}])
+def test_training_in_bfloat16_has_about_the_gradient_of_float32(config: dict[str, Any]) -> None:
+    """With the attention that is fast for it, and with PyTorch's where that drops."""
+    method, batch = make_method(RMT, config=config, n_mem=3).float(), make_batch()
+    found = []
+    for precision in ("bf16", "fp32"):
+        loss, *_ = MetaStep(method.train(), precision)(batch, 1, batch.labels != -100)
+        found.append(torch.cat([grad.flatten() for grad in gradients(loss, method).values()]))
+    low, exact = found
+    assert low.isfinite().all()
+    assert 0 < distance(low, exact) < 0.1

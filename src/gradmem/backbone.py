@@ -225,12 +225,27 @@ class Backbone(nn.Module):
     @contextmanager
     def second_order(self) -> Iterator[None]:
         """Compute with what can be differentiated twice, which fused attention cannot, and keeps little for it."""
+        with self._attention(self.second_order_attention), replaced(self.closed_forms):
+            yield
+
+    @contextmanager
+    def trained(self) -> Iterator[None]:
+        """Compute with the attention that is fast with its gradient: PyTorch's is not for bfloat16 on a CPU."""
+        config = self.model.config
+        dropout = any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
+        low = self.model.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        fits = config._attn_implementation == "sdpa" and self.second_order_attention == attention.NAME
+        with self._attention(attention.NAME) if low and fits and not dropout else nullcontext():
+            yield
+
+    @contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
+        """Compute with an attention that transformers knows by this name."""
         config = self.model.config
         before = config._attn_implementation
-        config._attn_implementation = self.second_order_attention
+        config._attn_implementation = name
         try:
-            with replaced(self.closed_forms):
-                yield
+            yield
         finally:
             config._attn_implementation = before
 

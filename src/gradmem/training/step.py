@@ -28,7 +28,8 @@ class MetaStep(nn.Module):
     def forward(self, batch: Batch, steps: int, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return read loss summed over target tokens, the write loss, and exact match by query."""
         # Not Accelerate's own autocast: its precision is one for the life of the process.
-        with torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        low = torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        with low, self.method.backbone.trained():
             written = self.method.write(batch.context, steps)
             write_loss = self.method.write_loss(written, batch.context)
             logits = self.method.read_targets(written.memory, batch.queries, batch.labels, batch.rows)
