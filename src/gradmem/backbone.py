@@ -306,13 +306,14 @@ class Prefix:
         joined = Prefix(torch.cat([part.last for part in parts]), cache)
         uneven = len(set(lengths)) > 1
         if uneven or any(part.mask is not None for part in parts):
-            joined.mask = torch.cat([F.pad(part._seen(), (0, max(lengths) - part.length)) for part in parts])
+            joined.mask = torch.cat([F.pad(part.seen, (0, max(lengths) - part.length)) for part in parts])
         if uneven or any(part.start is not None for part in parts):
             joined.start = torch.cat([part._begin() for part in parts])
         return joined
 
-    def _seen(self) -> Tensor:
-        """The mask, also where all positions count."""
+    @property
+    def seen(self) -> Tensor:
+        """The mask, also where all positions count: bool, shape (batch, positions)."""
         every = torch.ones(len(self.last), self.length, dtype=torch.bool, device=self.last.device)
         return every if self.mask is None else self.mask
 

@@ -92,7 +92,7 @@ class FullContext(OnePassMethod):
 
         So the cache is not copied for each of them, which took most of the time of training.
         """
-        if not self.backbone.takes_positions:
+        if not (self.backbone.takes_positions and len(rows)):
             return super().read_targets(memory, queries, labels, rows)
         prefix = self.prefix(memory)
         place = (rows[:, None] == rows).tril(-1).sum(1)  # of a query among those of its context
@@ -162,14 +162,11 @@ def _forms(memory: Memory) -> dict[str, tuple[bool, int, torch.Size]]:
 
 def _apart(prefix: Prefix, queries: int, length: int, dtype: torch.dtype) -> Tensor:
     """Mask to add, so that queries see the prefix and themselves: (batch, 1, query tokens, prefix and query tokens)."""
-    device = prefix.last.device
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    own = torch.block_diag(*[causal] * queries).expand(len(prefix.last), -1, -1)
-    before = (
-        torch.ones(len(own), prefix.length, dtype=torch.bool, device=device) if prefix.mask is None else prefix.mask
-    )
+    before = prefix.seen
+    causal = torch.ones(length, length, dtype=torch.bool, device=before.device).tril()
+    own = torch.block_diag(*[causal] * queries).expand(len(before), -1, -1)
     seen = torch.cat([before[:, None].expand(-1, own.shape[1], -1), own], dim=2)
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def _real(lengths: Tensor, entries: int) -> Tensor:
