@@ -22,8 +22,8 @@ from torch import Tensor
 from .errors import GradmemError
 
 if TYPE_CHECKING:
-    from .backbone import Prefix
     from .model import MemoryModel
+    from .prefix import Prefix
 
 FORMAT, VERSION = "gradmem-memory", 1
 SCALE = ".scale"

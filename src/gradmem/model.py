@@ -21,12 +21,12 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from .backbone import Prefix, copies
 from .batch import Tokens
 from .data.pretrained import digest_tokenizer
 from .errors import GradmemError
 from .memory import Memory, Record, digest, text_digest, written_texts
 from .methods.base import Method, Written, final
+from .prefix import Prefix, copies
 from .specs import Spec, build_backbone, build_method, build_task
 from .tasks.base import Task
 from .trust import FILE as ABSTAIN

@@ -20,9 +20,9 @@ from .errors import GradmemError
 from .memory import LENGTHS, write_bytes
 
 if TYPE_CHECKING:
-    from .backbone import Prefix
     from .memory import Memory, Record
     from .methods.base import Method
+    from .prefix import Prefix
 
 FILE = "abstain.json"
 FORMAT = 1

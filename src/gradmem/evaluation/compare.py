@@ -18,7 +18,7 @@ from ..model import MemoryModel
 from ..specs import build_task
 from .cost import Cost, break_even, measure
 from .evaluate import Result, evaluate
-from .report import by_pairs, figure
+from .report import by_pairs, figure, percent_interval
 
 ASKED = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 """Numbers of queries in the cost figure."""
@@ -153,7 +153,7 @@ def match_table(entries: Sequence[Entry]) -> Table:
             f"{entry.cost.bytes:,}",
             str(result.steps),
             f"{100 * result.exact_match:.2f}",
-            "{:.2f} to\n{:.2f}".format(*(100 * bound for bound in result.ci95)),
+            percent_interval(result.ci95).replace("to ", "to\n"),
             f"{100 * result.unwritten:.2f}",
             f"{100 * result.swapped:.2f}",
             end_section=last,

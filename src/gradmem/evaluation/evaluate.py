@@ -201,19 +201,18 @@ def evaluate(
                     f"{steps[-1]} steps asked for; the method of '{model.name}' takes no more than {step}"
                 )
     joined = {key: torch.cat(parts).double().cpu().numpy() for key, parts in scores.items()}
+    statistics = {key: (float(values.mean()), interval(values)) for key, values in joined.items()}
     method = model.method
     controls = {"unwritten": (0, "own"), "swapped": (swapped_steps, "swapped")}
 
     def measured(step: int) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
         """Means and intervals of all metrics after a step, and of their controls."""
         found = {}
-        for name in dict.fromkeys(name for name, _, _ in joined):
-            found[name] = joined[name, "own", step]
+        for name in dict.fromkeys(name for name, _, _ in statistics):
+            found[name] = statistics[name, "own", step]
             for control, (at, kind) in controls.items():
-                found[control if name == "exact_match" else f"{control}_{name}"] = joined[name, kind, at]
-        return {name: float(each.mean()) for name, each in found.items()}, {
-            name: interval(each) for name, each in found.items()
-        }
+                found[control if name == "exact_match" else f"{control}_{name}"] = statistics[name, kind, at]
+        return {name: mean for name, (mean, _) in found.items()}, {name: bounds for name, (_, bounds) in found.items()}
 
     def result(step: int) -> Result:
         means, intervals = measured(step)

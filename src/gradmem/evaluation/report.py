@@ -47,7 +47,7 @@ def table(results: Sequence[Result]) -> Table:
                 "written" if result.steps else "unwritten",
                 str(result.steps),
                 f"{100 * result.exact_match:.2f}",
-                _percent(result.ci95),
+                percent_interval(result.ci95),
                 *(f"{result.metrics[name]:.4g}" for name in others),
                 f"{result.write_loss:.4f}",
             )
@@ -62,7 +62,7 @@ def table(results: Sequence[Result]) -> Table:
                 f"control: {kind}",
                 str(steps),
                 f"{100 * match:.2f}",
-                _percent(last.intervals[kind]),
+                percent_interval(last.intervals[kind]),
                 *rest,
                 "",
             ]
@@ -72,8 +72,8 @@ def table(results: Sequence[Result]) -> Table:
     return built
 
 
-def _percent(bounds: tuple[float, float]) -> str:
-    """An interval in percent."""
+def percent_interval(bounds: tuple[float, float]) -> str:
+    """A 95 % interval as tables show it."""
     return " to ".join(f"{100 * bound:.2f}" for bound in bounds)
 
 

@@ -14,7 +14,7 @@ from ..errors import GradmemError
 from ..model import MemoryModel
 from .evaluate import Result, evaluate
 from .published import BEST_OF_30, BY_STEPS
-from .report import by_pairs, figure
+from .report import by_pairs, figure, percent_interval
 
 FEW = 5
 """Steps that the paper calls few."""
@@ -119,8 +119,7 @@ def table(points: Sequence[Point]) -> Table:
 
 
 def _shown(result: Result) -> str:
-    low, high = (100 * bound for bound in result.ci95)
-    return f"{100 * result.exact_match:.2f} (K={result.steps})\n{low:.2f} to {high:.2f}"
+    return f"{100 * result.exact_match:.2f} (K={result.steps})\n{percent_interval(result.ci95)}"
 
 
 def pairs_figure(points: Sequence[Point], path: Path) -> Path:

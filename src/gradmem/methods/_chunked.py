@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..backbone import Backbone, Prefix
+from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.optimizers import Tensors
 from ..memory import LENGTHS, Memory
+from ..prefix import Prefix
 from ._prefix import PrefixMethod, pads_last
 from .base import Written
 

@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Prefix
+from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import require
 from ..inner.objective import token_losses
 from ..inner.optimizers import Tensors
 from ..memory import Memory
+from ..prefix import Prefix
 from .base import Method
 
 Head = Literal["none", "copy", "random"]

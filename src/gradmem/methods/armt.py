@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..backbone import Backbone, Prefix
+from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.objective import token_losses
 from ..inner.precision import no_autocast
 from ..memory import Memory
+from ..prefix import Prefix
 from ._one_pass import OnePassMethod
 
 State = list[tuple[Tensor, Tensor]]

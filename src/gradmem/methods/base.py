@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Prefix, generate
+from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError
 from ..inner.meta_gradient import Strategy
 from ..inner.objective import token_losses
 from ..memory import Memory
+from ..prefix import Prefix, generate
 
 
 @dataclass

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..backbone import Backbone, Prefix
+from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.precision import work_dtype
 from ..memory import Memory
+from ..prefix import Prefix
 from ._one_pass import OnePassMethod
 
 

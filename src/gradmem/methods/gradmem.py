@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..backbone import Backbone, Prefix
+from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.meta_gradient import Order, descend, of_unfinished
 from ..inner.objective import sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors
 from ..memory import Memory
+from ..prefix import Prefix
 from ._chunked import ChunkedMethod, Mode
 from ._prefix import Head, Phase
 from .base import Written
@@ -129,7 +130,7 @@ class GradMem(ChunkedMethod):
         second = torch.is_grad_enabled() and self.order == "second"
 
         def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-            with self.backbone.second_order() if second else nullcontext():
+            with self.backbone.second_order() if second else self.backbone.trained():
                 return sample_losses(self._losses(tensors, Tokens(ids, mask), embeds), mask)
 
         walk = descend(

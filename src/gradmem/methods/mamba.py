@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..backbone import Backbone, Prefix, copies
+from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError
 from ..inner.precision import work_dtype
 from ..memory import Memory
+from ..prefix import Prefix, copies
 from ._one_pass import OnePassMethod
 
 State = tuple[Tensor, Tensor]

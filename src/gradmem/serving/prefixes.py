@@ -7,9 +7,9 @@ from collections.abc import Hashable
 
 import torch
 
-from ..backbone import Prefix
 from ..memory import Memory
 from ..methods.base import Method
+from ..prefix import Prefix
 
 
 class Prefixes:

@@ -75,12 +75,13 @@ class Trainer:
         self.model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method)
         if recipe.init_from:
             try:
-                self.model.take_weights(load(recipe.init_from))
+                start = load(recipe.init_from)
             except GradmemError as error:
                 raise GradmemError(
                     f"cannot start from `init_from: {recipe.init_from}`: {error}; "
                     "train that first, or say --init_from WHERE"
                 ) from error
+            self.model.take_weights(start)
         self.model.name = str(output / "checkpoint")
         self.model.to(self.accelerator.device)
         self.optimizers = build_optimizers(self.model.method, recipe)
