@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import types
@@ -122,7 +123,7 @@ def official(task: str, split: str) -> list[Story]:
 
 def generated(task: str, count: int, seed: int = 0, every: bool = False, crowded: bool = False) -> list[Story]:
     random = Random(seed)
-    return [GENERATED[task](random, every, crowded) for _ in range(count)]
+    return [GENERATED[task](random, every, crowded, math.inf) for _ in range(count)]
 
 
 def asked(stories: list[Story]) -> Iterator[tuple[list[str], str, str]]:
@@ -159,12 +160,24 @@ def test_asking_all_asks_each_question_once_and_all_that_are_asked_else(task: st
     """The same story is drawn from the same random numbers, up to its first question."""
     several = False
     for seed in range(200):
-        drawn, every = GENERATED[task](Random(seed), False, False)[0], GENERATED[task](Random(seed), True, False)[0]
+        drawn, every = (GENERATED[task](Random(seed), every, False, math.inf)[0] for every in (False, True))
         assert drawn.statements == every.statements
         assert set(drawn.questions) <= set(every.questions)
         assert len(set(every.questions)) == len(every.questions)
         several |= len(every.questions) > 1
     assert several
+
+
+@pytest.mark.parametrize("task", GENERATED)
+def test_a_story_that_breaks_off_is_the_beginning_of_the_whole_one(task: str) -> None:
+    shorter = 0
+    for seed in range(50):
+        whole = GENERATED[task](Random(seed), True, True, math.inf)
+        for most in (2, 9, 30):
+            kept = [told for told in whole if len(told.statements) <= most]
+            assert GENERATED[task](Random(seed), True, True, most) == kept
+            shorter += len(kept) < len(whole)
+    assert shorter or task == "qa4"
 
 
 # --- Likeness to the training files ------------------------------------------------------------------------

@@ -144,7 +144,7 @@ class World:
         return f"{event.actor} {verb} the {event.what}{' there' if there else ''}."
 
 
-Story = Callable[[Random, bool, bool], "list[Told]"]
+Story = Callable[[Random, bool, bool, float], "list[Told]"]
 Known = dict[str, list[list[tuple[str, str]]]]
 """About each person or object: for each thing that can be asked, its wordings, with the answer."""
 
@@ -185,10 +185,13 @@ def who_gave(world: World) -> Known:
     return known
 
 
-def tell(world: World, kinds: tuple[str, ...], known: Callable[[World], Known], every: bool) -> list[Told]:
-    """Tell a story that asks five times: one question about something recent, or every question that has an answer."""
+def tell(world: World, kinds: tuple[str, ...], known: Callable[[World], Known], every: bool, most: float) -> list[Told]:
+    """Tell a story that asks five times: one question about something recent, or every question that has an answer.
+
+    It breaks off at `most` statements: short stories of a crowded world are rare, and long ones take long to tell.
+    """
     told: list[Told] = []
-    while len(told) < QUESTIONS:
+    while len(told) < QUESTIONS and len(world.statements) + 2 <= most:
         world.step()
         world.step()
         answers = known(world)
@@ -206,7 +209,7 @@ def _all(answers: Known) -> list[tuple[str, str]]:
     return list(dict.fromkeys(question for about in answers.values() for forms in about for question in forms))
 
 
-def rooms_in_line(random: Random, every: bool, crowded: bool) -> list[Told]:
+def rooms_in_line(random: Random, every: bool, crowded: bool, most: float) -> list[Told]:
     """qa4: two rooms on either side of a third, one statement about each, and a question about one of them."""
     first, middle, last = random.sample(EVERYWHERE if crowded else ROOMS, 3)
     direction = random.choice(list(OPPOSITE))
@@ -228,7 +231,11 @@ def teller(
     actors: list[str], actions: list[str], kinds: tuple[str, ...], known: Callable[[World], Known], there: bool = True
 ) -> Story:
     """What tells of these actors and actions, and asks about the last of some kinds."""
-    return lambda random, every, crowded: tell(World(random, actors, actions, there, crowded), kinds, known, every)
+
+    def story(random: Random, every: bool, crowded: bool, most: float) -> list[Told]:
+        return tell(World(random, actors, actions, there, crowded), kinds, known, every, most)
+
+    return story
 
 
 MOVES = ["move", "get", "drop"]
@@ -239,5 +246,5 @@ TASKS: dict[str, Story] = {
     "qa4": rooms_in_line,
     "qa5": teller(GIVERS, [*MOVES, *["give"] * 4], ("give",), who_gave),
 }
-"""What can be generated: a story, from a source of random numbers, whether to ask everything, and whether everybody
-acts everywhere instead of the few of the official files."""
+"""What can be generated: a story, from a source of random numbers, whether to ask everything, whether everybody acts
+everywhere instead of the few of the official files, and the most statements."""

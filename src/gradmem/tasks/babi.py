@@ -230,7 +230,7 @@ class Babi(FileTask):
         if not (tasks := [name for name in self.tasks if name in babi_stories.TASKS]):
             return None
         random = Random(f"example {seed}")
-        told = babi_stories.TASKS[random.choice(tasks)](random, True, False)[-1]
+        told = babi_stories.TASKS[random.choice(tasks)](random, True, False, math.inf)[-1]
         return " ".join(told.statements), told.questions
 
     def unwritten(self, batch: Batch) -> dict[str, Batch]:
@@ -295,8 +295,7 @@ class Babi(FileTask):
         while len(told) < BLOCK:
             if stories == LONG and not told:
                 raise GradmemError(f"no question of {task} comes within {most} statements: raise `max_statements`")
-            story = babi_stories.TASKS[task](random, train and self.ask_all, train and self.crowded)
-            told += [one for one in story if len(one.statements) <= most]
+            told += babi_stories.TASKS[task](random, train and self.ask_all, train and self.crowded, most)
             stories += 1
         del told[BLOCK:]
         random.shuffle(told)
