@@ -29,7 +29,7 @@ class Cram(GradMem):
     write_steps : int
         Default number of write steps; with `until`, the most.
     inner_lr : float
-        Learning rate of Adam. Far beyond the width of embeddings (0.1 to 0.3) is best: layers begin with a norm.
+        Learning rate of Adam: several times the width of token embeddings, since layers begin with a norm.
     start : {"random", "mean"}
         Where every memory starts: at vectors drawn as wide as the token embeddings, or at the mean token embedding.
     seed : int
