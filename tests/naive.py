@@ -52,6 +52,7 @@ class Naive:
     inner_lr: float
     n_mem: int = 3
     learn_inner_lr: bool = False
+    learn_momentum: bool = False
     inner_optimizer: str = "sgd"
     clip_value: float | None = None
     clip_norm: float | None = None
@@ -75,6 +76,7 @@ class Naive:
         written = written or self.start()
         mean = dict.fromkeys(written, 0.0)
         square = dict.fromkeys(written, 0.0)
+        velocity = dict.fromkeys(written, 0.0)
         losses = []
         for step in range(1, self.write_steps + 1):
             if self.order == "none":
@@ -90,7 +92,9 @@ class Naive:
                     square[name] = 0.999 * square[name] + 0.001 * direction**2
                     scale = (square[name] / (1 - 0.999**step) + 1e-16).sqrt()
                     direction = mean[name] / (1 - 0.9**step) / scale
-                after[name] = tensor - self.rate(name) * direction
+                if self.learn_momentum:
+                    direction = velocity[name] = direction + self.method.momentum[step - 1] * velocity[name]
+                after[name] = tensor - self.rate(name, step) * direction
             written = after
             losses.append(loss)
         if self.order == "none":
@@ -157,8 +161,9 @@ class Naive:
                 grad = grad * self.clip_norm / (norm + 1e-6)
         return grad
 
-    def rate(self, name: str) -> float | Tensor:
-        """Inner learning rate; the learned ones are one for each memory vector, as logarithms."""
+    def rate(self, name: str, step: int) -> float | Tensor:
+        """Inner learning rate; the learned ones are one for each memory vector (and step), as logarithms."""
         if self.learn_inner_lr and name == "memory":
-            return math.e**self.method.log_inner_lr
+            learned = self.method.log_inner_lr
+            return math.e ** (learned[step - 1] if self.learn_momentum else learned)
         return self.inner_lr

@@ -125,3 +125,9 @@ def test_command_trains_once_and_saves_everything(tmp_path: Path, capsys: pytest
     log = (tmp_path / "runs" / "tiny-rmt" / "log.csv").read_text()
     assert main(["compare", *recipes, *options]) == 0
     assert (tmp_path / "runs" / "tiny-rmt" / "log.csv").read_text() == log
+    # Directories of runs say all that recipes say.
+    runs = [str(tmp_path / "runs" / f"tiny-{name}") for name in ("rmt", "mamba")]
+    assert main(["compare", *runs, *options, "--json", str(tmp_path / "d.json")]) == 0
+    of_runs = json.loads((tmp_path / "d.json").read_text())
+    kept = ("checkpoint", "pairs", "exact_match", "trained_samples", "trained_seconds")
+    assert [[row[key] for key in kept] for row in of_runs] == [[row[key] for key in kept] for row in rows]

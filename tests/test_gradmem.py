@@ -65,12 +65,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "learned_rate": {"learn_inner_lr": True},
     "learned_rate_first": {"learn_inner_lr": True, "order": "first"},
     "learned_rate_none": {"learn_inner_lr": True, "order": "none"},
+    "momentum": {"learn_inner_lr": True, "learn_momentum": True, "write_steps": 3},
+    "momentum_first": {"learn_inner_lr": True, "learn_momentum": True, "write_steps": 3, "order": "first"},
+    "momentum_none": {"learn_inner_lr": True, "learn_momentum": True, "write_steps": 3, "order": "none"},
     "adam": {"inner_optimizer": "adam", "inner_lr": 0.05},
     "adam_first": {"inner_optimizer": "adam", "inner_lr": 0.05, "order": "first"},
     "adam_last_k": {"inner_optimizer": "adam", "inner_lr": 0.05, "write_steps": 3, "last_k": 2},
     "everything": EVERYTHING,
     "everything_last_k": EVERYTHING | {"last_k": 2},
     "everything_adam": EVERYTHING | {"inner_optimizer": "adam", "inner_lr": 0.03},
+    "everything_momentum": EVERYTHING | {"learn_momentum": True},
     "everything_none": EVERYTHING | {"order": "none"},
 }
 
@@ -121,7 +125,7 @@ def test_equals_naive(kind: str, name: str, strategy: Strategy) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("name", ["second", "everything_last_k", "everything_adam"])
+@pytest.mark.parametrize("name", ["second", "everything_last_k", "everything_adam", "everything_momentum"])
 def test_strategies_agree(kind: str, dtype: torch.dtype, tolerance: float, name: str) -> None:
     """With each other and, in float32 too, with the reference in float64."""
     results = []
@@ -547,6 +551,9 @@ def test_a_random_write_head_is_no_copy() -> None:
         {"inner_lr": 0.0},
         {"settle": -1.0},
         {"inner_optimizer": "adamw"},
+        {"learn_momentum": True},
+        {"learn_momentum": True, "learn_inner_lr": True, "inner_optimizer": "adam"},
+        {"learn_momentum": True, "learn_inner_lr": True, "write_steps": 0},
         {"order": "third"},
         {"last_k": -1},
         {"n_ctrl": -1},

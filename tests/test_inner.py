@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradmem.inner import Step, Strategy, descend, token_losses
 from gradmem.inner.objective import sample_losses
-from gradmem.inner.optimizers import OPTIMIZERS, clip, sgd
+from gradmem.inner.optimizers import OPTIMIZERS, Rates, clip, sgd
 
 ORDERS = ["second", "first", "none"]
 BATCH, WIDTH, STEPS = 3, 4, 4
@@ -26,6 +26,11 @@ STRATEGIES = get_args(Strategy)
 def final(*args: Any, **options: Any) -> Step:
     *_, last = descend(*args, **options)
     return last
+
+
+def constant(**rates: float | Tensor) -> Callable[[int], Rates]:
+    """The same rates at every step."""
+    return lambda step: rates
 
 
 def gradients(value: Tensor, *wanted: Tensor) -> list[np.ndarray]:
@@ -53,7 +58,7 @@ def test_quadratic_closed_form(order: str, last_k: int | None) -> None:
         lambda t: 0.5 * torch.einsum("bi,ij,bj->b", t["x"] - c, a, t["x"] - c),
         {"x": x},
         sgd,
-        {"x": rate},
+        constant(x=rate),
         STEPS,
         order=order,
         last_k=last_k,
@@ -144,7 +149,7 @@ def by_descend(
         loss,
         {"x": leaves["x"], "z": leaves["z"]},
         OPTIMIZERS[optimizer],
-        {"x": leaves["log_rate"].exp(), "z": 0.2},
+        constant(x=leaves["log_rate"].exp(), z=0.2),
         STEPS,
         order=order,
         last_k=last_k,
@@ -208,14 +213,14 @@ def test_computed_tensors_go_through_given() -> None:
         w = torch.tensor(POINT["w"], requires_grad=True)
         options: dict[str, Any] = {"given": [w.exp()], "strategy": strategy}
         loss = lambda t, e: ((t["x"] @ e.T) ** 2).sum(1)  # noqa: E731
-        last = final(loss, {"x": torch.tensor(POINT["x"])}, sgd, {"x": 0.01}, 3, **options)
+        last = final(loss, {"x": torch.tensor(POINT["x"])}, sgd, constant(x=0.01), 3, **options)
         grads.append(gradients(last.tensors["x"].sin().sum(), w)[0])
     np.testing.assert_allclose(grads[0], grads[1], rtol=1e-12)
 
     w = torch.tensor(POINT["w"], requires_grad=True)
     computed = w.exp()
     closure = lambda t: ((t["x"] @ computed.T) ** 2).sum(1)  # noqa: E731
-    last = final(closure, {"x": torch.tensor(POINT["x"])}, sgd, {"x": 0.01}, 3, strategy="recompute")
+    last = final(closure, {"x": torch.tensor(POINT["x"])}, sgd, constant(x=0.01), 3, strategy="recompute")
     with pytest.raises(RuntimeError, match="second time"):
         last.tensors["x"].sum().backward()
 
@@ -242,7 +247,7 @@ def bowl(scale: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
 def test_yields_the_start_and_every_step() -> None:
     x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scale = torch.tensor([0.5, 1.5], dtype=torch.float64)
-    states = list(descend(bowl(scale), {"x": x}, sgd, {"x": 0.1}, 3))
+    states = list(descend(bowl(scale), {"x": x}, sgd, constant(x=0.1), 3))
     assert [state.taken.tolist() for state in states] == [[0, 0], [1, 1], [2, 2], [3, 3]]
     assert [len(state.losses) for state in states] == [0, 1, 2, 3]
     torch.testing.assert_close(states[0].tensors["x"], x)
@@ -259,7 +264,7 @@ def test_samples_are_independent(optimizer: str, order: str) -> None:
 
     def run(rows: list[int]) -> tuple[Tensor, Tensor]:
         x, loss = start[rows].requires_grad_(), bowl(scale[rows])
-        last = final(loss, {"x": x}, OPTIMIZERS[optimizer], {"x": 0.1}, 3, order=order, clip_norm=1.0)
+        last = final(loss, {"x": x}, OPTIMIZERS[optimizer], constant(x=0.1), 3, order=order, clip_norm=1.0)
         return x, last.tensors["x"]
 
     x, together = run([0, 1, 2])
@@ -279,7 +284,7 @@ def test_until_stops_each_sample_by_its_own_loss(optimizer: str, training: bool)
     start = torch.full((4, 3), 0.8, dtype=torch.float64)
     scale = torch.tensor([0.0, 0.4, 0.9, 3.0], dtype=torch.float64)
     start[0] = 0.01
-    until, most, update, rates = 0.3, 7, OPTIMIZERS[optimizer], {"x": 0.1}
+    until, most, update, rates = 0.3, 7, OPTIMIZERS[optimizer], constant(x=0.1)
     x = start.clone().requires_grad_()
     with torch.set_grad_enabled(training):
         last = final(bowl(scale), {"x": x}, update, rates, most, until=until)
@@ -301,7 +306,7 @@ def test_until_stops_each_sample_by_its_own_loss(optimizer: str, training: bool)
 
 def test_until_that_all_meet_at_once_takes_no_step() -> None:
     x = torch.ones(2, 3)
-    (only,) = descend(bowl(torch.ones(2)), {"x": x}, sgd, {"x": 0.1}, 5, until=100.0)
+    (only,) = descend(bowl(torch.ones(2)), {"x": x}, sgd, constant(x=0.1), 5, until=100.0)
     assert only.taken.tolist() == [0, 0]
     assert only.losses == []
     torch.testing.assert_close(only.tensors["x"], x)
@@ -332,7 +337,7 @@ def test_adam_agrees_with_pytorch() -> None:
     """Where gradients are far above epsilon, sqrt(v + eps^2) is sqrt(v) + eps to nine digits."""
     start = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 3
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    last = final(bowl(scale), {"x": start}, OPTIMIZERS["adam"], {"x": 0.05}, 6)
+    last = final(bowl(scale), {"x": start}, OPTIMIZERS["adam"], constant(x=0.05), 6)
     x = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.05)
     for _ in range(6):
@@ -351,7 +356,7 @@ def test_second_order_where_gradients_are_exactly_zero(optimizer: str, options: 
 
     def outer(w: Tensor, x: Tensor) -> Tensor:
         loss = lambda t: torch.stack([torch.cosh(t["x"][0, :2] * w).sum(), 0 * t["x"][1].sum()])  # noqa: E731
-        last = final(loss, {"x": x}, OPTIMIZERS[optimizer], {"x": 0.1}, 3, **options)
+        last = final(loss, {"x": x}, OPTIMIZERS[optimizer], constant(x=0.1), 3, **options)
         return (last.tensors["x"] ** 2).sum()
 
     leaves = torch.tensor(w, requires_grad=True), torch.tensor(start, requires_grad=True)
@@ -366,10 +371,10 @@ def test_second_order_where_gradients_are_exactly_zero(optimizer: str, options: 
 def test_adam_at_a_gradient_that_is_zero_but_moves() -> None:
     """x stands in the minimum of (x - c)^2: the slope there is -lr / eps, huge but finite."""
     x = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
-    last = final(lambda t: (t["x"] ** 2).sum(1) / 2, {"x": x}, OPTIMIZERS["adam"], {"x": 0.1}, 1)
+    last = final(lambda t: (t["x"] ** 2).sum(1) / 2, {"x": x}, OPTIMIZERS["adam"], constant(x=0.1), 1)
     (grad,) = torch.autograd.grad(last.tensors["x"].sum(), x)
     assert grad.item() == pytest.approx(1 - 0.1 / 1e-8)
-    last = final(lambda t: (t["x"] ** 2).sum(1) / 2, {"x": x}, OPTIMIZERS["adam"], {"x": 0.1}, 3)
+    last = final(lambda t: (t["x"] ** 2).sum(1) / 2, {"x": x}, OPTIMIZERS["adam"], constant(x=0.1), 3)
     assert torch.autograd.grad(last.tensors["x"].sum(), x)[0].isfinite()
 
 

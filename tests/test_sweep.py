@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def test_steps_are_chosen_on_validation_and_measured_on_test(
 def test_sweep_is_evaluation(tiny: MemoryModel) -> None:
     points = sweep(tiny, [2, 4], [0, 1, 3], samples=5, valid_samples=2)
     assert [point.pairs for point in points] == [2, 4]
+    assert [point.bits for point in points] == pytest.approx([2 * 4 * math.log2(62), 4 * 4 * math.log2(62)])
     for point in points:
         wanted = evaluate(tiny, [0, 1, 3], 5, 1, "test", {"pairs": point.pairs}, swapped_steps=point.best)
         assert [result.row() for result in point.results.values()] == [result.row() for result in wanted]
@@ -57,7 +59,13 @@ def test_a_sweep_needs_steps(tiny: MemoryModel) -> None:
 
 def test_command(tiny: MemoryModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.save_pretrained(tmp_path / "tiny")
-    names = {"--json": "rows.json", "--csv": "rows.csv", "--figure": "pairs.png", "--heatmap": "steps.png"}
+    names = {
+        "--json": "rows.json",
+        "--csv": "rows.csv",
+        "--figure": "pairs.png",
+        "--heatmap": "steps.png",
+        "--bits": "bits.png",
+    }
     files = [part for option, name in names.items() for part in (option, str(tmp_path / name))]
     given = ["--pairs", "2,32", "--steps", "0..3", "--samples", "3", "--valid-samples", "2"]
     twice = [str(tmp_path / "tiny")] * 2
@@ -67,7 +75,7 @@ def test_command(tiny: MemoryModel, tmp_path: Path, capsys: pytest.CaptureFixtur
     with (tmp_path / "rows.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [float(line["exact_match"]) for line in lines] == [row["exact_match"] for row in rows]
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("pairs.png", "steps.png"))
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("pairs.png", "steps.png", "bits.png"))
     assert "unwritten" in capsys.readouterr().out
 
 

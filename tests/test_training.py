@@ -295,6 +295,22 @@ def test_tasks_of_a_stage_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert gradmem.load(tmp_path / "run" / "checkpoint").spec["task"]["pairs"] == 3
 
 
+def test_inner_rates_and_momentum_learn_at_a_rate_of_their_own() -> None:
+    """The first step of AdamW moves every parameter with a gradient by its learning rate."""
+    method = {**METHOD, "write_steps": 2, "learn_inner_lr": True, "learn_momentum": True}
+    model = MemoryModel.from_spec(TASK, BACKBONE, method)
+    before = {name: parameter.detach().clone() for name, parameter in model.method.named_parameters()}
+    optimizers = build_optimizers(model.method, recipe(optimizer="adamw", adamw_lr=1e-4, inner_adamw_lr=0.05))
+    batch = model.task.batch("train", 0, 4)
+    model.method.write(batch.context).memory.tensors["memory"].square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    moved = {name: (p - before[name]).abs().max().item() for name, p in model.method.named_parameters()}
+    assert moved["log_inner_lr"] == pytest.approx(0.05, rel=1e-3)
+    assert moved["momentum"] == pytest.approx(0.05, rel=1e-3)
+    assert moved["initial_memory"] == pytest.approx(1e-4, rel=1e-3)
+
+
 def test_frozen_model_has_nothing_to_train() -> None:
     model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
     model.method.requires_grad_(False)

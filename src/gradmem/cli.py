@@ -39,7 +39,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "list": commands.show_list,
 }
 CHECKPOINTS_HELP = "names of packaged checkpoints, directories, or hub names"
-SYSTEMS_HELP = "recipes, each trained in OUTPUT/NAME where that is not done yet, and checkpoints"
+SYSTEMS_HELP = "recipes, each trained in OUTPUT/NAME where that is not done yet, directories of runs, and checkpoints"
 QUERIES_HELP = "queries; without any, one a line from standard input, answered as JSON lines"
 KEYS_HELP = "API keys of `gradmem serve` (GRADMEM_KEYS: the file of their hashes)."
 STORE_HELP = "Memories that are kept, under names and tags (GRADMEM_STORE: file or PostgreSQL URL)."

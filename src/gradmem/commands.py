@@ -23,7 +23,7 @@ from .evaluation import compare as comparison
 from .evaluation.evaluate import Result
 from .evaluation.evaluate import evaluate as measure
 from .evaluation.report import save_csv, save_json, steps_figure, table
-from .evaluation.sweep import Point, pairs_figure
+from .evaluation.sweep import Point, bits_figure, pairs_figure
 from .evaluation.sweep import steps_figure as heatmap_figure
 from .evaluation.sweep import sweep as run_sweep
 from .evaluation.sweep import table as sweep_table
@@ -196,6 +196,7 @@ def sweep(
     csv: Path | None = None,
     figure: Path | None = None,
     heatmap: Path | None = None,
+    bits: Path | None = None,
 ) -> list[Point]:
     """Measure checkpoints at several numbers of pairs, after every number of steps up to many more than trained.
 
@@ -223,6 +224,8 @@ def sweep(
         Also draw exact match by pairs to this file, beside the paper's.
     heatmap
         Also draw trained by evaluated steps to this file, beside the paper's.
+    bits
+        Also draw the bits that are recalled to this file, against those of the memory.
     """
     points: list[Point] = []
     for name in checkpoints:
@@ -238,6 +241,7 @@ def sweep(
         csv and save_csv(rows, csv),
         figure and pairs_figure(points, figure),
         heatmap and heatmap_figure(points, heatmap),
+        bits and bits_figure(points, bits),
     ]
     for path in filter(None, saved):
         console.print(f"saved {path}")
@@ -259,7 +263,7 @@ def compare(
     Parameters
     ----------
     systems
-        Recipes, each trained in OUTPUT/NAME where that is not done yet, and checkpoints.
+        Recipes, each trained in OUTPUT/NAME where that is not done yet, directories of earlier runs, and checkpoints.
     pairs
         Numbers of pairs; default: 4,8,16,32,64,96.
     samples
@@ -296,12 +300,14 @@ def compare(
 
 
 def _system(name: str, output: Path) -> tuple[MemoryModel, comparison.Training]:
-    """Load a checkpoint, or what a recipe trains."""
-    recipe = name in recipe_names() or name.endswith((".yaml", ".yml"))
-    if name in checkpoint_names() or not recipe:
-        return load(name), comparison.Training()
-    run = output / Path(name).stem
-    train(load_recipe(name), run)
+    """Load a checkpoint, that of a run, or what a recipe trains."""
+    run = Path(name)
+    if not (run / "checkpoint").is_dir():
+        recipe = name in recipe_names() or name.endswith((".yaml", ".yml"))
+        if name in checkpoint_names() or not recipe:
+            return load(name), comparison.Training()
+        run = output / run.stem
+        train(load_recipe(name), run)
     model = load(run / "checkpoint")
     model.name = run.name
     return model, comparison.Training.of(run)

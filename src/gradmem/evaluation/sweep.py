@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..errors import GradmemError
 from ..model import MemoryModel
+from ..specs import build_task
 from .evaluate import Result, evaluate
 from .published import BEST_OF_30, BY_STEPS
 from .report import by_pairs, figure, percent_interval
@@ -32,6 +33,8 @@ class Point:
         On test contexts, by number of steps.
     few, best : int
         Numbers of steps that validation contexts choose: of at most five, and of all.
+    bits : float
+        What a context says; NaN where the task does not count it.
     """
 
     checkpoint: str
@@ -40,6 +43,7 @@ class Point:
     results: dict[int, Result]
     few: int
     best: int
+    bits: float
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row for each number of steps."""
@@ -83,6 +87,7 @@ def sweep(
                 results={result.steps: result for result in test},
                 few=_best(valid, few) if few else best,
                 best=best,
+                bits=getattr(build_task({**model.spec["task"], **task}), "bits", math.nan),
             )
         )
     return points
@@ -133,6 +138,26 @@ def pairs_figure(points: Sequence[Point], path: Path) -> Path:
                 known = [p for p in mine if chosen(p) in p.results]
                 values = [100 * p.results[chosen(p)].exact_match for p in known]
                 axis.plot([p.pairs for p in known], values, marker="o", label=f"{checkpoint}: {kind}")
+        axis.legend(frameon=False, fontsize=7)
+    return path
+
+
+def bits_figure(points: Sequence[Point], path: Path) -> Path:
+    """Draw the bits of the pairs that are recalled, after the chosen numbers of steps, against those of the memory."""
+    with figure(path) as axis:
+        for checkpoint in dict.fromkeys(point.checkpoint for point in points):
+            mine = sorted((p for p in points if p.checkpoint == checkpoint), key=lambda p: p.pairs)
+            for kind, chosen in (("few", lambda p: p.few), ("best", lambda p: p.best)):
+                stored = [p.bits * p.results[chosen(p)].exact_match for p in mine]
+                label = f"{checkpoint}: <= {FEW} steps" if kind == "few" else f"{checkpoint}: best"
+                axis.plot([p.pairs for p in mine], stored, marker="o", label=label)
+        said = sorted({(point.pairs, point.bits) for point in points})
+        axis.plot(*zip(*said, strict=True), "k--", label="all pairs of the context")
+        state = 8 * next(iter(points[0].results.values())).bytes
+        axis.axhline(state, color="k", linestyle=":", label=f"the memory: {state:,} bits")
+        axis.set(xscale="log", yscale="log", xlabel="key-value pairs", ylabel="bits of recalled keys and values")
+        axis.set_xticks([p for p, _ in said], labels=[str(p) for p, _ in said], minor=False)
+        axis.set_title(_about(points), fontsize=9)
         axis.legend(frameon=False, fontsize=7)
     return path
 

@@ -43,11 +43,10 @@ def descend(
     loss: Loss,
     tensors: Tensors,
     update: Update,
-    rates: Rates,
+    rates: Callable[[int], Rates],
     steps: int,
     *,
     given: Sequence[Tensor] = (),
-    factor: Callable[[int], float] = lambda step: 1.0,
     order: Order = "second",
     last_k: int | None = None,
     strategy: Strategy = "unroll",
@@ -68,14 +67,12 @@ def descend(
         Starting point.
     update : callable
         One of `gradmem.inner.optimizers`.
-    rates : mapping of float or Tensor
-        Learning rate of each tensor, broadcast against it.
+    rates : callable
+        `rates(step)`, with steps counted from 0, returns the learning rate of each tensor, broadcast against it.
     steps : int
         Steps to take at most.
     given : sequence of Tensor
         Further arguments of `loss`, the same at every step.
-    factor : callable
-        Factor on the learning rates at a step, counted from 0.
     order : {"none", "first", "second"}
         "second" differentiates through the gradients; "first" takes them as constants and keeps the identity path
         to the start; "none" detaches after every step.
@@ -107,8 +104,7 @@ def descend(
         if active is not None and not bool(active.any()):
             return
         clipped = {name: clip(grad, clip_value, clip_norm) for name, grad in zip(points, grads, strict=True)}
-        now_rates = {name: rate * factor(index) for name, rate in rates.items()}
-        updated, state = update(points if second else now.tensors, clipped, state, now_rates)
+        updated, state = update(points if second else now.tensors, clipped, state, rates(index))
         if active is not None:
             updated = {name: torch.where(_like(active, new), new, now.tensors[name]) for name, new in updated.items()}
         if order == "none" or not training:

@@ -42,6 +42,18 @@ def sgd(tensors: Tensors, grads: Tensors, state: None, rates: Rates) -> tuple[Te
     return {name: tensor - rates[name] * grads[name] for name, tensor in tensors.items()}, None
 
 
+def heavy_ball(momentum: Callable[[int], float | Tensor]) -> Update:
+    """Polyak's method: v <- g + momentum(k) * v, then M <- M - lr * v, at step k counted from 0."""
+
+    def update(tensors: Tensors, grads: Tensors, state: Any, rates: Rates) -> tuple[Tensors, Any]:
+        step, velocity = state or (0, None)
+        if velocity is not None:
+            grads = {name: grad + momentum(step) * velocity[name] for name, grad in grads.items()}
+        return sgd(tensors, grads, None, rates)[0], (step + 1, grads)
+
+    return update
+
+
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPS = 1e-8
 

@@ -166,6 +166,10 @@ class Method(nn.Module, ABC):
         """Inner learning rates for the record; empty for methods without."""
         return []
 
+    def inner_parameters(self) -> list[nn.Parameter]:
+        """What is learned of the write's own optimiser, for a learning rate of its own; empty for methods without."""
+        return []
+
     @abstractmethod
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` when the tensors of a memory are not what this method writes."""

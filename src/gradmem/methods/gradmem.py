@@ -17,7 +17,7 @@ from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.meta_gradient import Order, descend, of_unfinished
 from ..inner.objective import sample_losses
-from ..inner.optimizers import OPTIMIZERS, Rates, Tensors
+from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, heavy_ball
 from ..memory import Memory
 from ..prefix import Prefix
 from ._chunked import ChunkedMethod, Mode
@@ -39,9 +39,13 @@ class GradMem(ChunkedMethod):
         Inner learning rate, on the mean token loss.
     learn_inner_lr : bool
         Meta-learn one inner learning rate for each memory vector, starting from `inner_lr`.
+    learn_momentum : bool
+        Descend with momentum, and meta-learn it for each of the `write_steps`, starting from none, and the inner
+        learning rates for each of them too. Needs `learn_inner_lr` and `inner_optimizer: sgd`.
     settle : float
         How fast the inner learning rate falls beyond `write_steps`: the j-th step after them takes the rate divided
         by 1 + settle * j. With 0, the paper's constant rate, a memory overshoots after more steps than were trained.
+        Momentum falls likewise.
     inner_optimizer : {"sgd", "adam"}
     clip_value, clip_norm : float, optional
         Clips of the inner gradient, per sample and tensor.
@@ -76,6 +80,7 @@ class GradMem(ChunkedMethod):
         write_steps: int = 5,
         inner_lr: float = 1.0,
         learn_inner_lr: bool = False,
+        learn_momentum: bool = False,
         settle: float = 0.5,
         inner_optimizer: Literal["sgd", "adam"] = "sgd",
         clip_value: float | None = None,
@@ -95,6 +100,8 @@ class GradMem(ChunkedMethod):
         require("inner_lr", inner_lr, inner_lr > 0, "positive")
         require("settle", settle, settle >= 0, "at least 0")
         require("inner_optimizer", inner_optimizer, inner_optimizer in OPTIMIZERS, "sgd or adam")
+        fits = not learn_momentum or (learn_inner_lr and inner_optimizer == "sgd" and write_steps > 0)
+        require("learn_momentum", learn_momentum, fits, "used with learn_inner_lr, sgd and at least one write step")
         require("order", order, order in ("none", "first", "second"), "none, first or second")
         require("last_k", last_k, last_k is None or last_k >= 0, "at least 0")
         require("projection", projection, projection in ("none", "proj", "per_sample"), "none, proj or per_sample")
@@ -103,20 +110,17 @@ class GradMem(ChunkedMethod):
         require("write_lora", write_lora, write_lora >= 0, "at least 0")
         require("read_lora", read_lora, read_lora >= 0, "at least 0")
         self.inner_lr, self.settle = inner_lr, settle
-        self.update = OPTIMIZERS[inner_optimizer]
+        self.update = heavy_ball(self._momentum) if learn_momentum else OPTIMIZERS[inner_optimizer]
         self.clip_value, self.clip_norm = clip_value, clip_norm
         self.order: Order = order
         self.last_k = last_k
         self.projection = projection
 
         backbone.requires_grad_(not freeze_backbone)
-        self.log_inner_lr = (
-            nn.Parameter(
-                torch.full((n_mem, 1), math.log(inner_lr), dtype=torch.float32, device=self.initial_memory.device)
-            )
-            if learn_inner_lr
-            else None
-        )
+        learned: dict[str, Any] = {"dtype": torch.float32, "device": self.initial_memory.device}
+        rates = (write_steps, n_mem, 1) if learn_momentum else (n_mem, 1)
+        self.log_inner_lr = nn.Parameter(torch.full(rates, math.log(inner_lr), **learned)) if learn_inner_lr else None
+        self.momentum = nn.Parameter(torch.zeros(write_steps, **learned)) if learn_momentum else None
         self.proj = None if projection == "none" else self._new_projection(identity=True)
         self.write_head = self._new_write_head(write_head)
         ranks: dict[Phase, int] = {"write": write_lora, "read": read_lora}
@@ -137,10 +141,9 @@ class GradMem(ChunkedMethod):
             loss if until is None or torch.is_grad_enabled() else of_unfinished(loss, until),
             start,
             self.update,
-            self._rates(),
+            self._rates,
             steps,
             given=[embeds, context.ids, context.mask],
-            factor=self._settling,
             order=self.order,
             last_k=self.last_k,
             strategy=self.strategy,
@@ -165,9 +168,12 @@ class GradMem(ChunkedMethod):
         return _AdaptedPrefix(prefix, self.adapters) if self.adapters else prefix
 
     def inner_lrs(self) -> list[float]:
-        """Inner learning rate of each memory vector, or the one that all share."""
-        rate = self._rates()["memory"]
-        return rate.flatten().tolist() if isinstance(rate, Tensor) else [rate]
+        """Inner learning rate of each memory vector, or the one that all share; with momentum step after step."""
+        return [self.inner_lr] if self.log_inner_lr is None else self.log_inner_lr.exp().flatten().tolist()
+
+    def inner_parameters(self) -> list[nn.Parameter]:
+        """Learned inner learning rates and momentum; see `Method.inner_parameters`."""
+        return [parameter for parameter in (self.log_inner_lr, self.momentum) if parameter is not None]
 
     def _start(self, batch: int) -> Tensors:
         tensors = super()._start(batch)
@@ -179,11 +185,20 @@ class GradMem(ChunkedMethod):
     def _settling(self, step: int) -> float:
         return 1 / (1 + self.settle * max(0, step + 1 - self.write_steps))
 
-    def _rates(self) -> Rates:
-        rates: dict[str, float | Tensor] = dict.fromkeys(("memory", "proj_weight", "proj_bias"), self.inner_lr)
+    def _rates(self, step: int) -> Rates:
+        factor, rate = self._settling(step), self.inner_lr
+        rates: dict[str, float | Tensor] = dict.fromkeys(("memory", "proj_weight", "proj_bias"), rate * factor)
         if self.log_inner_lr is not None:
-            rates["memory"] = self.log_inner_lr.exp().to(self.initial_memory.dtype)
+            log_rate = self.log_inner_lr if self.momentum is None else self._at(self.log_inner_lr, step)
+            rates["memory"] = log_rate.exp().to(self.initial_memory.dtype) * factor
         return rates
+
+    def _momentum(self, step: int) -> float | Tensor:
+        return 0.0 if self.momentum is None else self._at(self.momentum, step) * self._settling(step)
+
+    def _at(self, learned: Tensor, step: int) -> Tensor:
+        """What was learned for a step; that of the last one for those beyond."""
+        return learned[min(step, len(learned) - 1)]
 
     def _project(self, phase: Phase, tensors: Tensors) -> Tensor:
         memory = tensors["memory"].to(self.initial_memory.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from functools import lru_cache
@@ -83,6 +84,11 @@ class KV(Task):
     def label(self) -> str:
         """The number of pairs, and the noise between them."""
         return f"{self.pairs} pairs" + (f", {self.noise:.0%} noise" if self.noise else "")
+
+    @property
+    def bits(self) -> float:
+        """Bits of what a context says: all characters of its keys and values."""
+        return self.pairs * (self.key_length + self.value_length) * math.log2(self.alphabet)
 
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
         """Samples `start` to `start + size`; see `Task.batch`."""

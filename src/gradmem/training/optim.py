@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,19 +14,27 @@ from .recipe import Recipe
 def build_optimizers(method: Method, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for everything else that is trained."""
     matrices = [p for p in _block_matrices(method) if p.requires_grad] if recipe.optimizer == "muon" else []
-    chosen = {id(p) for p in matrices}
+    inner = [] if recipe.inner_adamw_lr is None else [p for p in method.inner_parameters() if p.requires_grad]
+    chosen = {id(p) for p in [*matrices, *inner]}
     rest = [p for p in method.parameters() if p.requires_grad and id(p) not in chosen]
-    if not matrices and not rest:
-        return []
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(
             torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.weight_decay)
         )
-    if rest:
+    if rest or inner:
         beta1, beta2 = recipe.betas
+        groups: list[dict[str, Any]] = [
+            {"params": rest},
+            {"params": inner, "lr": recipe.inner_adamw_lr, "weight_decay": 0.0},
+        ]
         optimizers.append(
-            torch.optim.AdamW(rest, lr=recipe.adamw_lr, betas=(beta1, beta2), weight_decay=recipe.weight_decay)
+            torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                lr=recipe.adamw_lr,
+                betas=(beta1, beta2),
+                weight_decay=recipe.weight_decay,
+            )
         )
     return optimizers
 

@@ -72,6 +72,8 @@ class Recipe:
     """Learning rate of Muon."""
     adamw_lr: float = 1e-3
     """Learning rate of AdamW."""
+    inner_adamw_lr: float | None = None
+    """Learning rate of AdamW for learned inner learning rates and momentum; by default adamw_lr."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     """Betas of AdamW."""
     weight_decay: float = 0.0
