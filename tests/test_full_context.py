@@ -122,6 +122,17 @@ def test_budget_of_lowest_key_norms() -> None:
     assert len(kept) > 3, "heads and rows should keep different entries"
 
 
+def test_equal_norms_keep_the_earliest_whatever_the_rounding() -> None:
+    """A token that comes again has the same norm, but for the rounding of its rotary position."""
+    config = {"num_hidden_layers": 1}
+    method = make_full("llama", config=config, budget=3, keep="lowest-key-norm").float()
+    everything = make_full("llama", config=config).float()
+    for token in range(20):
+        context = Tokens.from_lists([[token] * 12])
+        kept, whole_keys = (m.write(context).memory.tensors["keys"] for m in (method, everything))
+        assert distance(kept, whole_keys[:, :3]) < 1e-5, token
+
+
 def test_bytes_are_those_of_the_entries() -> None:
     entry, numbers = 8 * 2 * 2 * 2 * 4, 2 * 8  # keys and values of 2 layers, 2 heads of width 4, float64
     context = random_tokens([7, 5])

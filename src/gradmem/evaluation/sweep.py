@@ -156,7 +156,8 @@ def bits_figure(points: Sequence[Point], path: Path) -> Path:
         state = 8 * next(iter(points[0].results.values())).bytes
         axis.axhline(state, color="k", linestyle=":", label=f"the memory: {state:,} bits")
         axis.set(xscale="log", yscale="log", xlabel="key-value pairs", ylabel="bits of recalled keys and values")
-        axis.set_xticks([p for p, _ in said], labels=[str(p) for p, _ in said], minor=False)
+        axis.set_xticks([p for p, _ in said], labels=[str(p) for p, _ in said])
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
         axis.set_title(_about(points), fontsize=9)
         axis.legend(frameon=False, fontsize=7)
     return path
