@@ -65,7 +65,8 @@ class Record:
     steps : int
         Write steps taken; of a text in chunks, on the chunk that took most.
     inner_lr : list of float
-        Inner learning rate of each memory vector (one number where all share it; empty without).
+        Inner learning rate of each memory vector, step after step where each has its own (one number where all
+        share it; empty without).
     losses : list of float
         Mean token loss before each step (of the tokens of all chunks that took it) and after the last, nats.
     token_losses : list of float
