@@ -284,6 +284,22 @@ def test_steps_beyond_those_trained_get_smaller(settle: float) -> None:
         assert distance(after, before - rate * gradient) < 1e-12
 
 
+def test_momentum_beyond_the_trained_steps_is_that_of_the_last_and_falls() -> None:
+    method = make_gradmem(write_steps=2, learn_inner_lr=True, learn_momentum=True, settle=0.5)
+    context = make_batch().context
+    with torch.no_grad():
+        method.momentum.copy_(torch.tensor([0.9, 0.6], dtype=torch.float64))
+    states = [state.memory.tensors["memory"].detach() for state in method.trajectory(context, 4)]
+    velocity = torch.zeros_like(states[0])
+    for step, (before, after) in enumerate(pairwise(states)):
+        point = Memory({"memory": before.clone().requires_grad_()})
+        loss = (method.token_losses(point, context).sum(1) / context.lengths).sum()
+        (gradient,) = torch.autograd.grad(loss, point.tensors["memory"])
+        velocity = gradient + [0.9, 0.6, 0.6 / 1.5, 0.6 / 2][step] * velocity
+        rate = method.log_inner_lr[min(step, 1)].exp().detach() / [1, 1, 1.5, 2][step]
+        assert distance(after, before - rate * velocity) < 1e-12, step
+
+
 def test_until_stops_samples_one_by_one() -> None:
     method, context = make_gradmem(write_steps=6), make_batch().context
     states = list(method.trajectory(context, 6))

@@ -301,13 +301,12 @@ def compare(
 
 def _system(name: str, output: Path) -> tuple[MemoryModel, comparison.Training]:
     """Load a checkpoint, that of a run, or what a recipe trains."""
-    run = Path(name)
-    if not (run / "checkpoint").is_dir():
-        recipe = name in recipe_names() or name.endswith((".yaml", ".yml"))
-        if name in checkpoint_names() or not recipe:
-            return load(name), comparison.Training()
+    run, packaged = Path(name), name in checkpoint_names()
+    if not packaged and (name in recipe_names() or name.endswith((".yaml", ".yml"))):
         run = output / run.stem
         train(load_recipe(name), run)
+    elif packaged or not (run / "checkpoint").is_dir():
+        return load(name), comparison.Training()
     model = load(run / "checkpoint")
     model.name = run.name
     return model, comparison.Training.of(run)

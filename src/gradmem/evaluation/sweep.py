@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,6 @@ class Point:
         On test contexts, by number of steps.
     few, best : int
         Numbers of steps that validation contexts choose: of at most five, and of all.
-    bits : float
-        What a context says; NaN where the task does not count it.
     """
 
     checkpoint: str
@@ -43,7 +41,11 @@ class Point:
     results: dict[int, Result]
     few: int
     best: int
-    bits: float
+
+    @property
+    def bits(self) -> float:
+        """What a context says; NaN where the task does not count it."""
+        return float(getattr(build_task(self.results[self.best].task), "bits", math.nan))
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row for each number of steps."""
@@ -87,7 +89,6 @@ def sweep(
                 results={result.steps: result for result in test},
                 few=_best(valid, few) if few else best,
                 best=best,
-                bits=getattr(build_task({**model.spec["task"], **task}), "bits", math.nan),
             )
         )
     return points
@@ -131,26 +132,30 @@ def pairs_figure(points: Sequence[Point], path: Path) -> Path:
     """Draw exact match by pairs, ours solid and the paper's dashed (its figure 1)."""
     with figure(path) as axis:
         by_pairs(axis, [point.pairs for point in points], _about(points))
-        for checkpoint in dict.fromkeys(point.checkpoint for point in points):
-            mine = sorted((p for p in points if p.checkpoint == checkpoint), key=lambda p: p.pairs)
-            kinds = {"1 step": lambda p: 1, f"<= {FEW} steps": lambda p: p.few, "best": lambda p: p.best}
-            for kind, chosen in kinds.items():
-                known = [p for p in mine if chosen(p) in p.results]
-                values = [100 * p.results[chosen(p)].exact_match for p in known]
-                axis.plot([p.pairs for p in known], values, marker="o", label=f"{checkpoint}: {kind}")
+        for label, mine in _curves(points):
+            values = [100 * result.exact_match for _, result in mine]
+            axis.plot([point.pairs for point, _ in mine], values, marker="o", label=label)
         axis.legend(frameon=False, fontsize=7)
     return path
+
+
+def _curves(points: Sequence[Point]) -> Iterator[tuple[str, list[tuple[Point, Result]]]]:
+    """Each checkpoint's results by pairs: after one step where that was measured, and after the chosen numbers."""
+    for checkpoint in dict.fromkeys(point.checkpoint for point in points):
+        mine = sorted((p for p in points if p.checkpoint == checkpoint), key=lambda p: p.pairs)
+        kinds = {"1 step": lambda p: 1, f"<= {FEW} steps": lambda p: p.few, "best": lambda p: p.best}
+        for kind, chosen in kinds.items():
+            known = [(p, p.results[chosen(p)]) for p in mine if chosen(p) in p.results]
+            if known:
+                yield f"{checkpoint}: {kind}", known
 
 
 def bits_figure(points: Sequence[Point], path: Path) -> Path:
     """Draw the bits of the pairs that are recalled, after the chosen numbers of steps, against those of the memory."""
     with figure(path) as axis:
-        for checkpoint in dict.fromkeys(point.checkpoint for point in points):
-            mine = sorted((p for p in points if p.checkpoint == checkpoint), key=lambda p: p.pairs)
-            for kind, chosen in (("few", lambda p: p.few), ("best", lambda p: p.best)):
-                stored = [p.bits * p.results[chosen(p)].exact_match for p in mine]
-                label = f"{checkpoint}: <= {FEW} steps" if kind == "few" else f"{checkpoint}: best"
-                axis.plot([p.pairs for p in mine], stored, marker="o", label=label)
+        for label, mine in _curves(points):
+            stored = [point.bits * result.exact_match for point, result in mine]
+            axis.plot([point.pairs for point, _ in mine], stored, marker="o", label=label)
         said = sorted({(point.pairs, point.bits) for point in points})
         axis.plot(*zip(*said, strict=True), "k--", label="all pairs of the context")
         state = 8 * next(iter(points[0].results.values())).bytes

@@ -110,7 +110,7 @@ class GradMem(ChunkedMethod):
         require("write_lora", write_lora, write_lora >= 0, "at least 0")
         require("read_lora", read_lora, read_lora >= 0, "at least 0")
         self.inner_lr, self.settle = inner_lr, settle
-        self.update = heavy_ball(self._momentum) if learn_momentum else OPTIMIZERS[inner_optimizer]
+        self.update = OPTIMIZERS[inner_optimizer]
         self.clip_value, self.clip_norm = clip_value, clip_norm
         self.order: Order = order
         self.last_k = last_k
@@ -140,7 +140,7 @@ class GradMem(ChunkedMethod):
         walk = descend(
             loss if until is None or torch.is_grad_enabled() else of_unfinished(loss, until),
             start,
-            self.update,
+            self.update if self.momentum is None else heavy_ball(self._momentum),
             self._rates,
             steps,
             given=[embeds, context.ids, context.mask],
@@ -193,8 +193,9 @@ class GradMem(ChunkedMethod):
             rates["memory"] = log_rate.exp().to(self.initial_memory.dtype) * factor
         return rates
 
-    def _momentum(self, step: int) -> float | Tensor:
-        return 0.0 if self.momentum is None else self._at(self.momentum, step) * self._settling(step)
+    def _momentum(self, step: int) -> Tensor:
+        assert self.momentum is not None
+        return self._at(self.momentum, step) * self._settling(step)
 
     def _at(self, learned: Tensor, step: int) -> Tensor:
         """What was learned for a step; that of the last one for those beyond."""
