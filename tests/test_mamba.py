@@ -155,3 +155,17 @@ def test_muon_takes_the_matrices_only() -> None:
     assert len(muon) == 2 * 4
     assert len(muon) + len(adamw) == len(list(method.parameters()))
     assert {id(parameter) for name, parameter in method.named_parameters() if name.endswith("A_log")} <= adamw
+
+
+def test_reconstruction_equals_one_forward_over_the_context_twice() -> None:
+    """The first token is guessed: a state predicts nothing."""
+    method, context = make_mamba(tie_word_embeddings=False), make_batch().context
+    written = method.write(context)
+    assert method.write_loss(written, context) == 0
+    method.reconstruction = True
+    naive = []
+    for row, length in zip(context.ids, context.lengths.tolist(), strict=True):
+        logits = whole(method, row[:length], row[:length])[length:-1]
+        known = F.cross_entropy(logits, row[1:length], reduction="sum")
+        naive.append((known + math.log(VOCABULARY)) / length)
+    assert distance(method.write_loss(written, context), torch.stack(naive).mean()) < TOLERANCE

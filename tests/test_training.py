@@ -56,6 +56,12 @@ def recipe(steps: int = 12, **changes: object) -> Recipe:
     return Recipe(**{**copy.deepcopy(fields), **changes})
 
 
+def test_stages_take_the_write_steps_of_the_method() -> None:
+    stages = [Stage(max_steps=1), Stage(max_steps=1, write_steps=[1, 2])]
+    own = recipe(method=METHOD | {"write_steps": 3}, stages=stages)
+    assert [stage.write_steps for stage in own.stages] == [[3], [1, 2]]
+
+
 def log(output: Path) -> list[dict[str, str]]:
     with (output / "log.csv").open(newline="") as file:
         return list(csv.DictReader(file))

@@ -49,6 +49,8 @@ class ARMT(OnePassMethod):
     leak_pads : bool
         Treat pads as the published experiments did: memory tokens attend to the pads of their segment, are numbered
         after them, and also write where a segment is all pads. By default a row is written as it is alone.
+    reconstruction : bool
+        Learn to reconstruct the context from the memory as well; see `OnePassMethod.reconstruction`.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class ARMT(OnePassMethod):
         correction: bool = True,
         segment_length: int | None = None,
         leak_pads: bool = False,
+        reconstruction: bool = False,
     ) -> None:
         super().__init__(backbone)
+        self.reconstruction = reconstruction
         require("n_mem", n_mem, n_mem >= 1, "at least 1")
         require("d_mem", d_mem, d_mem >= 1, "at least 1")
         require("nu", nu, nu >= 1, "at least 1")

@@ -33,6 +33,8 @@ class Mamba(OnePassMethod):
     ----------
     backbone : Backbone
         Mamba, `model_type: mamba`.
+    reconstruction : bool
+        Learn to reconstruct the context from the memory as well; see `OnePassMethod.reconstruction`.
 
     Raises
     ------
@@ -42,8 +44,9 @@ class Mamba(OnePassMethod):
 
     attends = False
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, *, reconstruction: bool = False) -> None:
         super().__init__(backbone)
+        self.reconstruction = reconstruction
         kind = backbone.model.config.model_type
         if kind != "mamba":
             raise GradmemError(f"the mamba method runs on Mamba only, not on '{kind}': set `model_type: mamba`")

@@ -18,8 +18,9 @@ class Stage:
 
     max_steps: int
     """Optimiser steps after which the stage ends (its decay included)."""
-    write_steps: list[int]
-    """Numbers of write steps K, of which one is drawn anew for every optimiser step."""
+    write_steps: list[int] = field(default_factory=list)
+    """Numbers of write steps K, of which one is drawn anew for every optimiser step; by default the method option
+    `write_steps`, or 1."""
     tasks: list[dict[str, Any]] = field(default_factory=lambda: [{}])
     """Task options that differ from the recipe's, as `{pairs: 4}`; one entry is drawn anew for every step."""
     batch_size: int = 32
@@ -36,7 +37,7 @@ class Stage:
     """Steps at the end over which the learning rates fall linearly to zero."""
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.batch_size < 1 or not self.write_steps or min(self.write_steps) < 0:
+        if self.max_steps < 1 or self.batch_size < 1 or min(self.write_steps, default=0) < 0:
             raise GradmemError("a stage needs max_steps >= 1, batch_size >= 1 and write_steps like [3, 4, 5]")
         if not self.tasks:
             raise GradmemError("a stage's `tasks` is a list like [{pairs: 4}], or is left out")
@@ -102,6 +103,8 @@ class Recipe:
         for part in ("task", "method"):
             if "name" not in getattr(self, part):
                 raise GradmemError(f"a recipe's {part} needs a name")
+        for stage in self.stages:
+            stage.write_steps = stage.write_steps or [self.method.get("write_steps", 1)]
 
 
 def recipe_names() -> list[str]:
