@@ -32,13 +32,13 @@ from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
 from gradmem.cli import main
-from gradmem.commands import plan, train
 from gradmem.evaluation import evaluate
 from gradmem.inner import Strategy
 from gradmem.memory import Record
 from gradmem.methods import RMT, GradMem, MeanPool
 from gradmem.methods._chunked import Chunks
 from gradmem.specs import build_task
+from gradmem.training.commands import plan, train
 from naive import Naive
 from test_gradmem import EVERYTHING, OPTIONS, check_slopes, outer_loss
 from test_rmt import naive_read, naive_write

@@ -12,7 +12,7 @@ import pytest
 
 from gradmem import MemoryModel
 from gradmem.cli import main
-from gradmem.commands import Ints
+from gradmem.evaluation.commands import Ints
 
 PAIRS = "a7:Qz\nk2:9f\nzz:aa\n"
 

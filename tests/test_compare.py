@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from gradmem import commands
+from gradmem import GradmemError
 from gradmem.cli import main
 from gradmem.evaluation.compare import Training, compare
 from gradmem.evaluation.cost import break_even, flops, measure
@@ -85,7 +85,7 @@ def test_systems_are_measured_on_the_same_contexts() -> None:
 
 
 def test_without_any_kv_cache_there_is_nothing_to_compare_with() -> None:
-    with pytest.raises(commands.GradmemError, match="KV-cache"):
+    with pytest.raises(GradmemError, match="KV-cache"):
         compare([(model("mamba", MAMBA), Training())], [2], samples=2)
 
 

@@ -11,10 +11,10 @@ import torch
 
 from gradmem import GradmemError
 from gradmem.cli import main
-from gradmem.commands import train
 from gradmem.model import MemoryModel
 from gradmem.specs import build_task
 from gradmem.training import loop, plan
+from gradmem.training.commands import train
 from gradmem.training.plan import Trial, make_plan, plan_stage
 from gradmem.training.step import MetaStep
 from test_training import TASK, log, recipe

@@ -23,11 +23,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import gradmem
 from conftest import make_batch, random_tokens
 from gradmem import GradmemError
-from gradmem.commands import train
 from gradmem.evaluation import evaluate
 from gradmem.model import MemoryModel
 from gradmem.tasks.kv import KV
 from gradmem.training import Recipe, Stage
+from gradmem.training.commands import train
 from gradmem.training.optim import build_optimizers
 from gradmem.training.recipe import load_recipe, recipe_names
 from gradmem.training.state import load_state, save_state, states

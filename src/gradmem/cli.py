@@ -1,4 +1,4 @@
-"""The command line: options, defaults and help come from the signatures in `gradmem.commands`."""
+"""The command line: options, defaults and help come from the signatures in the modules named `commands`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from jsonargparse.typing import register_type
 from . import __version__, commands
 from .demo import demo
 from .errors import GradmemError
+from .evaluation import commands as evaluation_commands
 from .serving import commands as serving_commands
 from .store import commands as store_commands
+from .training import commands as training_commands
 from .training.recipe import Recipe, recipe_names, recipe_values
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-register_type(commands.Ints, lambda numbers: ",".join(map(str, numbers)), commands.Ints.parse)
+register_type(evaluation_commands.Ints, lambda numbers: ",".join(map(str, numbers)), evaluation_commands.Ints.parse)
 register_type(datetime, datetime.isoformat, datetime.fromisoformat)
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "eval": commands.evaluate,
-    "sweep": commands.sweep,
-    "compare": commands.compare,
-    "calibrate": commands.calibrate,
+    "eval": evaluation_commands.evaluate,
+    "sweep": evaluation_commands.sweep,
+    "compare": evaluation_commands.compare,
+    "calibrate": evaluation_commands.calibrate,
     "write": commands.write,
     "ask": commands.ask,
     "restore": commands.restore,
@@ -60,8 +62,8 @@ BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
     serving_commands.serve: {
         "checkpoints": {"nargs": "*", "help": "checkpoints to serve; default: those in the package"},
     },
-    commands.sweep: {"checkpoints": {"nargs": "+", "help": CHECKPOINTS_HELP}},
-    commands.compare: {"systems": {"nargs": "+", "help": SYSTEMS_HELP}},
+    evaluation_commands.sweep: {"checkpoints": {"nargs": "+", "help": CHECKPOINTS_HELP}},
+    evaluation_commands.compare: {"systems": {"nargs": "+", "help": SYSTEMS_HELP}},
     commands.inspect: {"--json": {"action": "store_true", "help": "print the records as JSON"}},
     store_commands.ls: {"--json": {"action": "store_true", "help": "print them as JSON"}},
     store_commands.show: {"--json": {"action": "store_true", "help": "print them as JSON"}},
@@ -129,7 +131,9 @@ def _run(arguments: list[str]) -> None:
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
     recipe = _given_recipe(arguments)
     subcommands.add_subcommand("train", _train_parser(recipe), help="train a recipe")
-    subcommands.add_subcommand("plan", _recipe_parser(commands.plan, recipe), help=_summary(commands.plan))
+    subcommands.add_subcommand(
+        "plan", _recipe_parser(training_commands.plan, recipe), help=_summary(training_commands.plan)
+    )
     for name, function in FUNCTIONS.items():
         subcommands.add_subcommand(name, _function_parser(function), help=_summary(function))
     for group, (functions, about) in GROUPS.items():
@@ -144,7 +148,7 @@ def _run(arguments: list[str]) -> None:
         _train(parser.instantiate(parsed)["train"], arguments)
     elif parsed.subcommand == "plan":
         options = parser.instantiate(parsed)["plan"]
-        commands.plan(_recipe(options), options.json)
+        training_commands.plan(_recipe(options), options.json)
     elif parsed.subcommand in GROUPS:
         functions, _ = GROUPS[parsed.subcommand]
         given = chosen[chosen.subcommand]
@@ -174,7 +178,7 @@ def _given_recipe(arguments: list[str]) -> str | None:
 
 
 def _train_parser(recipe: str | None) -> ArgumentParser:
-    parser = _recipe_parser(commands.train, recipe)
+    parser = _recipe_parser(training_commands.train, recipe)
     parser.add_argument("--output", type=Path | None, default=None, help="directory of the run (default: runs/RECIPE)")
     parser.add_argument("--processes", type=int, default=1, help="data-parallel CPU processes, one thread each")
     return parser
@@ -196,7 +200,7 @@ def _train(options: Namespace, arguments: list[str]) -> None:
         _launch(options.processes, arguments)
         return
     output = options.output or Path("runs") / Path(options.recipe).stem
-    commands.train(_recipe(options), output, options.resume)
+    training_commands.train(_recipe(options), output, options.resume)
 
 
 def _recipe(options: Namespace) -> Recipe:

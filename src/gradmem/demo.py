@@ -97,7 +97,7 @@ def _tell(model: MemoryModel, output: Path) -> None:
 
 def _text(model: MemoryModel, pairs: Path | None, seed: int) -> str:
     if pairs is not None:
-        from .commands import read_text
+        from .console import read_text
 
         return read_text(pairs)
     if (drawn := model.task.example(seed)) is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..checkpoints import checkpoint_names
-from ..commands import console
+from ..console import console
 from ..errors import GradmemError
 from ..store import Store
 from .keys import Keys

@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from ..commands import console, dumps, progress_bar, read_text
+from ..console import console, dumps, progress_bar, read_text
 from ..errors import GradmemError
 from ..memory import read_bytes, write_bytes
 from .entries import Diff, Entry
