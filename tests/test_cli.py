@@ -131,7 +131,7 @@ BAD = {
     "no device": (["eval", "{p}/checkpoint", "--device", "gpu"], "device"),
     "no training device": (["train", "kv-32", "--device", "tpu", "--output", "{t}/r"], "no device 'tpu'"),
     "two figures": (["eval", "{p}/checkpoint", "--pairs", "2,3", "--figure", "{t}/f.png"], "one number of pairs"),
-    "json to nowhere": (["eval", "{p}/checkpoint", "--samples", "2", "--json", "{t}/no/e.json"], "cannot write"),
+    "json to nowhere": (["eval", "{p}/checkpoint", "--samples", "2", "--json", "{p}/pairs.txt/e.json"], "cannot write"),
     "missing text": (["write", "{p}/checkpoint", "{t}/none.txt"], "cannot read"),
     "text is a folder": (["write", "{p}/checkpoint", "{t}"], "cannot read"),
     "empty text": (["write", "{p}/checkpoint", "{t}/empty.txt"], "empty"),
@@ -139,7 +139,7 @@ BAD = {
     "bad pairs": (["write", "{p}/checkpoint", "{t}/words.txt"], "line 2"),
     "negative write steps": (["write", "{p}/checkpoint", "{p}/pairs.txt", "--steps", "-1"], "at least 0"),
     "steps and until": (["write", "{p}/checkpoint", "{p}/pairs.txt", "--steps", "1", "--until", "1"], "not both"),
-    "unwritable output": (["write", "{p}/checkpoint", "{p}/pairs.txt", "-o", "{t}/no/m"], "cannot write"),
+    "unwritable output": (["write", "{p}/checkpoint", "{p}/pairs.txt", "-o", "{p}/pairs.txt/m"], "cannot write"),
     "output is a folder": (["write", "{p}/checkpoint", "{p}/pairs.txt", "-o", "{t}"], "cannot write"),
     "missing memory": (["ask", "{t}/none", "a7"], "no memory file"),
     "memory is a folder": (["ask", "{t}", "a7"], "damaged or no memory file"),
@@ -167,6 +167,15 @@ def test_bad_input(case: str, place: Path, tmp_path: Path, capsys: pytest.Captur
 
     assert re.search(message, line), line
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_directories_are_made(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured or written for minutes is not lost to a directory that is not there yet."""
+    figure, rows, memory = (tmp_path / f"new/{name}" for name in ("a/e.png", "b/e.json", "c/m"))
+    checkpoint, text = str(place / "checkpoint"), str(place / "pairs.txt")
+    assert main(["eval", checkpoint, "--samples", "2", "--figure", str(figure), "--json", str(rows)]) == 0
+    assert main(["write", checkpoint, text, "-o", str(memory)]) == 0
+    assert all(path.stat().st_size for path in (figure, rows, memory))
 
 
 def test_checkpoint_cannot_name_code_to_import(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

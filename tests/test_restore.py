@@ -205,7 +205,7 @@ def test_bad_input(place: Path, lm: Path, tmp_path: Path, capsys: pytest.Capture
     Memory(opened[0].tensors, [type(opened.records[0])(**record)]).save(tmp_path / "endless")
     cases = {
         ("restore", f"{place}/m", "--context", f"{tmp_path}/other.txt"): "not the text that was written",
-        ("restore", f"{place}/m", "-o", f"{tmp_path}/no/r"): "cannot write",
+        ("restore", f"{place}/m", "-o", f"{tmp_path}/other.txt/r"): "cannot write",
         ("restore", f"{tmp_path}/damaged"): "does not match its checksum|damaged",
         ("restore", f"{tmp_path}/another"): "was written by the checkpoint",
         ("restore", f"{tmp_path}/endless"): "cannot hold contexts of 1000000000 tokens",

@@ -109,7 +109,7 @@ BAD = {
     "rm of an empty filter": (["store", "rm", "--tags", ""], "say which"),
     "rm of no tag": (["store", "rm", "--tags", ","], "a tag must be"),
     "rm of two kinds": (["store", "rm", "notes", "--tags", "a"], "say which"),
-    "export to nowhere": (["store", "export", "notes", "-o", "no/m"], "cannot write"),
+    "export to nowhere": (["store", "export", "notes", "-o", "pairs.txt/m"], "cannot write"),
     "import of text": (["store", "import", "pairs.txt"], "damaged or no memory file"),
     "import of nothing": (["store", "import", "none"], "no memory file at none"),
     "import under one name": (["store", "import", "a", "b", "--name", "n"], "one name for 2"),

@@ -380,7 +380,7 @@ def _decode(stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_bytes(path: Path, data: bytes) -> Path:
-    """Write a file under a temporary name beside it, then rename it into place.
+    """Write a file under a temporary name beside it, then rename it into place; directories on its way are made.
 
     Raises
     ------
@@ -389,6 +389,7 @@ def write_bytes(path: Path, data: bytes) -> Path:
     """
     temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = file.name
             file.write(data)

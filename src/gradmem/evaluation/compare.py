@@ -207,7 +207,6 @@ def _queries(count: float) -> str:
 
 def figures(entries: Sequence[Entry], directory: Path) -> list[Path]:
     """Draw exact match by pairs, by bytes and by the cost of a write, and the time of many queries."""
-    directory.mkdir(parents=True, exist_ok=True)
     return [
         pairs_figure(entries, directory / "pairs.png"),
         bytes_figure(entries, directory / "bytes.png"),

@@ -110,6 +110,7 @@ def figure(path: str | Path, rows: int = 1, height: float = 4.2) -> Iterator[Any
     drawn, axes = pyplot.subplots(rows, figsize=(7, height * rows), layout="constrained")
     try:
         yield axes
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         drawn.savefig(path, dpi=150)
     except (OSError, ValueError) as failure:
         raise GradmemError(f"cannot write the figure {path}: {failure}") from failure
