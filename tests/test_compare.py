@@ -84,6 +84,19 @@ def test_systems_are_measured_on_the_same_contexts() -> None:
     assert (row["trained_samples"], row["trained_seconds"], row["pairs"]) == (10, 60.0, 2)
 
 
+def test_training_curve_counts_pairs(tmp_path: Path) -> None:
+    """Means of as many rows as a point has: exact match times the pairs of the stage."""
+    stages = [{"max_steps": 600, "tasks": [{"pairs": 4}]}, {"max_steps": 300, "tasks": [{"pairs": 8}, {}]}]
+    recipe = {"task": TASK | {"pairs": 16}, "backbone": LLAMA, "method": {"name": "rmt"}, "stages": stages}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [f"{step // 600},{(step % 5) / 4},{step},{60 * step}" for step in range(900)]
+    (tmp_path / "log.csv").write_text("\n".join(["stage,exact_match,samples,seconds", *rows]))
+    training = Training.of(tmp_path)
+    assert (training.samples, training.seconds) == (899, 60 * 899)
+    assert training.curve == tuple((start, pytest.approx(2 if start < 600 else 6)) for start in range(0, 900, 5))
+    assert Training.of(tmp_path / "none") == Training()
+
+
 def test_without_any_kv_cache_there_is_nothing_to_compare_with() -> None:
     with pytest.raises(GradmemError, match="KV-cache"):
         compare([(model("mamba", MAMBA), Training())], [2], samples=2)
@@ -119,7 +132,7 @@ def test_command_trains_once_and_saves_everything(tmp_path: Path, capsys: pytest
     with (tmp_path / "c.csv").open(newline="") as file:
         assert [row["checkpoint"] for row in csv.DictReader(file)] == [row["checkpoint"] for row in rows]
     assert {path.name for path in (tmp_path / "f").iterdir()} == {
-        f"{name}.png" for name in ("pairs", "bytes", "flops", "cost")
+        f"{name}.png" for name in ("pairs", "bytes", "flops", "training", "cost")
     }
     # Trained already: the same weights are measured again.
     log = (tmp_path / "runs" / "tiny-rmt" / "log.csv").read_text()

@@ -215,8 +215,8 @@ def compare(
     csv
         Also save them to this file, as a table.
     figures
-        Also draw exact match by pairs, by bytes and by the cost of a write, and the time of many queries, in this
-        directory.
+        Also draw exact match by pairs, by bytes and by the cost of a write, the time of many queries, and the pairs
+        recalled by minutes of training, in this directory.
     """
     entries = comparison.compare(
         [_system(name, output) for name in systems],

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -16,6 +17,7 @@ from ..methods.base import Method
 from ..methods.full_context import FullContext
 from ..model import MemoryModel
 from ..specs import build_task
+from ..training.recipe import Recipe, load_recipe
 from .cost import Cost, break_even, measure
 from .evaluate import Result, evaluate
 from .report import by_pairs, figure, percent_interval
@@ -24,22 +26,50 @@ ASKED = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 """Numbers of queries in the cost figure."""
 
 
+CURVE_POINTS = 200
+
+
 @dataclass(frozen=True)
 class Training:
-    """How much a system was trained: contexts seen and seconds; None where the run is not at hand."""
+    """How much a system was trained; nothing is known where the run is not at hand.
+
+    Attributes
+    ----------
+    samples : int, optional
+        Contexts seen.
+    seconds : float, optional
+    curve : tuple of (float, float)
+        Minutes, and pairs of a training context that were answered then, on the average.
+    """
 
     samples: int | None = None
     seconds: float | None = None
+    curve: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def of(cls, run: Path) -> Training:
-        """Read it off the log of a run."""
+        """Read it off the log and the recipe of a run."""
         log = run / "log.csv"
         if not log.exists():
             return cls()
         with log.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        return cls(int(rows[-1]["samples"]), float(rows[-1]["seconds"])) if rows else cls()
+        if not rows:
+            return cls()
+        asked = _pairs_of_stages(load_recipe(str(run / "recipe.yaml")))
+        recalled = [float(row["exact_match"]) * asked[int(row["stage"])] for row in rows]
+        size = math.ceil(len(rows) / CURVE_POINTS)
+        curve = tuple(
+            (float(rows[start]["seconds"]) / 60, fmean(recalled[start : start + size]))
+            for start in range(0, len(rows), size)
+        )
+        return cls(int(rows[-1]["samples"]), float(rows[-1]["seconds"]), curve)
+
+
+def _pairs_of_stages(recipe: Recipe) -> list[float]:
+    """Pairs in a context of each stage, on the average."""
+    own = recipe.task.get("pairs", 0)
+    return [fmean(options.get("pairs", own) for options in stage.tasks) for stage in recipe.stages]
 
 
 @dataclass(frozen=True)
@@ -211,6 +241,7 @@ def figures(entries: Sequence[Entry], directory: Path) -> list[Path]:
         pairs_figure(entries, directory / "pairs.png"),
         bytes_figure(entries, directory / "bytes.png"),
         flops_figure(entries, directory / "flops.png"),
+        training_figure(entries, directory / "training.png"),
         cost_figure(entries, directory / "cost.png"),
     ]
 
@@ -267,6 +298,20 @@ def cost_figure(entries: Sequence[Entry], path: Path) -> Path:
         axis.set(xscale="log", yscale="log", xlabel="queries to one context", ylabel="seconds, writing included")
         axis.set_title(f"{most} pairs; queries answered {full.queries} at once")
         axis.legend(frameon=False, fontsize=7)
+    return path
+
+
+def training_figure(entries: Sequence[Entry], path: Path) -> Path:
+    """Pairs that a training context's queries recall, by minutes of training; as far as runs are at hand."""
+    with figure(path) as axis:
+        for name, mine in _by_system(entries):
+            if mine[0].training.curve:
+                axis.plot(*zip(*mine[0].training.curve, strict=True), label=name)
+                axis.legend(frameon=False, fontsize=7)
+        axis.set_yscale("symlog", base=2, linthresh=1)
+        ticks = [0, 1, *(pairs for pairs in sorted(set(_pairs(entries))) if pairs > 1)]
+        axis.set_yticks(ticks, [str(tick) for tick in ticks])
+        axis.set(xlabel="minutes of training", ylabel="pairs recalled of a training context")
     return path
 
 
