@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradmem.backbone import Backbone
 from gradmem.batch import Batch, Tokens
+from gradmem.memory import Memory
 from gradmem.methods import GradMem, Method
 from gradmem.model import MemoryModel
-from naive import rms_norm
+from naive import Naive, rms_norm
 
 torch.set_num_threads(1)
 
@@ -155,3 +158,42 @@ def tiny() -> MemoryModel:
 def other() -> MemoryModel:
     """The same architecture with other weights."""
     return tiny_model(1)
+
+
+def naive(method: GradMem, **options: Any) -> Naive:
+    return Naive(method, **{"inner_lr": 0.3, "write_steps": 2} | options)
+
+
+def outer_loss(method: GradMem, batch: Batch, auxiliary: float = 0.0) -> tuple[Tensor, Memory]:
+    """Mean read loss over all target tokens, plus the last write loss."""
+    written = method.write(batch.context)
+    logits = method.read(written.memory, batch.queries, batch.rows)[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+    if auxiliary and len(written.losses):
+        loss = loss + auxiliary * written.losses[-1].mean()
+    return loss, written.memory
+
+
+def slope(loss: Callable[[], Tensor], parameter: Tensor, direction: Tensor, h: float) -> float:
+    """Central difference of a loss along a direction of a parameter."""
+    with torch.no_grad():
+        parameter.add_(h * direction)
+        above = loss()
+        parameter.sub_(2 * h * direction)
+        below = loss()
+        parameter.add_(h * direction)
+    return float((above - below) / (2 * h))
+
+
+def check_slopes(method: GradMem, loss: Callable[[], Tensor], names: set[str] = frozenset(), h: float = 1e-5) -> None:
+    """Compare every gradient, or those of the parameters named, with a slope along a random direction."""
+    grads = gradients(loss(), method)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in method.named_parameters():
+        if names and name not in names:
+            continue
+        direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        got = slope(loss, parameter, direction / direction.norm(), h)
+        wanted = (grads[name] * direction).sum() / direction.norm()
+        assert grads[name].any(), name
+        assert got == pytest.approx(wanted.item(), abs=1e-6 * float(grads[name].norm()) + 1e-9), name

@@ -19,11 +19,13 @@ import gradmem
 from conftest import (
     TOLERANCE,
     assert_same_gradients,
+    check_slopes,
     distance,
     gradients,
     make_batch,
     make_gradmem,
     make_method,
+    outer_loss,
     random_tokens,
     real,
     tiny_model,
@@ -40,7 +42,7 @@ from gradmem.methods._chunked import Chunks
 from gradmem.specs import build_task
 from gradmem.training.commands import plan, train
 from naive import Naive
-from test_gradmem import EVERYTHING, OPTIONS, check_slopes, outer_loss
+from test_gradmem import EVERYTHING, OPTIONS
 from test_rmt import naive_read, naive_write
 from test_training import recipe
 
