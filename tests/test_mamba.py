@@ -27,6 +27,7 @@ from gradmem.batch import Tokens
 from gradmem.errors import GradmemError
 from gradmem.memory import Memory
 from gradmem.methods import ARMT, RMT, FullContext, GradMem, Mamba
+from gradmem.methods._selective_scan import selective_scan
 from gradmem.training import Recipe, Stage
 from gradmem.training.optim import build_optimizers
 
@@ -70,6 +71,14 @@ def test_write_and_read_equal_one_forward(name: str, lengths: list[int]) -> None
         weights = torch.randn(reference.shape, generator=torch.Generator().manual_seed(row), dtype=torch.double)
         got, wanted = got + (logits[row, 1 : len(ids) + 1] * weights).sum(), wanted + (reference * weights).sum()
     assert_same_gradients(gradients(got, method), gradients(wanted, method))
+
+
+def test_the_scan_has_the_gradients_of_finite_differences() -> None:
+    """Of the outputs and of the state after the last token, for everything that it is given."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, 3), (2, 4, 3), (3, 5), (2, 4, 5), (2, 4, 5), (2, 3, 5)]
+    given = [torch.randn(shape, generator=generator, dtype=torch.double, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(selective_scan, given)
 
 
 def test_memory_is_the_state_of_transformers() -> None:

@@ -17,6 +17,7 @@ from ..inner.precision import work_dtype
 from ..memory import Memory
 from ..prefix import Prefix, copies
 from ._one_pass import OnePassMethod
+from ._selective_scan import selective_scan
 
 State = tuple[Tensor, Tensor]
 """Of a layer: its last inputs to the convolution (batch, k - 1, channels), and the recurrent state (batch, channels,
@@ -184,27 +185,7 @@ def mix(mixer: Any, hidden: Tensor, state: State, mask: Tensor) -> tuple[Tensor,
     rank, b, c = mixer.x_proj(x).split(sizes, dim=-1)
     dtype = work_dtype(mixer.A_log)
     dt = F.softplus(F.linear(rank, mixer.dt_proj.weight) + mixer.dt_proj.bias.to(dtype))
-    dt = (dt * mask[..., None])[..., None]
-    decay = torch.exp(-dt * torch.exp(mixer.A_log.to(dtype)))
-    states = scan(decay, dt * b[:, :, None] * x[..., None], ssm.to(dtype))
-    y = torch.einsum("blcn,bln->blc", states[:, 1:], c.to(dtype)) + mixer.D.to(dtype) * x
-    return mixer.out_proj((y * F.silu(gate)).to(hidden.dtype)), (conv, states[:, -1])
-
-
-def scan(decay: Tensor, inputs: Tensor, state: Tensor) -> Tensor:
-    """States h_t = decay_t * h_(t-1) + inputs_t, the first of them the given one.
-
-    Parameters
-    ----------
-    decay, inputs : Tensor, shape (batch, length, channels, n)
-    state : Tensor, shape (batch, channels, n)
-
-    Returns
-    -------
-    Tensor, shape (batch, length + 1, channels, n)
-    """
-    states = [state]
-    # Slices one by one would each have a gradient of full length.
-    for a, b in zip(decay.unbind(1), inputs.unbind(1), strict=True):
-        states.append(a * states[-1] + b)
-    return torch.stack(states, dim=1)
+    dt, x = dt * mask[..., None], x.to(dtype)
+    y, ssm = selective_scan(x, dt, -torch.exp(mixer.A_log.to(dtype)), b.to(dtype), c.to(dtype), ssm.to(dtype))
+    y = y + mixer.D.to(dtype) * x
+    return mixer.out_proj((y * F.silu(gate)).to(hidden.dtype)), (conv, ssm)
