@@ -170,6 +170,18 @@ def test_write_losses_equal_naive(kind: str) -> None:
         assert distance(tokens[row, : len(ids)], wanted) < TOLERANCE
 
 
+def test_reconstruction_is_the_loss_that_one_more_step_would_begin_with() -> None:
+    options = {"write_head": "random", "learn_inner_lr": True}
+    batch, method = make_batch(), make_gradmem(reconstruction=True, **options)
+    got = method.write_loss(method.write(batch.context), batch.context)
+    wanted = method.write(batch.context, method.write_steps + 1).losses[-1].mean()
+    assert distance(got, wanted) < 1e-12
+    assert_same_gradients(gradients(got, method), gradients(wanted, method))
+    plain = make_gradmem(**options)
+    written = plain.write(batch.context)
+    assert plain.write_loss(written, batch.context) == written.losses[-1].mean()
+
+
 # --- Finite differences -----------------------------------------------------------------------------------
 
 

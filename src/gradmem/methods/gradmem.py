@@ -60,6 +60,9 @@ class GradMem(ChunkedMethod):
         updates along with its memory.
     write_head : {"none", "copy", "random"}
         Output layer of its own for WRITE, starting as a copy of the LM head or drawn independently.
+    reconstruction : bool
+        The write loss that training may add to that of READ is the one after the last step, at the cost of one more
+        pass over the context; by default, as published, the one before it.
     write_lora, read_lora : int
         Rank of LoRA adapters that are active in WRITE only, and of others that are active in READ only; 0 for none.
     freeze_backbone : bool
@@ -90,6 +93,7 @@ class GradMem(ChunkedMethod):
         n_ctrl: int = 0,
         projection: Literal["none", "proj", "per_sample"] = "none",
         write_head: Head = "none",
+        reconstruction: bool = False,
         write_lora: int = 0,
         read_lora: int = 0,
         freeze_backbone: bool = False,
@@ -114,7 +118,7 @@ class GradMem(ChunkedMethod):
         self.clip_value, self.clip_norm = clip_value, clip_norm
         self.order: Order = order
         self.last_k = last_k
-        self.projection = projection
+        self.projection, self.reconstruction = projection, reconstruction
 
         backbone.requires_grad_(not freeze_backbone)
         learned: dict[str, Any] = {"dtype": torch.float32, "device": self.initial_memory.device}
@@ -155,6 +159,12 @@ class GradMem(ChunkedMethod):
         for step in walk:
             losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(context))
             yield Written(Memory(step.tensors), losses, step.taken)
+
+    def write_loss(self, written: Written, context: Tokens) -> Tensor:
+        """Mean write loss over samples: after the last step with `reconstruction`, else before it."""
+        if not self.reconstruction:
+            return super().write_loss(written, context)
+        return sample_losses(self.token_losses(written.memory, context), context.mask).mean()
 
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
         """Read contexts back with the adapters of WRITE; see `Method.reconstruct`."""
