@@ -86,11 +86,12 @@ def autocast(precision: Precision) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
 
-def parser(description: str | None, repeats: int = 10) -> argparse.ArgumentParser:
-    """Command line with the options that every benchmark has."""
+def parser(description: str | None, repeats: int | None = 10) -> argparse.ArgumentParser:
+    """Command line with the options that every benchmark has; without repeats where nothing is timed."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--threads", type=int, default=cores(), metavar="N", help="threads of PyTorch")
-    made.add_argument("--repeats", type=int, default=repeats, metavar="N", help="timed runs after a warm-up")
+    if repeats is not None:
+        made.add_argument("--repeats", type=int, default=repeats, metavar="N", help="timed runs after a warm-up")
     made.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the rows here too")
     return made
 

@@ -82,7 +82,7 @@ def show(n_mem: int, steps: Iterable[Any], title: str = "", total: int | None = 
 
 def main() -> None:
     """Command line."""
-    command: argparse.ArgumentParser = parser(__doc__)
+    command: argparse.ArgumentParser = parser(__doc__, repeats=None)
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="texts, of which the middle is taken")
     command.add_argument("--model", default="smollm2-135m", help="directory, hub name or GGUF file")
     command.add_argument("--tokens", type=int, default=1024, metavar="N", help="tokens in all")

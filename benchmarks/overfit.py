@@ -67,7 +67,7 @@ def generated(model: MemoryModel, task: Task, steps: int, shift: int) -> float:
 
 def main() -> None:
     """Command line."""
-    command = parser(__doc__)
+    command = parser(__doc__, repeats=None)
     command.add_argument("data", type=Path, help="directory with official bAbI files")
     command.add_argument("model", help="directory, hub name or GGUF file of a small pretrained model")
     command.add_argument("--task", default="qa1", help="task")

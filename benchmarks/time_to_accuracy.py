@@ -175,7 +175,7 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path, threads: int) ->
 
 def main() -> None:
     """Command line."""
-    command = parser(__doc__)
+    command = parser(__doc__, repeats=None)
     command.add_argument("--minutes", type=float, default=60.0, metavar="M", help="processor minutes for each arm")
     command.add_argument("--output", type=Path, default=Path("runs/time-to-accuracy"), metavar="DIR", help="runs")
     command.add_argument("--figure", type=Path, default=None, metavar="FILE", help="draw the curves")
