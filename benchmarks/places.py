@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def main() -> None:
             "by place, %": " ".join(f"{share:.0f}" for share in shares),
         }
 
-    rows = measure("places", [lambda checkpoint=checkpoint: job(checkpoint) for checkpoint in options.checkpoints])
+    rows = measure("places", [partial(job, checkpoint) for checkpoint in options.checkpoints])
     report("exact match by place", rows, machine(options.threads, "fp32"), options.json)
     if options.figure:
         with figure(options.figure) as axis:

@@ -359,6 +359,11 @@ def test_a_recipe_extends_another(tmp_path: Path) -> None:
     mine.write_text("extends: kv-32\nseed: 7\ntask: {name: kv, pairs: 3}\n")
     whole, changed = load_recipe("kv-32"), load_recipe(str(mine))
     assert changed == dataclasses.replace(whole, seed=7, task={"name": "kv", "pairs": 3})
+    mine.write_text("extends: kv-32\ntask: {pairs: 3}\nmethod: {name: rmt}\nbackbone: {num_hidden_layers: 2}\n")
+    changed = load_recipe(str(mine))  # options of the same task and backbone, and another method
+    assert changed.task == whole.task | {"pairs": 3}
+    assert changed.backbone == whole.backbone | {"num_hidden_layers": 2}
+    assert changed.method == {"name": "rmt"}
     other = tmp_path / "other.yaml"
     other.write_text("extends: mine.yaml\nseed: 8\n")  # beside it, wherever we are
     assert load_recipe(str(other)) == dataclasses.replace(changed, seed=8)

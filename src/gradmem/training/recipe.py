@@ -107,6 +107,10 @@ class Recipe:
             stage.write_steps = stage.write_steps or [self.method.get("write_steps", 1)]
 
 
+IDENTITY = {"name", "model_type", "pretrained"}
+"""What says which task, method or backbone it is, beside its options."""
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes in the package."""
     files = resources.files("gradmem") / "recipes"
@@ -132,8 +136,9 @@ def recipe_path(name: str) -> Path:
 def recipe_values(name: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read the fields of a recipe, a packaged one by name or any by path, as plain data.
 
-    A recipe that says `extends: OTHER` has the fields of the other where it has none of its own. The other is a
-    packaged one, or a path from the directory of the recipe.
+    A recipe that says `extends: OTHER` has the fields of the other where it has none of its own; the other is a
+    packaged one, or a path from the directory of the recipe. A task, backbone or method that does not say which it is
+    (`name`, `model_type`, `pretrained`) is the other's with some options changed.
 
     Parameters
     ----------
@@ -156,11 +161,21 @@ def recipe_values(name: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]
     if isinstance(values, dict) and "extends" in values:
         other = str(values.pop("extends"))
         other = other if other in recipe_names() else str(path.parent / other)
-        values = {**recipe_values(other, (*extending, path)), **values}
+        values = _extended(recipe_values(other, (*extending, path)), values)
     known = {field.name for field in fields(Recipe)}
     if not isinstance(values, dict) or not set(values) <= known:
         extra = sorted(set(values) - known) if isinstance(values, dict) else []
         raise GradmemError(f"{path} is no recipe: unknown {extra}; known: {', '.join(sorted(known))}")
+    return values
+
+
+def _extended(other: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a recipe that extends another."""
+    values = {**other, **own}
+    for part in ("task", "backbone", "method"):
+        of_other, of_own = other.get(part), own.get(part)
+        if isinstance(of_other, dict) and isinstance(of_own, dict) and not IDENTITY & set(of_own):
+            values[part] = {**of_other, **of_own}
     return values
 
 
