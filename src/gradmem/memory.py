@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .errors import GradmemError
+from .files import write_bytes
 
 if TYPE_CHECKING:
     from .model import MemoryModel
@@ -379,31 +379,6 @@ def _decode(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def write_bytes(path: Path, data: bytes) -> Path:
-    """Write a file under a temporary name beside it, then rename it into place; directories on its way are made.
-
-    Raises
-    ------
-    GradmemError
-        When it cannot be written; an existing file is then untouched.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise GradmemError(f"cannot write {path}: {error.strerror or error}") from error
-    return path
-
-
 def read_bytes(path: Path) -> bytes:
     """Read a memory file whole.
 
@@ -420,12 +395,6 @@ def read_bytes(path: Path) -> bytes:
         raise GradmemError(f"no memory file at {path}") from error
     except (OSError, ValueError) as error:
         raise GradmemError(f"cannot read {path}: {error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def text_digest(text: str) -> str:

@@ -29,6 +29,13 @@ def build_method(spec: Spec, backbone: Backbone, *, trusted: bool = True) -> Met
     return _construct(cls, f"{spec['name']} method", (backbone,), options)
 
 
+def default_write_steps(spec: Spec) -> int:
+    """Write steps of a method that is not built yet: its option, or what it takes without."""
+    cls = find(Method, methods.__name__, "method", spec["name"])
+    option = inspect.signature(cls).parameters.get("write_steps")
+    return int(spec.get("write_steps", option.default if option else cls.write_steps))
+
+
 def build_backbone(spec: Spec, task: Task) -> Backbone:
     """Build a backbone from `pretrained: NAME` (and `dtype`) or the fields of a config, for the task's tokenizer."""
     if "pretrained" in spec:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .batch import Tokens
 from .errors import GradmemError
-from .memory import LENGTHS, write_bytes
+from .files import write_bytes
+from .memory import LENGTHS
 
 if TYPE_CHECKING:
     from .memory import Memory, Record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +181,7 @@ def sweep(
         heatmap and heatmap_figure(points, heatmap),
         bits and bits_figure(points, bits),
     ]
-    for path in filter(None, saved):
-        console.print(f"saved {path}")
+    _tell_saved(saved)
     return points
 
 
@@ -232,9 +231,13 @@ def compare(
         csv and save_csv(rows, csv),
         *(comparison.figures(entries, figures) if figures else []),
     ]
-    for path in filter(None, saved):
-        console.print(f"saved {path}")
+    _tell_saved(saved)
     return entries
+
+
+def _tell_saved(paths: Iterable[Path | None]) -> None:
+    for path in filter(None, paths):
+        console.print(f"saved {path}")
 
 
 def _system(name: str, output: Path) -> tuple[MemoryModel, comparison.Training]:
@@ -288,6 +291,5 @@ def calibrate(
     found = calibration.calibrate(model, samples, seed, task, progress_bar)
     console.print(found.table())
     saved = [found.abstain.save(directory), json and save_json([found.row()], json), figure and found.figure(figure)]
-    for path in filter(None, saved):
-        console.print(f"saved {path}")
+    _tell_saved(saved)
     return found

@@ -27,6 +27,7 @@ ASKED = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 
 
 CURVE_POINTS = 200
+"""Most points of a training curve."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _queries(count: float) -> str:
 
 
 def figures(entries: Sequence[Entry], directory: Path) -> list[Path]:
-    """Draw exact match by pairs, by bytes and by the cost of a write, and the time of many queries."""
+    """Draw exact match by pairs, by bytes and by the cost of a write, training, and the time of many queries."""
     return [
         pairs_figure(entries, directory / "pairs.png"),
         bytes_figure(entries, directory / "bytes.png"),
@@ -307,7 +308,8 @@ def training_figure(entries: Sequence[Entry], path: Path) -> Path:
         for name, mine in _by_system(entries):
             if mine[0].training.curve:
                 axis.plot(*zip(*mine[0].training.curve, strict=True), label=name)
-                axis.legend(frameon=False, fontsize=7)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=7)
         axis.set_yscale("symlog", base=2, linthresh=1)
         ticks = [0, 1, *(pairs for pairs in sorted(set(_pairs(entries))) if pairs > 1)]
         axis.set_yticks(ticks, [str(tick) for tick in ticks])

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import GradmemError
-from ..memory import write_bytes
+from ..files import write_bytes
 from .evaluate import Result
 from .published import BY_PAIRS
 

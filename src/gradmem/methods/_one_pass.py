@@ -6,10 +6,8 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from ..batch import Tokens
-from ..inner.objective import sample_losses
 from ..memory import Memory
 from .base import Method, Written
 
@@ -21,9 +19,6 @@ class OnePassMethod(Method):
     """
 
     write_steps = 1
-    reconstruction = False
-    """Learn to reconstruct the context from the memory, read like a query. It counts as the trainer weights it
-    (`inner_loss_weight`)."""
 
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
         """Yield the memory before and after the pass; see `Method.trajectory`."""
@@ -34,12 +29,6 @@ class OnePassMethod(Method):
         yield Written(self._unwritten(len(context)), losses, taken)
         if steps:
             yield Written(self._written(context), losses, taken + 1)
-
-    def write_loss(self, written: Written, context: Tokens) -> Tensor:
-        """Mean loss of the context's tokens, read from the memory, over samples; zero without `reconstruction`."""
-        if not self.reconstruction:
-            return super().write_loss(written, context)
-        return sample_losses(self.token_losses(written.memory, context), context.mask).mean()
 
     @abstractmethod
     def _unwritten(self, batch: int) -> Memory:

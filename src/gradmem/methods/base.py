@@ -15,7 +15,7 @@ from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError
 from ..inner.meta_gradient import Strategy
-from ..inner.objective import token_losses
+from ..inner.objective import sample_losses, token_losses
 from ..memory import Memory
 from ..prefix import Prefix, generate
 
@@ -74,6 +74,8 @@ class Method(nn.Module, ABC):
 
     write_steps: int
     """Number of write steps when the caller does not say."""
+    reconstruction: bool = False
+    """Whether training also learns to reconstruct the context from the written memory, weighted as the write loss."""
     strategy: Strategy = "recompute"
     """How gradients pass through WRITE: a choice of time and memory that changes no result. Methods that know one
     way only ignore it."""
@@ -132,7 +134,8 @@ class Method(nn.Module, ABC):
     def write_loss(self, written: Written, context: Tokens) -> Tensor:
         """Loss of WRITE that training may add to the loss of READ: a scalar, zero for methods without one.
 
-        Here the last of the write losses, averaged over samples.
+        Here averaged over samples: with `reconstruction` the loss of the context under the written memory, one more
+        pass; without, the last of the write losses, which is of the memory before the last step.
 
         Parameters
         ----------
@@ -140,6 +143,8 @@ class Method(nn.Module, ABC):
             What writing `context` returned.
         context : Tokens, shape (batch, length)
         """
+        if self.reconstruction:
+            return sample_losses(self.token_losses(written.memory, context), context.mask).mean()
         return written.losses[-1].mean() if len(written.losses) else written.losses.new_zeros(())
 
     @property

@@ -160,12 +160,6 @@ class GradMem(ChunkedMethod):
             losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(context))
             yield Written(Memory(step.tensors), losses, step.taken)
 
-    def write_loss(self, written: Written, context: Tokens) -> Tensor:
-        """Mean write loss over samples: after the last step with `reconstruction`, else before it."""
-        if not self.reconstruction:
-            return super().write_loss(written, context)
-        return sample_losses(self.token_losses(written.memory, context), context.mask).mean()
-
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
         """Read contexts back with the adapters of WRITE; see `Method.reconstruct`."""
         with self.backbone.without_dropout(), _active(self.adapters, "write"):

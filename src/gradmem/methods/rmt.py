@@ -118,7 +118,7 @@ class RMT(ChunkedMethod):
         The last of these passes runs here: WRITE has no use for it.
         """
         if not len(written.losses):
-            return super().write_loss(written, context)
+            return written.losses.new_zeros(())
         last = sample_losses(self.token_losses(written.memory, context), context.mask)
         losses = torch.cat([written.losses[1:], last[None]])
         return (losses * context.lengths).sum(1).mean() / context.lengths.sum()

@@ -13,7 +13,7 @@ from pathlib import Path
 import platformdirs
 
 from ..errors import GradmemError, Missing, require
-from ..memory import write_bytes
+from ..files import write_bytes
 
 PREFIX = "gm-"
 _OWNER = re.compile(r"[\w.@-]{1,100}", re.ASCII)

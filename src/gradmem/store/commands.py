@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 
 from ..console import console, dumps, progress_bar, read_text
 from ..errors import GradmemError
-from ..memory import read_bytes, write_bytes
+from ..files import write_bytes
+from ..memory import read_bytes
 from .entries import Diff, Entry
 from .listing import Filters
 from .store import Store

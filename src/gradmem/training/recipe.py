@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import GradmemError, unknown
+from ..specs import default_write_steps
 
 
 @dataclass
@@ -19,8 +20,8 @@ class Stage:
     max_steps: int
     """Optimiser steps after which the stage ends (its decay included)."""
     write_steps: list[int] = field(default_factory=list)
-    """Numbers of write steps K, of which one is drawn anew for every optimiser step; by default the method option
-    `write_steps`, or 1."""
+    """Numbers of write steps K, of which one is drawn anew for every optimiser step; by default the method's
+    own number."""
     tasks: list[dict[str, Any]] = field(default_factory=lambda: [{}])
     """Task options that differ from the recipe's, as `{pairs: 4}`; one entry is drawn anew for every step."""
     batch_size: int = 32
@@ -103,8 +104,9 @@ class Recipe:
         for part in ("task", "method"):
             if "name" not in getattr(self, part):
                 raise GradmemError(f"a recipe's {part} needs a name")
-        for stage in self.stages:
-            stage.write_steps = stage.write_steps or [self.method.get("write_steps", 1)]
+        if not all(stage.write_steps for stage in self.stages):
+            own = [default_write_steps(self.method)]
+            self.stages = [replace(stage, write_steps=stage.write_steps or own) for stage in self.stages]
 
 
 IDENTITY = {"name", "model_type", "pretrained"}
