@@ -258,25 +258,39 @@ def pairs_figure(entries: Sequence[Entry], path: Path) -> Path:
 
 
 def bytes_figure(entries: Sequence[Entry], path: Path) -> Path:
-    """Exact match by bytes of memory."""
-    return _match_figure(entries, path, lambda cost: cost.bytes, "bytes of memory (float32)")
+    """Exact match by bytes of memory, each number of pairs beside the others: most memories are of equal size."""
+    sizes = sorted(set(_pairs(entries)))
+    columns = min(len(sizes), 3)
+    with figure(path, math.ceil(len(sizes) / columns), 2.4, columns) as axes:
+        panels = list(axes.flat) if len(sizes) > 1 else [axes]
+        for axis, pairs in zip(panels, sizes, strict=False):
+            for place, (name, mine) in enumerate(_by_system(entries)):
+                shown = [entry for entry in mine if entry.result.task["pairs"] == pairs]
+                # A marker each, the later smaller, so that what lies upon another shows.
+                style = {"marker": "osD^v<>"[place % 7], "markersize": max(4, 10 - 2 * place), "linestyle": "none"}
+                axis.plot([entry.cost.bytes for entry in shown], _match(shown), label=name, **style)
+            axis.set_title(f"{pairs} pairs", fontsize=9)
+        for axis in panels[len(sizes) :]:
+            axis.set_axis_off()
+        first = panels[0]
+        first.set_xscale("log", base=2)
+        first.set_ylim(-5, 105)
+        first.legend(frameon=False, fontsize=7)
+        first.figure.supxlabel(f"bytes of memory (float32); {_about(entries)}", fontsize=9)
+        first.figure.supylabel("exact match, %", fontsize=9)
+    return path
 
 
 def flops_figure(entries: Sequence[Entry], path: Path) -> Path:
-    """Exact match by what a WRITE costs: passes over the context against gradient steps."""
-    return _match_figure(entries, path, lambda cost: cost.write_flops / 1e9, "GFLOP of a write")
-
-
-def _match_figure(entries: Sequence[Entry], path: Path, x: Callable[[Cost], float], label: str) -> Path:
-    """Exact match by something of the cost; each point says its number of pairs."""
+    """Exact match by what a WRITE costs, passes over the context against gradient steps; points say their pairs."""
     with figure(path) as axis:
         for name, mine in _by_system(entries):
-            places = [x(entry.cost) for entry in mine]
+            places = [entry.cost.write_flops / 1e9 for entry in mine]
             axis.plot(places, _match(mine), marker="o", label=name)
-            for entry, place, match in zip(mine, places, _match(mine), strict=True):
-                axis.annotate(f" {entry.result.task['pairs']}", (place, match), fontsize=7)
+            for pairs, place, match in zip(_pairs(mine), places, _match(mine), strict=True):
+                axis.annotate(f" {pairs}", (place, match), fontsize=7)
         axis.set_xscale("log", base=2)
-        axis.set(xlabel=label, ylabel="exact match, %", ylim=(-3, 103))
+        axis.set(xlabel="GFLOP of a write", ylabel="exact match, %", ylim=(-3, 103))
         axis.set_title(f"by number of pairs (at the points); {_about(entries)}", fontsize=9)
         axis.legend(frameon=False, fontsize=7)
     return path
