@@ -197,6 +197,7 @@ def test_a_text_is_written_watched_forgotten_and_asked(page: Page) -> None:
     assert [line for line in text.splitlines() if line in left] == []
     expect(page.locator("#write")).to_be_hidden()
     expect(page.get_by_label("Ask the memory")).to_be_focused()
+    expect(page.locator("#instead")).not_to_be_empty()
     tokens_bytes = numbers(page.locator("#instead").text_content())
     assert page.locator("#remains").text_content() == "4,096 bytes remain of 113 tokens"
     assert tokens_bytes == [463, 113]  # kB, and times as much: 462,848 bytes by Backbone.cache_bytes

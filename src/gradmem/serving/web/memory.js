@@ -104,7 +104,8 @@ export async function open(id) {
   showEntry(found.memory);
   showReceipt(found);
   ask.open(id);
-  await attempt(() => Promise.all([showBytes(found), showVectors(found.memory)]));
+  // Not awaited: whoever goes on meanwhile must not lose the focus when the pictures are there.
+  attempt(() => Promise.all([showBytes(found), showVectors(found.memory)]));
 }
 
 /** Look whether the memory that is shown is still there, and still called so. */
