@@ -17,7 +17,7 @@ from gradmem import Client, Memory, load
 from gradmem.serving.keys import Keys
 
 pytest.importorskip("playwright", reason="no playwright here: pip install 'gradmem[dev]'")
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium here: install the package `chromium`")
@@ -385,10 +385,25 @@ def test_the_receipt_is_the_memorys_own(page: Page, server: Server) -> None:
     levels = page.locator("#cells .token").evaluate_all("all => all.map((one) => one.dataset.level === 'kept')")
     assert levels == [loss <= LOST for loss in record["token_losses"]]
     assert page.locator("#cells").text_content() == ""
+    expect(page.locator("#vectors")).to_be_visible()
     values = page.locator("#vectors").evaluate(
         "(one) => [one.width, one.height, new Set(one.getContext('2d').getImageData(0, 0, 128, 8).data).size > 20]"
     )
     assert values == [128, 8, True]
+
+
+def test_a_late_picture_leaves_the_focus_where_it_is(page: Page, server: Server) -> None:
+    held: list[Route] = []
+    page.route("**/file", lambda route: held.append(route))
+    write(page, "s1:w2", name="slow")
+    forget(page)
+    page.get_by_role("button", name="Rename").click()
+    expect(page.get_by_label("Name", exact=True)).to_be_focused()
+    for route in held:
+        route.continue_()
+    expect(page.locator("#vectors")).to_be_visible()
+    expect(page.get_by_label("Name", exact=True)).to_be_focused()
+    assert held
 
 
 def test_rename_pin_and_delete(page: Page, server: Server) -> None:
