@@ -36,9 +36,9 @@ from gradmem.batch import Tokens
 from gradmem.cli import main
 from gradmem.evaluation import evaluate
 from gradmem.inner import Strategy
-from gradmem.memory import Record
 from gradmem.methods import RMT, GradMem, MeanPool
 from gradmem.methods._chunked import Chunks
+from gradmem.records import Record
 from gradmem.specs import build_task
 from gradmem.training.commands import plan, train
 from naive import Naive

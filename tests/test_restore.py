@@ -17,7 +17,7 @@ import gradmem
 from conftest import DATA, needs
 from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.cli import main
-from gradmem.memory import written_texts
+from gradmem.records import written_texts
 
 TEXT = "abc ☃é\r\nxy"
 CRAM = {"n_mem": 8, "inner_lr": 0.1, "write_steps": 250}

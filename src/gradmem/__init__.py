@@ -13,9 +13,10 @@ from .batch import Batch, Tokens
 from .checkpoints import checkpoint_names, load
 from .checkpoints import open_memory as open
 from .errors import GradmemError
-from .memory import Memory, Record
+from .memory import Memory
 from .methods import GradMem, Method, Written
 from .model import MemoryModel
+from .records import Record
 from .trust import Answer
 
 if TYPE_CHECKING:

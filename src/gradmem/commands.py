@@ -14,7 +14,8 @@ from .checkpoints import checkpoint_names, load, open_memory
 from .console import console, device_named, dumps, progress_bar, read_stdin, read_text
 from .errors import GradmemError, Missing
 from .files import write_bytes
-from .memory import Memory, Precision, written_texts
+from .memory import Memory, Precision
+from .records import written_texts
 from .store import Store
 from .tables import differences, provenance, receipt, receipts, restored, tokens_of
 from .training.recipe import recipe_names

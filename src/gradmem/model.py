@@ -24,9 +24,10 @@ from safetensors.torch import load_model, save_model
 from .batch import Tokens
 from .data.pretrained import digest_tokenizer
 from .errors import GradmemError
-from .memory import Memory, Record, digest, text_digest, written_texts
+from .memory import Memory, digest
 from .methods.base import Method, Written, final
 from .prefix import Prefix, copies
+from .records import Record, text_digest, written_texts
 from .specs import Spec, build_backbone, build_method, build_task
 from .tasks.base import Task
 from .trust import FILE as ABSTAIN

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import GradmemError
-from .memory import Memory, Record, text_digest
+from .memory import Memory
+from .records import Record, text_digest
 from .tasks.base import Task
 
 

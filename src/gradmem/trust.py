@@ -21,9 +21,10 @@ from .files import write_bytes
 from .memory import LENGTHS
 
 if TYPE_CHECKING:
-    from .memory import Memory, Record
+    from .memory import Memory
     from .methods.base import Method
     from .prefix import Prefix
+    from .records import Record
 
 FILE = "abstain.json"
 FORMAT = 1

@@ -27,7 +27,7 @@ from rich.table import Table
 from served import Server
 
 from gradmem import Client, GradmemError, Memory
-from gradmem.memory import text_digest
+from gradmem.records import text_digest
 from gradmem.serving import Busy
 from gradmem.store import Store
 

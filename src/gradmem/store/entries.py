@@ -8,7 +8,8 @@ from datetime import datetime
 from itertools import chain
 from typing import Any
 
-from ..memory import Precision, Record
+from ..memory import Precision
+from ..records import Record
 
 CURSOR = "%Y%m%dT%H%M%S.%f"
 """A time as it stands in a cursor."""

@@ -23,8 +23,9 @@ from typing_extensions import Unpack
 
 from ..checkpoints import bind_memory
 from ..errors import Conflict, GradmemError, Missing, Unavailable, require
-from ..memory import Memory, Precision, identity, stored_precision, text_digest
+from ..memory import Memory, Precision, identity, stored_precision
 from ..model import MemoryModel
+from ..records import text_digest
 from . import database as db
 from .entries import Diff, Entry, Version
 from .listing import Filters, labels, matching

@@ -1,0 +1,155 @@
+"""Records: who wrote a memory, from what, and how well; and the texts that they speak of."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .errors import GradmemError
+
+
+def _anything(value: object) -> bool:
+    return True
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str) and value.isprintable(),
+    "int": lambda value: type(value) is int,
+    "list[int]": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
+    "list[float]": lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
+    "dict[str, Any]": lambda value: isinstance(value, dict),
+    "list[Record]": lambda value: not any(record.earlier for record in value),
+}
+"""What a field of a record may hold, by its type: records come out of files that anybody may have written."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Provenance and write receipt of one memory: who wrote it, from what, and how well.
+
+    Of a memory that was written several times, this is the last time, and `earlier` has those before.
+
+    Attributes
+    ----------
+    method, model : str
+        Name of the method, and name or path of the checkpoint or the plain language model.
+    backbone, checkpoint, tokenizer : str
+        SHA-256 of the backbone's weights, of all weights and settings, and of the tokenizer.
+    context_sha256 : str
+        SHA-256 of the context text, UTF-8.
+    context_tokens : int
+    steps : int
+        Write steps taken; of a text in chunks, on the chunk that took most.
+    inner_lr : list of float
+        Inner learning rate of each memory vector, step after step where each has its own (one number where all
+        share it; empty without).
+    losses : list of float
+        Mean token loss before each step (of the tokens of all chunks that took it) and after the last, nats.
+    token_losses : list of float
+        Loss of each context token under the final memory, nats. Numbers only: no token is kept.
+    options : dict
+        Options of the method, where a plain language model wrote it: there they stand in no checkpoint.
+    chunks : list of int
+        Tokens of each chunk that the text was written in; empty where it was written whole.
+    earlier : list of Record
+        What was written into this memory before, first things first, each as it was known when it was written, or
+        measured anew since: its last loss and `token_losses` are then those under this memory.
+    """
+
+    method: str
+    model: str
+    backbone: str
+    checkpoint: str
+    tokenizer: str
+    context_sha256: str
+    context_tokens: int
+    steps: int
+    inner_lr: list[float]
+    losses: list[float]
+    token_losses: list[float]
+    options: dict[str, Any] = field(default_factory=dict)
+    chunks: list[int] = field(default_factory=list)
+    earlier: list[Record] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for field_ in dataclasses.fields(self):
+            if not _KINDS.get(str(field_.type), _anything)(getattr(self, field_.name)):
+                raise ValueError(f"a record's {field_.name} is {field_.type}")
+        if not self.losses:
+            raise ValueError("a record has losses")
+        if "name" in self.options:
+            raise ValueError("a record's options are those of its method")
+        if self.chunks and sum(self.chunks) != self.context_tokens:
+            raise ValueError("a record's chunks are those of its context")
+
+    @classmethod
+    def read(cls, data: dict[str, Any]) -> Record:
+        """The record that `dataclasses.asdict` made plain data of."""
+        return cls(**{**data, "earlier": [cls.read(one) for one in data.get("earlier", [])]})
+
+    @property
+    def parts(self) -> list[Record]:
+        """What was written into the memory, first things first."""
+        return [*self.earlier, self]
+
+    LOST: ClassVar[float] = 0.6931471805599453
+    """Nats beyond which a token counts as lost: the memory gives it less than an even chance."""
+
+    @property
+    def loss_before(self) -> float:
+        """Write loss of the unwritten memory."""
+        return self.losses[0]
+
+    @property
+    def loss_after(self) -> float:
+        """Write loss of this memory."""
+        return self.losses[-1]
+
+    def row(self) -> dict[str, Any]:
+        """The record as plain data, with what follows from it."""
+        earlier = [record.row() for record in self.earlier]
+        losses = {"loss_before": self.loss_before, "loss_after": self.loss_after, "lost": self.lost}
+        return {**vars(self), "earlier": earlier, **losses}
+
+    @property
+    def lost(self) -> list[int]:
+        """Positions of the tokens that the memory lost."""
+        return [i for i, loss in enumerate(self.token_losses) if loss > self.LOST]
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text, UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def written_texts(text: str, records: Sequence[Record], what: str) -> dict[str, str]:
+    """Find what was written: the text of one record, or all their texts one after the other.
+
+    Returns
+    -------
+    dict of str
+        The texts by their SHA-256.
+
+    Raises
+    ------
+    GradmemError
+        When `text` is not what was written.
+    """
+    whole, hasher, begin = text_digest(text), hashlib.sha256(), 0
+    if any(record.context_sha256 == whole for record in records):
+        return {whole: text}
+    found: dict[str, str] = {}
+    characters = iter(enumerate(text, 1))
+    for record in records:
+        for end, character in characters:
+            hasher.update(character.encode())
+            if hasher.hexdigest() == record.context_sha256:
+                found[record.context_sha256] = text[begin:end]
+                hasher, begin = hashlib.sha256(), end
+                break
+    if begin < len(text) or any(record.context_sha256 not in found for record in records):
+        raise GradmemError(f"{what} is not the text that was written")
+    return found
