@@ -261,8 +261,9 @@ def bytes_figure(entries: Sequence[Entry], path: Path) -> Path:
     """Exact match by bytes of memory, each number of pairs beside the others: most memories are of equal size."""
     sizes = sorted(set(_pairs(entries)))
     columns = min(len(sizes), 3)
-    with figure(path, math.ceil(len(sizes) / columns), 2.4, columns) as axes:
-        panels = list(axes.flat) if len(sizes) > 1 else [axes]
+    rows = math.ceil(len(sizes) / columns)
+    with figure(path, rows, 2.4, ncols=columns, sharex=True, sharey=True, squeeze=False) as axes:
+        panels = axes.ravel()
         for axis, pairs in zip(panels, sizes, strict=False):
             for place, (name, mine) in enumerate(_by_system(entries)):
                 shown = [entry for entry in mine if entry.result.task["pairs"] == pairs]

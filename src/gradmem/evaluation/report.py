@@ -92,8 +92,8 @@ def save_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 @contextmanager
-def figure(path: str | Path, rows: int = 1, height: float = 4.2, columns: int = 1) -> Iterator[Any]:
-    """Axes to draw on (several where there are rows or columns, of equal scales); saved at the end.
+def figure(path: str | Path, rows: int = 1, height: float = 4.2, **options: Any) -> Iterator[Any]:
+    """Axes to draw on (several where there are rows, or columns among the options of `subplots`); saved at the end.
 
     Raises
     ------
@@ -107,9 +107,7 @@ def figure(path: str | Path, rows: int = 1, height: float = 4.2, columns: int = 
     mpl.use("agg")
     from matplotlib import pyplot
 
-    drawn, axes = pyplot.subplots(
-        rows, columns, figsize=(7, height * rows), layout="constrained", sharex=columns > 1, sharey=columns > 1
-    )
+    drawn, axes = pyplot.subplots(rows, figsize=(7, height * rows), layout="constrained", **options)
     try:
         yield axes
         Path(path).parent.mkdir(parents=True, exist_ok=True)
