@@ -17,7 +17,7 @@ from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.meta_gradient import Order, descend, of_unfinished
 from ..inner.objective import sample_losses
-from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, heavy_ball
+from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, Update, heavy_ball, quasi_newton
 from ..memory import Memory
 from ..prefix import Prefix
 from ._chunked import ChunkedMethod, Mode
@@ -42,10 +42,14 @@ class GradMem(ChunkedMethod):
     learn_momentum : bool
         Descend with momentum, and meta-learn it for each of the `write_steps`, starting from none, and the inner
         learning rates for each of them too. Needs `learn_inner_lr` and `inner_optimizer: sgd`.
+    beyond : {"settle", "quasi_newton"}
+        What follows `write_steps`, the number that was trained, where more are asked for: ever smaller steps of the
+        same kind, or steps of `quasi_newton`, which store more (and, as any longer descent, more of what nobody asks
+        for). Needs `inner_optimizer: sgd`.
     settle : float
-        How fast the inner learning rate falls beyond `write_steps`: the j-th step after them takes the rate divided
-        by 1 + settle * j. With 0, the paper's constant rate, a memory overshoots after more steps than were trained.
-        Momentum falls likewise.
+        How fast the inner learning rate falls beyond `write_steps` with "settle": the j-th step after them takes the
+        rate divided by 1 + settle * j. With 0, the paper's constant rate, a memory overshoots after more steps than
+        were trained. Momentum falls likewise.
     inner_optimizer : {"sgd", "adam"}
     clip_value, clip_norm : float, optional
         Clips of the inner gradient, per sample and tensor.
@@ -84,6 +88,7 @@ class GradMem(ChunkedMethod):
         inner_lr: float = 1.0,
         learn_inner_lr: bool = False,
         learn_momentum: bool = False,
+        beyond: Literal["settle", "quasi_newton"] = "settle",
         settle: float = 0.5,
         inner_optimizer: Literal["sgd", "adam"] = "sgd",
         clip_value: float | None = None,
@@ -104,6 +109,8 @@ class GradMem(ChunkedMethod):
         require("inner_lr", inner_lr, inner_lr > 0, "positive")
         require("settle", settle, settle >= 0, "at least 0")
         require("inner_optimizer", inner_optimizer, inner_optimizer in OPTIMIZERS, "sgd or adam")
+        fits = beyond == "settle" or (beyond == "quasi_newton" and inner_optimizer == "sgd")
+        require("beyond", beyond, fits, "settle, or quasi_newton with inner_optimizer sgd")
         fits = not learn_momentum or (learn_inner_lr and inner_optimizer == "sgd" and write_steps > 0)
         require("learn_momentum", learn_momentum, fits, "used with learn_inner_lr, sgd and at least one write step")
         require("order", order, order in ("none", "first", "second"), "none, first or second")
@@ -113,7 +120,7 @@ class GradMem(ChunkedMethod):
         require("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "positive")
         require("write_lora", write_lora, write_lora >= 0, "at least 0")
         require("read_lora", read_lora, read_lora >= 0, "at least 0")
-        self.inner_lr, self.settle = inner_lr, settle
+        self.inner_lr, self.beyond, self.settle = inner_lr, beyond, settle
         self.update = OPTIMIZERS[inner_optimizer]
         self.clip_value, self.clip_norm = clip_value, clip_norm
         self.order: Order = order
@@ -144,7 +151,7 @@ class GradMem(ChunkedMethod):
         walk = descend(
             loss if until is None or torch.is_grad_enabled() else of_unfinished(loss, until),
             start,
-            self.update if self.momentum is None else heavy_ball(self._momentum),
+            self._updates(),
             self._rates,
             steps,
             given=[embeds, context.ids, context.mask],
@@ -186,7 +193,13 @@ class GradMem(ChunkedMethod):
             tensors["proj_bias"] = self.proj.bias.expand(batch, -1)
         return tensors
 
+    def _updates(self) -> Update:
+        update = self.update if self.momentum is None else heavy_ball(self._momentum)
+        return quasi_newton(update, self.write_steps) if self.beyond == "quasi_newton" else update
+
     def _settling(self, step: int) -> float:
+        if self.beyond == "quasi_newton":
+            return 1.0
         return 1 / (1 + self.settle * max(0, step + 1 - self.write_steps))
 
     def _rates(self, step: int) -> Rates:
