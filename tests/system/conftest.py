@@ -53,7 +53,7 @@ def screenshots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Path]:
+def postgres_server() -> Iterator[Path]:
     """Folder of a new PostgreSQL server: its socket, and `data`."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if absent:
@@ -73,16 +73,16 @@ def server() -> Iterator[Path]:
 
 
 @pytest.fixture
-def crash(server: Path) -> Callable[[], None]:
+def crash(postgres_server: Path) -> Callable[[], None]:
     """Stop the server as a crash would, and start it again."""
-    return partial(run, "pg_ctl", "restart", "--wait", "--pgdata", f"{server}/data", "--mode", "immediate")
+    return partial(run, "pg_ctl", "restart", "--wait", "--pgdata", f"{postgres_server}/data", "--mode", "immediate")
 
 
 @pytest.fixture
-def postgres(server: Path) -> str:
+def postgres(postgres_server: Path) -> str:
     """URL of an empty PostgreSQL database."""
     name = f"store_{uuid.uuid4().hex}"
-    where = f"gradmem@/{{}}?host={server}"
+    where = f"gradmem@/{{}}?host={postgres_server}"
     engine = create_engine("postgresql+psycopg://" + where.format("postgres"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
