@@ -56,8 +56,11 @@ def heavy_ball(momentum: Callable[[int], float | Tensor]) -> Update:
 
 
 SECANTS = 2
+"""Pairs that `quasi_newton` remembers; three were no better (docs/results.md)."""
 TRUST = 0.1
+"""Longest step of `quasi_newton`, as a part of the way from the start."""
 CURVED = 1e-3
+"""Least cosine between a step and its change of the gradient that counts as positive curvature."""
 
 
 def quasi_newton(first: Update, steps: int) -> Update:
