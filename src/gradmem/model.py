@@ -10,7 +10,6 @@ import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -25,19 +24,18 @@ from .batch import Tokens
 from .data.pretrained import digest_tokenizer
 from .errors import GradmemError
 from .memory import Memory, digest
-from .methods.base import Method, Written, final
+from .methods.base import Method
 from .prefix import Prefix, copies
-from .records import Record, text_digest, written_texts
 from .specs import Spec, build_backbone, build_method, build_task
 from .tasks.base import Task
 from .trust import FILE as ABSTAIN
 from .trust import Abstain, Answer, assess, claim_losses, token_logprobs
+from .writing import Progress, as_texts, measure_again, write_texts
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HERE = "."
 """In a checkpoint's config: the directory of the checkpoint itself."""
-Progress = Callable[..., Iterable[Any]]
 
 
 def _silent(steps: Iterable[Any], title: str = "", total: int | None = None) -> Iterable[Any]:
@@ -305,7 +303,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         GradmemError
             When a text is empty, too long or has unknown characters, or steps are negative.
         """
-        return self._write_all(text, None, steps, until, max_steps, progress)
+        return write_texts(self, as_texts(text), None, self.most_steps(steps, until, max_steps), until, progress)
 
     def append(
         self,
@@ -349,40 +347,12 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         memory = self.bind(memory)
         if not self.method.joins:
             raise GradmemError(f"'{self.name}' writes a memory once: write all text together")
-        appended = self._write_all(text, memory, steps, until, max_steps, progress)
+        texts = as_texts(text, memory)
+        appended = write_texts(self, texts, memory, self.most_steps(steps, until, max_steps), until, progress)
         if before is not None:
-            texts = _texts(before, memory, "`before` has")
-            appended.records = [self._measured(appended[row], told) for row, told in enumerate(texts)]
+            told = as_texts(before, memory, "`before` has")
+            appended.records = [measure_again(self, appended[row], text) for row, text in enumerate(told)]
         return appended
-
-    def _write_all(
-        self,
-        text: str | Sequence[str],
-        onto: Memory | None,
-        steps: int | None,
-        until: float | None,
-        max_steps: int | None,
-        progress: Progress,
-    ) -> Memory:
-        """Write texts, as many at once as is good; onto memories where these are given."""
-        texts = _texts(text, onto, "there are")
-        if not texts:
-            raise GradmemError("nothing to write")
-        steps = self.most_steps(steps, until, max_steps)
-        ids = [self.context_ids(t) for t in texts]
-        size = max(1, self.method.backbone.tokens_at_once // max(map(len, ids)))
-        parts = []
-        for first in range(0, len(texts), size):
-            last = min(first + size, len(texts))
-
-            def shown(states: Iterable[Written], turns: int, last: int = last) -> Iterable[Written]:
-                return progress(states, title=f"writing {last} of {len(texts)}", total=turns * steps + 1)
-
-            some = None if onto is None else onto.select(range(first, last))
-            parts.append(self._write(texts[first:last], ids[first:last], some, steps, until, shown))
-        memory = Memory.join(parts)
-        memory.model = self
-        return memory
 
     def most_steps(self, steps: int | None, until: float | None, max_steps: int | None) -> int:
         """Write steps that `write` takes with these arguments; with `until`, at most.
@@ -399,76 +369,6 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         if not until > 0:
             raise GradmemError(f"`until` is a loss above 0, not {until}")
         return max(30, self.method.write_steps) if max_steps is None else max_steps
-
-    def _write(
-        self,
-        texts: list[str],
-        ids: list[list[int]],
-        onto: Memory | None,
-        steps: int,
-        until: float | None,
-        progress: Callable[[Iterable[Written], int], Iterable[Written]],
-    ) -> Memory:
-        """Write texts in one batch."""
-        context, method = Tokens.from_lists(ids, self.task.pad_id).to(self.device), self.method
-        cuts = method.cuts(context)
-        turns = max(1, *map(len, cuts)) if method.chunks == "sequential" else 1
-        with torch.no_grad():
-            if onto is None:
-                states = method.trajectory(context, steps, until=until)
-            else:
-                states = method.extend(onto, context, steps, until=until)
-            written = final(progress(states, turns))
-            token_losses = method.token_losses(written.memory, context)
-        records = []
-        for row, text in enumerate(texts):
-            losses = token_losses[row, : len(ids[row])].tolist()
-            earlier = [] if onto is None else [replace(part, earlier=[]) for part in onto.records[row].parts]
-            records.append(self._record(text, written, losses, row, cuts[row], earlier))
-        memory = written.memory if onto is None else method.joined(onto, written.memory)
-        return Memory(memory.tensors, records)
-
-    def _measured(self, memory: Memory, before: str) -> Record:
-        """The record of a memory of one row, with what it still keeps of the texts before."""
-        record = memory.records[0]
-        found = written_texts(before, record.earlier, "`before`")
-        if self.method.chunks == "independent":
-            return record  # vectors of their own: nothing has changed
-        earlier = []
-        for part in record.earlier:
-            if part.context_sha256 in found:
-                losses = self.token_losses(memory, found[part.context_sha256])
-                part = replace(
-                    part, losses=[*part.losses[:-1], *_rounded([_mean(losses)], 6)], token_losses=_rounded(losses, 3)
-                )
-            earlier.append(part)
-        return replace(record, earlier=earlier)
-
-    def _record(
-        self,
-        text: str,
-        written: Written,
-        token_losses: list[float],
-        row: int,
-        chunks: list[int],
-        earlier: list[Record],
-    ) -> Record:
-        taken = int(written.taken[row])
-        losses = [*written.losses[:taken, row].tolist(), _mean(token_losses)]
-        return Record(
-            method=self.spec["method"]["name"],
-            model=self.name,
-            **self.fingerprints,
-            context_sha256=text_digest(text),
-            context_tokens=len(token_losses),
-            steps=taken,
-            inner_lr=[round(rate, 6) for rate in self.method.inner_lrs()],
-            losses=_rounded(losses, 6),
-            token_losses=_rounded(token_losses, 3),
-            options=self.options,
-            chunks=chunks,
-            earlier=earlier,
-        )
 
     def token_losses(self, memory: Memory, text: str) -> list[float]:
         """Loss of each token of a context text when it is read back from a memory of one row, nats.
@@ -689,22 +589,6 @@ def _in_shape(memory: Memory, query: Any, answer: Callable[[list[int], list[str]
     flat = [(row, text) for row, texts in enumerate(query) for text in texts]
     found = iter(answer([row for row, _ in flat], [text for _, text in flat]) if flat else [])
     return [[next(found) for _ in queries] for queries in query]
-
-
-def _texts(text: str | Sequence[str], memory: Memory | None, what: str) -> list[str]:
-    """Texts as a list; refused unless there is one for each row of the memory, where there is one."""
-    texts = [text] if isinstance(text, str) else list(text)
-    if memory is not None and len(texts) != len(memory):
-        raise GradmemError(f"{what} {len(texts)} texts for {len(memory)} memories: give one for each")
-    return texts
-
-
-def _mean(losses: list[float]) -> float:
-    return sum(losses) / len(losses)
-
-
-def _rounded(losses: Iterable[float], digits: int) -> list[float]:
-    return [round(loss, digits) for loss in losses]
 
 
 def _portable(task: Spec) -> Spec:
