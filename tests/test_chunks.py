@@ -46,7 +46,7 @@ from test_gradmem import EVERYTHING, OPTIONS
 from test_rmt import naive_read, naive_write
 from test_training import recipe
 
-MODES = ["sequential", "independent"]
+MODES = ["sequential", "independent", "joint"]
 SIZE = 3
 """Of the chunks of `make_batch`, whose contexts have then three, two and three of them."""
 CASES = ["second", "first", "none", "last_k", "one_vector", "adam", "everything", "everything_last_k"]
@@ -54,7 +54,10 @@ CASES = ["second", "first", "none", "last_k", "one_vector", "adam", "everything"
 
 @dataclasses.dataclass
 class NaiveChunks(Naive):
-    """One chunk after the other; independent ones are stacked, and each is projected on its own in READ."""
+    """One chunk after the other; independent ones are stacked, and each is projected on its own in READ.
+
+    Of joint ones, every step descends the mean loss of all tokens, each chunk read as if it were alone.
+    """
 
     size: int = SIZE
     mode: str = "independent"
@@ -62,6 +65,8 @@ class NaiveChunks(Naive):
     def write(
         self, context: Tensor, written: dict[str, Tensor] | None = None
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        if self.mode == "joint":
+            return super().write(context, written)
         memories, losses = [], []
         for chunk in context.split(self.size):
             before = memories[-1] if memories and self.mode == "sequential" else None
@@ -72,6 +77,12 @@ class NaiveChunks(Naive):
         if self.mode == "sequential":
             return memories[-1], total
         return {name: torch.stack([memory[name] for memory in memories]) for name in memory}, total
+
+    def context_loss(self, written: dict[str, Tensor], context: Tensor) -> Tensor:
+        if self.mode != "joint":
+            return super().context_loss(written, context)
+        parts = context.split(self.size)
+        return sum(super(NaiveChunks, self).context_loss(written, part) * len(part) for part in parts) / len(context)
 
     def vectors(self, written: dict[str, Tensor]) -> Tensor:
         if written["memory"].dim() == 2:
@@ -216,7 +227,7 @@ def test_token_losses_are_those_of_the_chunks(mode: str) -> None:
         assert distance(losses[number * SIZE :][: len(chunk)], wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["sequential", "independent"])
 def test_until_stops_chunks_one_by_one(mode: str) -> None:
     method, context = chunked(mode), random_tokens([8, 5])
     with torch.no_grad():
@@ -237,6 +248,41 @@ def test_until_stops_chunks_one_by_one(mode: str) -> None:
             assert written.taken[row] == max(taken)
             counts += taken
     assert len(set(counts)) > 1
+
+
+def test_until_stops_joint_chunks_together() -> None:
+    """Each context when the mean loss of all its chunks is there, whatever its neighbours do."""
+    method, context = chunked("joint"), random_tokens([8, 5])
+    with torch.no_grad():
+        until = float(method.write(context, 3).losses[2].mean())
+        written = method.write(context, 6, until=until)
+        for row in range(2):
+            alone = Tokens.from_lists([real(context, row).tolist()])
+            losses = method.write(alone, 6).losses[:, 0]
+            taken = int((losses > until).long().cumprod(0).sum())
+            assert written.taken[row] == taken
+            wanted = method.write(alone, taken).memory.tensors["memory"]
+            assert distance(written.memory[row].tensors["memory"], wanted) < TOLERANCE
+    assert written.taken[0] != written.taken[1]
+
+
+def test_parts_of_joint_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients the chunks of a long context are read in parts of so many tokens: with the same result."""
+    method, context, sizes = chunked("joint", "llama"), random_tokens([14, 5]), []
+    wanted = method.write(context, 3)
+    losses = method._losses
+
+    def counted(tensors: dict[str, Tensor], tokens: Tokens, embeds: Tensor) -> Tensor:
+        sizes.append(len(tokens))
+        return losses(tensors, tokens, embeds)
+
+    method._losses = counted
+    monkeypatch.setattr(Backbone, "tokens_at_once", 2 * SIZE)
+    with torch.no_grad():
+        got = method.write(context, 3)
+    assert set(sizes) == {1, 2}
+    assert distance(got.losses, wanted.losses) < TOLERANCE
+    assert distance(got.memory.tensors["memory"], wanted.memory.tensors["memory"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("until", [None, 2.9])
@@ -375,13 +421,15 @@ def test_a_file_of_chunks(model: MemoryModel, tmp_path: Path) -> None:
 
 
 def test_append(model: MemoryModel, tmp_path: Path) -> None:
-    """What is appended is the next chunk: the same as when all chunks are written at once."""
+    """What is appended is the next chunk: the same as when all chunks are written at once, one by one where joint."""
     first = model.write("\n".join(PAIRS[:2]))
     before = {name: tensor.clone() for name, tensor in first.tensors.items()}
     second = model.append(first, "\n".join(PAIRS[2:4]))
     assert all(torch.equal(first.tensors[name], tensor) for name, tensor in before.items())
     ids = [model.task.encode(model.task.context_text("\n".join(PAIRS[i : i + 2]))) for i in (0, 2)]
     model.method.may_end = lambda tokens: tokens == model.task.encode("|")[0]
+    if model.method.chunks == "joint":
+        model.method.chunk_by(15, "sequential")
     with torch.no_grad():
         wanted = model.method.write(Tokens.from_lists([list(chain(*ids))])).memory
     for name, tensor in wanted.tensors.items():
@@ -507,6 +555,8 @@ def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         pool.choose({"chunk": 4})
     with pytest.raises(GradmemError, match="writes a memory once"):
         pool.append(pool.write(TEXT), MORE)
+    with pytest.raises(GradmemError, match="chunks must be sequential or independent, not 'joint'"):
+        make_method(RMT, chunk=4, chunks="joint")
     with pytest.raises(GradmemError, match="whole, at once"):
         make_method(MeanPool).chunk_by(3)
     apart = model.write(TEXT)

@@ -73,7 +73,7 @@ def write(
         Device to run on.
     options
         Options of the method, each by its own name: --n_mem 32 --inner_lr 0.03; of a checkpoint's method only
-        --chunks sequential or independent.
+        --chunks sequential, independent or joint.
     """
     if not store and (name is not None or tags):
         raise GradmemError("names and tags are for memories in the store: add --store")

@@ -318,8 +318,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
     ) -> Memory:
         """Write more text into a memory, as the next chunk of what was written.
 
-        With `chunks: sequential` WRITE goes on from the memory as it is, which may forget; with `independent` the text
-        gets vectors of its own, and nothing that was written changes.
+        With `chunks: independent` the text gets vectors of its own, and nothing that was written changes; otherwise
+        WRITE goes on from the memory as it is, which may forget.
 
         Parameters
         ----------

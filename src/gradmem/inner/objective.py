@@ -29,3 +29,21 @@ def token_losses(hidden: Tensor, head: nn.Module, ids: Tensor, mask: Tensor) -> 
 def sample_losses(losses: Tensor, mask: Tensor) -> Tensor:
     """Mean over the real tokens of each sample: (batch, length) -> (batch,). Paper section 3, L_b."""
     return losses.sum(1) / mask.sum(1)
+
+
+def joint_losses(losses: Tensor, mask: Tensor, rows: Tensor, samples: int) -> Tensor:
+    """`sample_losses` of samples in chunks: the mean over the real tokens of all chunks of each.
+
+    Parameters
+    ----------
+    losses, mask : Tensor, shape (chunks, length)
+    rows : Tensor, int64, shape (chunks,)
+        The sample of each chunk.
+    samples : int
+
+    Returns
+    -------
+    Tensor, shape (samples,)
+    """
+    tokens = rows.new_zeros(samples).index_add(0, rows, mask.sum(1))
+    return losses.new_zeros(samples).index_add(0, rows, losses.sum(1)) / tokens

@@ -1,11 +1,10 @@
-"""Long contexts: written in chunks, each into vectors of its own, or one after the other into the same vectors."""
+"""Long contexts: written in chunks, each into vectors of its own, or all into the same ones."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,7 @@ from ..inner.optimizers import Tensors
 from ..memory import LENGTHS, Memory
 from ..prefix import Prefix
 from ._prefix import PrefixMethod, pads_last
-from .base import Written
-
-Mode = Literal["sequential", "independent"]
+from .base import Mode, Written
 
 
 class ChunkedMethod(PrefixMethod):
@@ -31,6 +28,9 @@ class ChunkedMethod(PrefixMethod):
     - "independent": every chunk is written from the start, all in one batch, into n_mem vectors of its own, and READ
       sees those of all chunks one after the other. The tensors of such a memory have a second dimension, the chunks,
       and `lengths` says how many each row has.
+    - "joint": every step descends the mean loss of the tokens of all chunks, each read on its own from the same memory,
+      which stays as small and prefers none; its time is linear in the context. For methods that name it in `modes`
+      and implement `walk_jointly`.
 
     Parameters
     ----------
@@ -39,10 +39,11 @@ class ChunkedMethod(PrefixMethod):
         As for `PrefixMethod`; the steps are those on each chunk.
     chunk : int, optional
         Most tokens of a chunk; by default a context is written whole.
-    chunks : {"sequential", "independent"}
+    chunks : {"sequential", "independent", "joint"}
     """
 
     joins = True
+    modes: Sequence[Mode] = ("sequential", "independent")
 
     def __init__(
         self, backbone: Backbone, n_mem: int, write_steps: int, n_ctrl: int, chunk: int | None, chunks: Mode
@@ -67,11 +68,27 @@ class ChunkedMethod(PrefixMethod):
         """
         raise NotImplementedError
 
+    def walk_jointly(
+        self, chunks: Tokens, rows: Tensor, start: Tensors, steps: int, until: float | None
+    ) -> Iterator[Written]:
+        """Write chunks into the memories of their rows, all of a memory at once; for methods with the mode "joint".
+
+        Parameters
+        ----------
+        chunks : Tokens, shape (chunks, length)
+        rows : Tensor, int64, shape (chunks,)
+            The memory of each chunk.
+        start : dict of Tensor, shapes (batch, ...)
+        steps : int
+        until : float or None
+        """
+        raise NotImplementedError
+
     def chunk_by(self, chunk: int | None, chunks: Mode | None = None) -> None:
         """Choose how contexts are cut from now on; see `Method.chunk_by`."""
         good = chunk is None or (isinstance(chunk, int) and 1 <= chunk <= self.max_chunk)
         require("chunk", chunk, good, f"from 1 to {self.max_chunk} tokens, or none")
-        require("chunks", chunks, chunks in (None, "sequential", "independent"), "sequential or independent")
+        require("chunks", chunks, chunks is None or chunks in self.modes, " or ".join(self.modes))
         self.chunk, self.chunks = chunk, self.chunks if chunks is None else chunks
 
     @property
@@ -102,30 +119,33 @@ class ChunkedMethod(PrefixMethod):
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
         """Yield the memory before the first step and after every step; see `Method.trajectory`.
 
-        Steps are those on each chunk. Independent chunks take each step together; sequential chunks take all of their
-        steps before the next one begins, so that there are more states. Write losses are those of the tokens of all
-        chunks that took the step, and a sample has taken as many steps as the chunk with most.
+        Steps are those on each chunk. Independent and joint chunks take each step together; sequential chunks take all
+        of their steps before the next one begins, so that there are more states. Write losses are those of the tokens
+        of all chunks that took the step, and a sample has taken as many steps as the chunk with most.
         """
         self._check_write(context, steps)
         if self.chunk is None:
             yield from self.walk(context, self._start(len(context)), steps, until)
-        elif self.chunks == "sequential":
-            yield from self._one_by_one(context, self._start(len(context)), steps, until)
-        else:
+        elif self.chunks == "independent":
             yield from self._apart(context, steps, until)
+        else:
+            yield from self._into(self._start(len(context)), context, steps, until)
 
     def after(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
         """Yield the memory after each of these numbers of steps on each chunk; see `Method.after`.
 
         What sequential chunks start from depends on the number of steps, so each number is written anew.
         """
-        if self.chunk is None or self.chunks == "independent":
+        if self.chunk is None or self.chunks != "sequential":
             yield from super().after(context, steps)
         else:
             yield from ((number, self.write(context, number)) for number in sorted(set(steps)))
 
     def extend(self, memory: Memory, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
-        """Write more into memories, as their next chunks; see `Method.extend`."""
+        """Write more into memories, as their next chunks; see `Method.extend`.
+
+        Joint chunks are joint among themselves, and come after those that were written before.
+        """
         if self.chunks == "independent":
             yield from self.trajectory(context, steps, until=until)
             return
@@ -134,11 +154,11 @@ class ChunkedMethod(PrefixMethod):
             raise GradmemError("chunks of this memory have vectors of their own: append with `chunks: independent`")
         like = self._start(1)
         start = {name: tensor.to(like[name]) for name, tensor in apart(memory).tensors.items()}
-        yield from self._one_by_one(context, start, steps, until)
+        yield from self._into(start, context, steps, until)
 
     def joined(self, memory: Memory, more: Memory) -> Memory:
         """Put together a memory and what `extend` wrote; see `Method.joined`."""
-        if self.chunks == "sequential":
+        if self.chunks != "independent":
             return more
         counts, added = chunk_counts(memory), chunk_counts(more)
         self._check_chunks(counts + added)
@@ -172,6 +192,14 @@ class ChunkedMethod(PrefixMethod):
             tensors = {name: torch.cat([state.memory.tensors[name] for state in states]) for name in names}
             parts = [_Part(*part) for part in zip(tokens, chunks.rows.split(size), states, strict=True)]
             yield Written(pack(tensors, chunks.counts), *_summed(parts, len(context)))
+
+    def _into(self, start: Tensors, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
+        """Write chunks into vectors that stay as many: after each other, or joint."""
+        if self.chunks == "sequential":
+            yield from self._one_by_one(context, start, steps, until)
+        else:
+            chunks = self._cut(context)
+            yield from self.walk_jointly(chunks.tokens, chunks.rows, start, steps, until)
 
     def _one_by_one(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
         """Write sequential chunks: all contexts' first ones, then the second ones of those that have one, and so on."""

@@ -19,6 +19,9 @@ from ..inner.objective import sample_losses, token_losses
 from ..memory import Memory
 from ..prefix import Prefix, generate
 
+Mode = Literal["sequential", "independent", "joint"]
+"""How the chunks of a context are written into one memory; see `ChunkedMethod`."""
+
 
 @dataclass
 class Written:
@@ -83,8 +86,9 @@ class Method(nn.Module, ABC):
     """Whether it can write the chunks of a context into one memory; where not, each takes a memory of its own."""
     chunk: int | None = None
     """Most tokens of a chunk; None where contexts are written whole. Set it by `chunk_by`."""
-    chunks: Literal["sequential", "independent"] = "sequential"
-    """Whether each chunk is written from the memory that the one before it left, or gets vectors of its own."""
+    chunks: Mode = "sequential"
+    """Whether each chunk is written from the memory that the one before it left, gets vectors of its own, or takes
+    every step together with the others."""
     may_end: Callable[[Tensor], Tensor] = staticmethod(anywhere)
     """Tokens after which a chunk may end, from ids, as `Task.may_end` says; `MemoryModel` puts its task's here."""
 
@@ -199,14 +203,14 @@ class Method(nn.Module, ABC):
 
     # Chunks: what only methods that write several into one memory (`joins`) have more to say about
 
-    def chunk_by(self, chunk: int | None, chunks: Literal["sequential", "independent"] | None = None) -> None:
+    def chunk_by(self, chunk: int | None, chunks: Mode | None = None) -> None:
         """Choose how contexts are cut from now on; memories written before are read as ever.
 
         Parameters
         ----------
         chunk : int or None
             Most tokens of a chunk; None to write contexts whole.
-        chunks : {"sequential", "independent"}, optional
+        chunks : {"sequential", "independent", "joint"}, optional
             By default as before.
 
         Raises

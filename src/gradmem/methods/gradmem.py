@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.meta_gradient import Order, descend, of_unfinished
-from ..inner.objective import sample_losses
+from ..inner.objective import joint_losses, sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, Update, heavy_ball, quasi_newton
 from ..memory import Memory
 from ..prefix import Prefix
-from ._chunked import ChunkedMethod, Mode
+from ._chunked import ChunkedMethod
 from ._prefix import Head, Phase
-from .base import Written
+from .base import Mode, Written
 
 
 class GradMem(ChunkedMethod):
@@ -74,10 +75,13 @@ class GradMem(ChunkedMethod):
         adapters.
     chunk : int, optional
         Most tokens of a chunk of a longer context; by default every context is written whole.
-    chunks : {"sequential", "independent"}
-        Write each chunk from the memory that the one before it left; or each from M0 into vectors of its own, which
-        READ sees together. Each takes all `write_steps`; `settle` and `last_k` count those of a chunk.
+    chunks : {"sequential", "independent", "joint"}
+        Write each chunk from the memory that the one before it left; each from M0 into vectors of its own, which READ
+        sees together; or all into the same vectors, each step down the mean loss of all their tokens. Each takes all
+        `write_steps`; `settle` and `last_k` count those of a chunk.
     """
+
+    modes = get_args(Mode)
 
     def __init__(
         self,
@@ -141,15 +145,41 @@ class GradMem(ChunkedMethod):
         self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
     ) -> Iterator[Written]:
         """Yield the memory before the first write step and after every step; see `ChunkedMethod.walk`."""
+        yield from self._walk(context, None, start, steps, until, more)
+
+    def walk_jointly(
+        self, chunks: Tokens, rows: Tensor, start: Tensors, steps: int, until: float | None
+    ) -> Iterator[Written]:
+        """Descend the mean loss of all chunks of a memory; see `ChunkedMethod.walk_jointly`."""
+        yield from self._walk(chunks, rows, start, steps, until)
+
+    def _walk(
+        self,
+        context: Tokens,
+        rows: Tensor | None,
+        start: Tensors,
+        steps: int,
+        until: float | None,
+        more: bool = False,
+    ) -> Iterator[Written]:
+        """Write contexts into memories of their own, or into those of `rows`."""
         embeds = self._embed_context(context)
-        second = torch.is_grad_enabled() and self.order == "second"
+        training = torch.is_grad_enabled()
+        second = training and self.order == "second"
+
+        def losses_of(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+            with self.backbone.second_order() if second else self.backbone.trained():
+                return self._losses(tensors, Tokens(ids, mask), embeds)
 
         def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-            with self.backbone.second_order() if second else self.backbone.trained():
-                return sample_losses(self._losses(tensors, Tokens(ids, mask), embeds), mask)
+            if rows is None:
+                return sample_losses(losses_of(tensors, embeds, ids, mask), mask)
+            size = len(rows) if training else max(1, self.backbone.tokens_at_once // ids.shape[1])
+            losses = _in_parts(losses_of, tensors, rows, (embeds, ids, mask), size)
+            return joint_losses(losses, mask, rows, len(start["memory"]))
 
         walk = descend(
-            loss if until is None or torch.is_grad_enabled() else of_unfinished(loss, until),
+            loss if until is None or training or rows is not None else of_unfinished(loss, until),
             start,
             self._updates(),
             self._rates,
@@ -164,7 +194,7 @@ class GradMem(ChunkedMethod):
             until=until,
         )
         for step in walk:
-            losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(context))
+            losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(start["memory"]))
             yield Written(Memory(step.tensors), losses, step.taken)
 
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
@@ -227,6 +257,20 @@ class GradMem(ChunkedMethod):
     def _losses(self, tensors: Tensors, context: Tokens, embeds: Tensor) -> Tensor:
         with self.backbone.without_dropout(), _active(self.adapters, "write"):
             return super()._losses(tensors, context, embeds)
+
+
+def _in_parts(
+    losses: Callable[..., Tensor], tensors: Tensors, rows: Tensor, given: Sequence[Tensor], size: int
+) -> Tensor:
+    """Losses of chunks under the memories of their rows, of so many at once: only one part's graph is ever kept."""
+
+    def part(rows: Tensor, *given: Tensor) -> Tensor:
+        return losses({name: tensor[rows] for name, tensor in tensors.items()}, *given)
+
+    if len(rows) <= size:
+        return part(rows, *given)
+    parts = zip(*(tensor.split(size) for tensor in (rows, *given)), strict=True)
+    return torch.cat([checkpoint(part, *some, use_reentrant=False) for some in parts])
 
 
 class _AdaptedPrefix(Prefix):

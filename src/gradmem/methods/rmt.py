@@ -14,7 +14,7 @@ from ..errors import require
 from ..inner.objective import sample_losses
 from ..inner.optimizers import Tensors
 from ..memory import Memory
-from ._chunked import ChunkedMethod, Mode
+from ._chunked import ChunkedMethod
 from ._prefix import Head, pads_last
 from .base import Written
 
@@ -64,7 +64,7 @@ class RMT(ChunkedMethod):
         write_head: Head = "none",
         reconstruction: bool = False,
         chunk: int | None = None,
-        chunks: Mode = "sequential",
+        chunks: Literal["sequential", "independent"] = "sequential",
     ) -> None:
         super().__init__(backbone, n_mem, write_steps, n_ctrl, chunk, chunks)
         require("projection", projection, projection in ("none", "proj", "proj_rw"), "none, proj or proj_rw")
