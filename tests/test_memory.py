@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -11,10 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import gradmem
+from conftest import tiny_model
 from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.backbone import Backbone
+from gradmem.tables import receipt
 
 TEXT = "a7:Qz\nk2:9f\nzz:aa"
 FLOATS = 8 * 16
@@ -315,3 +321,22 @@ def test_only_floating_point_is_rounded(tmp_path: Path, precision: str) -> None:
         assert loaded.tensors[name].dtype == memory.tensors[name].dtype
         assert torch.equal(loaded.tensors[name], memory.tensors[name])
     assert torch.allclose(loaded.tensors["vector"], memory.tensors["vector"], atol=1e-2)
+
+
+def test_a_receipt_shows_all_of_the_text_and_lists_some_of_what_was_lost() -> None:
+    """In a narrow window, of a text without spaces."""
+    tokens = [chr(0x4E00 + i) for i in range(80)]
+    record = dataclasses.replace(tiny_model(0).write("a1:2b").records[0], context_tokens=80, token_losses=[1.0] * 80)
+    console = Console(width=50, record=True, file=io.StringIO())
+    console.print(receipt(record, tokens))
+    console.print(receipt(record))
+    shown = re.sub(r"[│\s]+", " ", console.export_text())
+    assert "…" not in shown
+    with_text, without = shown.split("positions lost")
+    for number, token in enumerate(tokens):
+        listed = f"{token!r}@{number}"
+        assert with_text.count(token) == 1 + (listed in with_text)
+        assert (listed in with_text) == (number < 50)
+    assert "and 30 more" in with_text
+    assert "and 30 more" in without
+    assert "none" not in without

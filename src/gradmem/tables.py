@@ -43,17 +43,25 @@ def receipt(record: Record, tokens: Sequence[str] | None = None) -> Table:
     kept = record.context_tokens - len(record.lost)
     built.add_row("tokens kept", f"{kept} of {record.context_tokens} (loss below ln 2 = 0.693)")
     if tokens is None:
-        lost = Text(", ".join(map(str, record.lost)) or "none")
-        built.add_row("positions lost", lost)
+        built.add_row("positions lost", _listed([str(position) for position in record.lost], ", ") or "none")
         return built
-    text = Text()
+    text = Text(overflow="fold")  # which may have no spaces
     lost_at = set(record.lost)
     for position, token in enumerate(tokens):
         text.append(token, style="bold white on red" if position in lost_at else "green")
     built.add_row("text (lost in red)", text)
     if lost_at:
-        built.add_row("lost", " ".join(f"{tokens[i]!r}@{i}" for i in record.lost))
+        built.add_row("lost", _listed([f"{tokens[i]!r}@{i}" for i in record.lost], " "))
     return built
+
+
+LISTED = 50
+"""Lost tokens that a receipt lists; of a text that is mostly lost they would fill the screen."""
+
+
+def _listed(lost: Sequence[str], between: str) -> str:
+    more = f"{between}and {len(lost) - LISTED:,} more" if len(lost) > LISTED else ""
+    return between.join(lost[:LISTED]) + more
 
 
 SHOWN = 10
