@@ -30,7 +30,7 @@ from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
 from gradmem.inner import Strategy
 from gradmem.methods import RMT, GradMem
-from gradmem.methods._chunked import Chunks
+from gradmem.methods._chunks import Chunks
 from gradmem.specs import build_task
 from naive import Naive
 from test_gradmem import EVERYTHING, OPTIONS

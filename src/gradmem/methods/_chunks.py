@@ -1,0 +1,107 @@
+"""Contexts cut into chunks, and memories in which chunks have vectors of their own."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..batch import Tokens
+from ..inner.optimizers import Tensors
+from ..memory import LENGTHS, Memory
+
+
+@dataclass
+class Chunks:
+    """Contexts cut into chunks; those of a context stand one after the other.
+
+    Attributes
+    ----------
+    tokens : Tokens, shape (chunks, length)
+    rows, places, begins : Tensor, int64, shape (chunks,)
+        The context of each chunk, which of its chunks it is, and where it begins.
+    counts : Tensor, int64, shape (contexts,)
+        Chunks of each context.
+    """
+
+    tokens: Tokens
+    rows: Tensor
+    places: Tensor
+    begins: Tensor
+    counts: Tensor
+
+    @classmethod
+    def cut(cls, context: Tokens, size: int, may_end: Tensor) -> Chunks:
+        """Cut contexts after at most `size` tokens, where they may be cut; elsewhere only what is longer than a chunk.
+
+        Parameters
+        ----------
+        context : Tokens, shape (batch, length)
+        size : int
+        may_end : Tensor, bool, shape (batch, length)
+            Tokens after which a chunk may end.
+        """
+        device, length = context.ids.device, context.ids.shape[1]
+        spans = [
+            _spans([i for i, end in enumerate(ends, 1) if end], real, size)
+            for ends, real in zip(may_end.tolist(), context.lengths.tolist(), strict=True)
+        ]
+        counts = torch.tensor([len(own) for own in spans], device=device)
+        rows, places = numbered(counts)
+        bounds = torch.tensor([span for own in spans for span in own], device=device)
+        at = bounds[:, :1] + torch.arange(int((bounds[:, 1] - bounds[:, 0]).max()), device=device)
+        ids = context.ids[rows[:, None], at.clamp_max(length - 1)]
+        return cls(Tokens(ids, at < bounds[:, 1:]), rows, places, bounds[:, 0], counts)
+
+    def rejoined(self, values: Tensor, context: Tokens) -> Tensor:
+        """Put values of the chunks' tokens (chunks, length) where they stand in the contexts; zero at pads."""
+        real = self.tokens.mask
+        at = self.begins[:, None] + torch.arange(real.shape[1], device=real.device)
+        rows = self.rows[:, None].expand_as(at)
+        return values.new_zeros(context.ids.shape).index_put((rows[real], at[real]), values[real])
+
+
+def _spans(ends: list[int], length: int, size: int) -> list[tuple[int, int]]:
+    """Where chunks begin and stop: after the last of `ends` that fits, or after `size` tokens where none does."""
+    spans, begin = [], 0
+    while begin < length:
+        stop = begin + size
+        if stop < length:
+            fits = bisect_right(ends, stop)
+            stop = ends[fits - 1] if fits and ends[fits - 1] > begin else stop
+        spans.append((begin, min(stop, length)))
+        begin = stop
+    return spans
+
+
+def numbered(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For things of which each row has so many: the row of each, and its number in the row."""
+    rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    return rows, torch.arange(len(rows), device=counts.device) - (counts.cumsum(0) - counts)[rows]
+
+
+def pack(tensors: Tensors, counts: Tensor) -> Memory:
+    """Chunks' tensors (chunks, ...) as a memory with so many chunks in each row."""
+    return Memory({**{name: padded(tensor, counts) for name, tensor in tensors.items()}, LENGTHS: counts})
+
+
+def padded(tensor: Tensor, counts: Tensor) -> Tensor:
+    """What is of each chunk (chunks, ...) as rows (batch, most chunks, ...), padded with zeros."""
+    rows = tensor.new_zeros(len(counts), int(counts.max()), *tensor.shape[1:])
+    return rows.index_put(numbered(counts), tensor)
+
+
+def apart(memory: Memory) -> Memory:
+    """Chunks with vectors of their own as rows of their own; a memory without such chunks is itself."""
+    if LENGTHS not in memory.tensors:
+        return memory
+    rows, places = numbered(memory.tensors[LENGTHS])
+    return Memory({name: tensor[rows, places] for name, tensor in memory.tensors.items() if name != LENGTHS})
+
+
+def chunk_counts(memory: Memory) -> Tensor:
+    """How many chunks of each row have vectors of their own: int64, shape (batch,)."""
+    like = next(iter(memory.tensors.values()))
+    return memory.tensors.get(LENGTHS, torch.ones(len(memory), dtype=torch.long, device=like.device))
