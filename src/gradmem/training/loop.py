@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from rich.console import Console
 from torch import Tensor
 
@@ -28,7 +28,6 @@ from ..evaluation.report import save_json
 from ..model import MemoryModel
 from ..specs import build_task
 from ..tasks.base import Task
-from .clipping import RECENT, PartGradients
 from .optim import build_optimizers
 from .plan import choose_device, clock, gigabytes, plan_stage
 from .progress import Place, Report
@@ -276,26 +275,14 @@ class Trainer:
         tokens = accelerator.reduce((batch.labels != -100).sum().float(), "sum") / accelerator.num_processes
         parts = list(batch.split(self.place.micro_batch))
         shown = torch.zeros(3, device=accelerator.device)
-        clipped = PartGradients(self.parameters, self.place.part_norms) if self.recipe.clip_parts else None
         for part in parts:
-            together = part is parts[-1] and clipped is None
-            with contextlib.nullcontext() if together else accelerator.no_sync(self.step_module):
+            with contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(self.step_module):
                 loss, write_loss, correct = self.step_module(part, steps, task.scored(part.labels))
                 loss, write_loss = loss / tokens, write_loss * len(part.context) / len(batch.context)
                 accelerator.backward(outer_loss(loss, write_loss, weight))
             match = correct.sum() / len(batch.rows)
             shown += torch.stack([loss.detach(), write_loss.detach(), match])
-            if clipped is not None:
-                clipped.take(len(part.context) / len(batch.context))
-        if clipped is not None:
-            self._give(clipped)
         return shown
-
-    def _give(self, clipped: PartGradients) -> None:
-        """Give the parameters the mean of all processes' sums, which no backward pass has averaged."""
-        for parameter, total in zip(self.parameters, clipped.sums, strict=True):
-            parameter.grad = self.accelerator.reduce(total, "mean")
-        self.place.part_norms = [*self.place.part_norms, *gather_object(clipped.norms)][-RECENT:]
 
     def _save(self) -> None:
         if self.main:

@@ -36,14 +36,12 @@ class Place:
     strategy: Strategy = "recompute"
     micro_batch: int = 0
     """0: how this stage's steps run is not settled yet."""
-    part_norms: list[float] = field(default_factory=list)
-    """Norms of the last micro-batches' meta-gradients, of this stage; see `PartGradients`."""
 
     def next_stage(self) -> None:
         """Move to the beginning of the next stage."""
         self.stage, self.stage_step, self.recent = self.stage + 1, 0, []
         self.best, self.best_at, self.halvings, self.decay_from = 0.0, 0, 0, None
-        self.micro_batch, self.part_norms = 0, []
+        self.micro_batch = 0
 
 
 class Report:

@@ -82,9 +82,6 @@ class Recipe:
     """Weight decay of both optimisers."""
     clip_norm: float = 1.0
     """Largest norm of the meta-gradient."""
-    clip_parts: bool = False
-    """Clip the meta-gradient of each micro-batch first, at the median norm of those before, so that the few contexts
-    with gradients many times as long as the others' do not decide for all: best with `micro_batch: 1`."""
     inner_loss_weight: float = 0.0
     """Weight of the method's write loss in the outer loss; GradMem's is that of the last write step."""
     strategy: Literal["auto", "unroll", "recompute"] = "auto"
