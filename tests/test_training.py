@@ -207,6 +207,30 @@ def test_warm_start_takes_over_equal_weights(tmp_path: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine if name not in kept)
 
 
+def test_warm_start_takes_over_weights_of_layers_that_have_adapters_now(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "one")
+    one = gradmem.load(tmp_path / "one" / "checkpoint")
+    model = MemoryModel.from_spec(TASK, BACKBONE, {**METHOD, "write_lora": 2})
+    kept = model.take_weights(one)
+    assert kept
+    assert all("lora_" in name for name in kept)
+    batch = make_batch()
+    with torch.no_grad():
+        mine, theirs = (some.method.write(batch.context, 2).memory.tensors["memory"] for some in (model, one))
+    assert torch.allclose(mine, theirs, atol=1e-6)  # new adapters add nothing
+    back = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
+    assert back.take_weights(model) == []
+
+
+def test_warm_start_says_what_is_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(recipe(), tmp_path / "one")
+    start = str(tmp_path / "one" / "checkpoint")
+    train(recipe(init_from=start), tmp_path / "same")
+    assert "so new" not in capsys.readouterr().err
+    train(recipe(init_from=start, method={**METHOD, "n_mem": 5}), tmp_path / "two")
+    assert "so new: initial_memory, log_inner_lr" in " ".join(capsys.readouterr().err.split())
+
+
 def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
     whole = recipe(4, optimizer="adamw", inner_loss_weight=0.3, task={**TASK, "queries": 2})
     train(whole, tmp_path / "whole")

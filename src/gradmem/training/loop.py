@@ -39,6 +39,8 @@ WINDOW = 10
 """Steps over which exact match is averaged."""
 COOLDOWN = 0.15
 """Part of a run with `max_minutes` in which the learning rates fall to zero: a constant rate hides what was learned."""
+SHOWN = 3
+"""Names of weights that a line shows."""
 FIELDS = [
     "step",
     "stage",
@@ -73,6 +75,7 @@ class Trainer:
         )
         set_seed(recipe.seed)
         self.model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method)
+        self.fresh: list[str] = []
         if recipe.init_from:
             try:
                 start = load(recipe.init_from)
@@ -81,7 +84,7 @@ class Trainer:
                     f"cannot start from `init_from: {recipe.init_from}`: {error}; "
                     "train that first, or say --init_from WHERE"
                 ) from error
-            self.model.take_weights(start)
+            self.fresh = self.model.take_weights(start)
         self.model.name = str(output / "checkpoint")
         self.model.to(self.accelerator.device)
         self.optimizers = build_optimizers(self.model.method, recipe)
@@ -122,7 +125,7 @@ class Trainer:
         place, specs = self.place, [{**self.recipe.task, **options} for options in stage.tasks]
         tasks = [build_task(spec) for spec in specs]
         progress.begin(self.place.stage, stage)
-        for note in dict.fromkeys(note for task in tasks for note in task.notes("train")):
+        for note in dict.fromkeys([*self._untaken(), *(note for task in tasks for note in task.notes("train"))]):
             progress.say(note)
         self._plan(stage, tasks, progress)
         while not (finished := self._finished(stage)) and not self._time_is_over():
@@ -154,6 +157,13 @@ class Trainer:
         if finished:
             place.next_stage()
         self._save()
+
+    def _untaken(self) -> list[str]:
+        """What a warm start did not find where it began, said once."""
+        if self.place.step or not self.fresh:
+            return []
+        more = f" and {len(self.fresh) - SHOWN} more" if len(self.fresh) > SHOWN else ""
+        return [f"not in {self.recipe.init_from}, so new: {', '.join(self.fresh[:SHOWN])}{more}"]
 
     def _plan(self, stage: Stage, tasks: list[Task], progress: Report) -> None:
         """Settle how the stage's steps run; a resumed run keeps to it, to go on with the same numbers."""
