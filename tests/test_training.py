@@ -28,6 +28,7 @@ from gradmem.training import Recipe, Stage
 from gradmem.training.commands import train
 from gradmem.training.optim import build_optimizers
 from gradmem.training.state import load_state, save_state, states
+from gradmem.training.step import MetaStep
 
 TASK = {"name": "kv", "pairs": 2, "key_length": 1, "value_length": 1, "alphabet": 8}
 BACKBONE = {
@@ -241,6 +242,34 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
     for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
         for name in ("loss", "write_loss", "exact_match", "grad_norm"):
             assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3), name
+
+
+def test_a_stage_may_weigh_the_write_loss_itself(tmp_path: Path) -> None:
+    def trained(name: str, weight: float, of_stages: list[float | None]) -> dict[str, torch.Tensor]:
+        some = recipe(8, optimizer="adamw", inner_loss_weight=weight)
+        stages = zip(some.stages, of_stages, strict=True)
+        some.stages = [dataclasses.replace(stage, inner_loss_weight=own) for stage, own in stages]
+        train(some, tmp_path / name)
+        return weights(tmp_path / name)
+
+    first = trained("first", 0.0, [0.5, None])
+    assert same(first, trained("last", 0.5, [None, 0.0]))
+    assert not same(first, trained("never", 0.0, [None, None]))
+    assert not same(first, trained("always", 0.5, [None, None]))
+
+
+def test_a_write_loss_without_weight_takes_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = MemoryModel.from_spec(TASK, BACKBONE, {**METHOD, "reconstruction": True}).method
+    passes = []
+    whole = type(method).token_losses
+    monkeypatch.setattr(type(method), "token_losses", lambda *given: passes.append(1) or whole(*given))
+    batch = make_batch()
+    scored = KV(2, 1, 1, alphabet=8).scored(batch.labels)
+    for reconstruct, count in ((True, 1), (False, 0)):
+        passes.clear()
+        write_loss = MetaStep(method)(batch, 1, scored, reconstruct)[1].detach()
+        assert len(passes) == count
+        assert (float(write_loss) > 0) == reconstruct
 
 
 def test_a_batch_splits_into_contexts_with_their_queries() -> None:

@@ -252,7 +252,7 @@ class Trainer:
         draw = random.Random(f"{recipe.seed} {place.step}")
         steps, task = draw.choice(stage.write_steps), draw.choice(tasks)
         batch = task.batch("train", start, share, recipe.seed)
-        shown = self._backward(batch.to(self.accelerator.device), steps, task)
+        shown = self._backward(batch.to(self.accelerator.device), steps, task, self.recipe.weight_of(stage))
         norm = self.accelerator.clip_grad_norm_(self.parameters, recipe.clip_norm)
         factor = self._lr(stage)
         mean_loss, mean_write_loss, match = self.accelerator.reduce(shown, "mean").tolist()
@@ -278,16 +278,16 @@ class Trainer:
             "grad_norm": float(norm),
         }
 
-    def _backward(self, batch: Batch, steps: int, task: Task) -> Tensor:
+    def _backward(self, batch: Batch, steps: int, task: Task, weight: float) -> Tensor:
         """Add up the gradients of the parts of a batch; return its loss, write loss and exact match."""
-        accelerator, weight = self.accelerator, self.recipe.inner_loss_weight
+        accelerator = self.accelerator
         # The mean over the target tokens of all processes, whose gradients are averaged.
         tokens = accelerator.reduce((batch.labels != -100).sum().float(), "sum") / accelerator.num_processes
         parts = list(batch.split(self.place.micro_batch))
         shown = torch.zeros(3, device=accelerator.device)
         for part in parts:
             with contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(self.step_module):
-                loss, write_loss, correct = self.step_module(part, steps, task.scored(part.labels))
+                loss, write_loss, correct = self.step_module(part, steps, task.scored(part.labels), weight > 0)
                 loss, write_loss = loss / tokens, write_loss * len(part.context) / len(batch.context)
                 accelerator.backward(outer_loss(loss, write_loss, weight))
             match = correct.sum() / len(batch.rows)

@@ -158,8 +158,9 @@ def plan_stage(
     def run(strategy: Strategy, contexts: int) -> None:
         method.strategy = strategy
         batch = task.batch("train", 0, contexts, recipe.seed).to(device)
-        loss, write_loss, _ = step(batch, steps, task.scored(batch.labels))
-        outer_loss(loss, write_loss, recipe.inner_loss_weight).backward()
+        weight = recipe.weight_of(stage)
+        loss, write_loss, _ = step(batch, steps, task.scored(batch.labels), weight > 0)
+        outer_loss(loss, write_loss, weight).backward()
         method.zero_grad()
 
     with torch.random.fork_rng():

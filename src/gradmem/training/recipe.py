@@ -36,6 +36,8 @@ class Stage:
     """Halve the learning rates when exact match has not risen for this many steps; 0: never."""
     decay: int = 0
     """Steps at the end over which the learning rates fall linearly to zero."""
+    inner_loss_weight: float | None = None
+    """Weight of the write loss in the outer loss; by default the recipe's."""
 
     def __post_init__(self) -> None:
         if self.max_steps < 1 or self.batch_size < 1 or min(self.write_steps, default=0) < 0:
@@ -83,7 +85,8 @@ class Recipe:
     clip_norm: float = 1.0
     """Largest norm of the meta-gradient."""
     inner_loss_weight: float = 0.0
-    """Weight of the method's write loss in the outer loss; GradMem's is that of the last write step."""
+    """Weight of the method's write loss in the outer loss, where a stage has none of its own; GradMem's is that of the
+    last write step. It helps to bind the first pairs; later it costs answers, as keys are stored for it too."""
     strategy: Literal["auto", "unroll", "recompute"] = "auto"
     """Keep the graph of every write step, or of one at a time; auto: the fastest that fits, measured at each stage."""
     micro_batch: int = 0
@@ -107,6 +110,10 @@ class Recipe:
         if not all(stage.write_steps for stage in self.stages):
             own = [default_write_steps(self.method)]
             self.stages = [replace(stage, write_steps=stage.write_steps or own) for stage in self.stages]
+
+    def weight_of(self, stage: Stage) -> float:
+        """Weight of the write loss in a stage's outer loss."""
+        return self.inner_loss_weight if stage.inner_loss_weight is None else stage.inner_loss_weight
 
 
 IDENTITY = {"name", "model_type", "pretrained"}

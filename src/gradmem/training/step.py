@@ -25,13 +25,19 @@ class MetaStep(nn.Module):
         super().__init__()
         self.method, self.precision = method, precision
 
-    def forward(self, batch: Batch, steps: int, scored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return read loss summed over target tokens, the write loss, and exact match by query."""
+    def forward(
+        self, batch: Batch, steps: int, scored: Tensor, reconstruct: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return read loss summed over target tokens, the write loss, and exact match by query.
+
+        A write loss that takes a pass of its own is left out, and zero, without `reconstruct`.
+        """
         # Not Accelerate's own autocast: its precision is one for the life of the process.
         low = torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         with low, self.method.backbone.trained():
             written = self.method.write(batch.context, steps)
-            write_loss = self.method.write_loss(written, batch.context)
+            given = reconstruct or not self.method.reconstruction
+            write_loss = self.method.write_loss(written, batch.context) if given else written.losses.new_zeros(())
             logits = self.method.read_targets(written.memory, batch.queries, batch.labels, batch.rows)
         targets = batch.labels[batch.labels != -100]
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")
