@@ -27,7 +27,7 @@ from gradmem.tasks.kv import KV
 from gradmem.training import Recipe, Stage
 from gradmem.training.commands import train
 from gradmem.training.optim import build_optimizers
-from gradmem.training.state import load_state, save_state, states
+from gradmem.training.state import load_state, save_state, states, take_weights
 from gradmem.training.step import MetaStep
 
 TASK = {"name": "kv", "pairs": 2, "key_length": 1, "value_length": 1, "alphabet": 8}
@@ -202,7 +202,7 @@ def test_warm_start_takes_over_equal_weights(tmp_path: Path) -> None:
     train(recipe(), tmp_path / "one")
     one = gradmem.load(tmp_path / "one" / "checkpoint")
     model = MemoryModel.from_spec(TASK, BACKBONE, {**METHOD, "n_mem": 5})
-    kept = model.take_weights(one)
+    kept = take_weights(model.method, one.method)
     assert kept == ["initial_memory", "log_inner_lr"]
     mine, theirs = model.method.state_dict(), one.method.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine if name not in kept)
@@ -212,7 +212,7 @@ def test_warm_start_takes_over_weights_of_layers_that_have_adapters_now(tmp_path
     train(recipe(), tmp_path / "one")
     one = gradmem.load(tmp_path / "one" / "checkpoint")
     model = MemoryModel.from_spec(TASK, BACKBONE, {**METHOD, "write_lora": 2})
-    kept = model.take_weights(one)
+    kept = take_weights(model.method, one.method)
     assert kept
     assert all("lora_" in name for name in kept)
     batch = make_batch()
@@ -220,7 +220,7 @@ def test_warm_start_takes_over_weights_of_layers_that_have_adapters_now(tmp_path
         mine, theirs = (some.method.write(batch.context, 2).memory.tensors["memory"] for some in (model, one))
     assert torch.allclose(mine, theirs, atol=1e-6)  # new adapters add nothing
     back = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
-    assert back.take_weights(model) == []
+    assert take_weights(back.method, model.method) == []
 
 
 def test_warm_start_says_what_is_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

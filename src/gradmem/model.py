@@ -126,27 +126,6 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
 
     # Checkpoints
 
-    def take_weights(self, other: MemoryModel) -> list[str]:
-        """Warm start: take over every weight of another model that has the same name and shape.
-
-        A layer takes them over with and without adapters.
-
-        Returns
-        -------
-        list of str
-            Names of the weights that stay as they were.
-        """
-        theirs = {_unadapted(name): weight for name, weight in other.method.state_dict().items()}
-        kept = []
-        with torch.no_grad():
-            for name, weight in self.method.state_dict().items():
-                start = theirs.get(_unadapted(name))
-                if start is not None and start.shape == weight.shape:
-                    weight.copy_(start)
-                else:
-                    kept.append(name)
-        return kept
-
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write config, weights and tokenizer; each file appears whole or not at all."""
         with tempfile.TemporaryDirectory(dir=save_directory) as temporary:
@@ -592,11 +571,6 @@ def _in_shape(memory: Memory, query: Any, answer: Callable[[list[int], list[str]
     flat = [(row, text) for row, texts in enumerate(query) for text in texts]
     found = iter(answer([row for row, _ in flat], [text for _, text in flat]) if flat else [])
     return [[next(found) for _ in queries] for queries in query]
-
-
-def _unadapted(name: str) -> str:
-    """The name that a weight has where its layer has no LoRA adapters (peft's naming)."""
-    return name.replace(".base_layer.", ".")
 
 
 def _portable(task: Spec) -> Spec:

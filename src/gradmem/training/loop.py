@@ -32,7 +32,7 @@ from .optim import build_optimizers
 from .plan import choose_device, clock, gigabytes, plan_stage
 from .progress import Place, Report
 from .recipe import Recipe, Stage
-from .state import load_state, replace, save_state, states
+from .state import load_state, replace, save_state, states, take_weights
 from .step import MetaStep, outer_loss
 
 WINDOW = 10
@@ -84,7 +84,7 @@ class Trainer:
                     f"cannot start from `init_from: {recipe.init_from}`: {error}; "
                     "train that first, or say --init_from WHERE"
                 ) from error
-            self.fresh = self.model.take_weights(start)
+            self.fresh = take_weights(self.model.method, start.method)
         self.model.name = str(output / "checkpoint")
         self.model.to(self.accelerator.device)
         self.optimizers = build_optimizers(self.model.method, recipe)

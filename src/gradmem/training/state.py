@@ -1,4 +1,4 @@
-"""Resumable states: weights, optimisers and progress, in safetensors and JSON, whole or not at all."""
+"""Resumable states: weights, optimisers and progress, in safetensors and JSON, whole or not at all; warm starts."""
 
 from __future__ import annotations
 
@@ -74,6 +74,33 @@ def load_state(path: Path, module: nn.Module, optimizers: list[torch.optim.Optim
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise GradmemError(f"cannot resume from {path}: {error}; start anew with another --output") from error
     return progress
+
+
+def take_weights(module: nn.Module, other: nn.Module) -> list[str]:
+    """Warm start: take over every weight of another module that has the same name and shape.
+
+    A layer takes its own weights over with and without adapters; adapters that only the other has are left behind.
+
+    Returns
+    -------
+    list of str
+        Names of the weights that stay as they were.
+    """
+    theirs = {_unadapted(name): weight for name, weight in other.state_dict().items()}
+    kept = []
+    with torch.no_grad():
+        for name, weight in module.state_dict().items():
+            start = theirs.get(_unadapted(name))
+            if start is not None and start.shape == weight.shape:
+                weight.copy_(start)
+            else:
+                kept.append(name)
+    return kept
+
+
+def _unadapted(name: str) -> str:
+    """The name that a weight has where its layer has no LoRA adapters (peft's naming)."""
+    return name.replace(".base_layer.", ".")
 
 
 def _flatten(optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:
