@@ -6,7 +6,7 @@ import dataclasses
 import re
 import weakref
 from itertools import chain
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ from gradmem.inner import Strategy
 from gradmem.methods import RMT, GradMem
 from gradmem.methods._chunks import Chunks
 from gradmem.specs import build_task
+from gradmem.training.plan import AUTO
 from naive import Naive
 from test_gradmem import EVERYTHING, OPTIONS
 from test_rmt import naive_read, naive_write
@@ -93,7 +94,7 @@ def chunked(mode: str, kind: str = "gpt2", **options: Any) -> GradMem:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("strategy", get_args(Strategy))
+@pytest.mark.parametrize("strategy", AUTO)
 @pytest.mark.parametrize(
     ("kind", "name"), [("gpt2", name) for name in CASES] + [("llama", "everything"), ("qwen2", "second")]
 )

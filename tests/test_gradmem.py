@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ from gradmem.errors import GradmemError
 from gradmem.inner import Strategy
 from gradmem.memory import Memory
 from gradmem.methods import GradMem
+from gradmem.training.plan import AUTO
 
 DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.5)
 
@@ -88,7 +89,7 @@ def memory_of(method: GradMem, context: Tokens, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in OPTIONS])
-@pytest.mark.parametrize("strategy", get_args(Strategy))
+@pytest.mark.parametrize("strategy", AUTO)
 def test_equals_naive(kind: str, name: str, strategy: Strategy) -> None:
     """Loss, everything written, and all gradients."""
     options, batch, tolerance = OPTIONS[name], make_batch(), TOLERANCE
@@ -116,7 +117,7 @@ def test_equals_naive(kind: str, name: str, strategy: Strategy) -> None:
 def test_strategies_agree(kind: str, dtype: torch.dtype, tolerance: float, name: str) -> None:
     """With each other and, in float32 too, with the reference in float64."""
     results = []
-    for strategy in get_args(Strategy):
+    for strategy in AUTO:
         method = make_gradmem(kind, **OPTIONS[name]).to(dtype)
         method.strategy = strategy
         loss, _ = outer_loss(method, make_batch(), auxiliary=0.5)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gradmem.inner import Step, Strategy, descend, token_losses
+from gradmem.inner import Step, descend, token_losses
 from gradmem.inner.objective import sample_losses
 from gradmem.inner.optimizers import OPTIMIZERS, Rates, clip, sgd
+from gradmem.training.plan import AUTO
 
 ORDERS = ["second", "first", "none"]
 BATCH, WIDTH, STEPS = 3, 4, 4
-
-
-STRATEGIES = get_args(Strategy)
 
 
 def final(*args: Any, **options: Any) -> Step:
@@ -177,7 +175,7 @@ CLIPS = [(None, None), (0.5, None), (None, 0.8), (0.6, 0.9)]
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("clips", CLIPS, ids=str)
 @pytest.mark.parametrize(("order", "last_k"), [("second", None), ("second", 2), ("first", None)])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", AUTO)
 def test_meta_gradient_slopes(optimizer: str, clips: tuple, order: str, last_k: int | None, strategy: str) -> None:
     """Gradients of J are the slopes of the NumPy descent in which constants of the order are frozen."""
     live = 0 if order == "first" else STEPS if last_k is None else last_k
@@ -193,7 +191,7 @@ def test_meta_gradient_slopes(optimizer: str, clips: tuple, order: str, last_k: 
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", AUTO)
 def test_meta_gradient_order_none(optimizer: str, strategy: str) -> None:
     """Everything that was written is a constant: W acts only in the outer loss and in the last inner loss."""
     value, last, leaves = by_descend(POINT, optimizer, None, None, "none", strategy=strategy)
@@ -209,7 +207,7 @@ def test_meta_gradient_order_none(optimizer: str, strategy: str) -> None:
 def test_computed_tensors_go_through_given() -> None:
     """A tensor that was computed outside gets its gradient as an argument; as a closure it fails aloud."""
     grads = []
-    for strategy in STRATEGIES:
+    for strategy in AUTO:
         w = torch.tensor(POINT["w"], requires_grad=True)
         options: dict[str, Any] = {"given": [w.exp()], "strategy": strategy}
         loss = lambda t, e: ((t["x"] @ e.T) ** 2).sum(1)  # noqa: E731

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -226,6 +226,10 @@ class Backbone(nn.Module):
         """Compute with what can be differentiated twice, which fused attention cannot, and keeps little for it."""
         with self._attention(self.second_order_attention), replaced(self.closed_forms):
             yield
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Compute with the formulas as they are, which a compiler sees through best."""
+        return self._attention("eager")
 
     @contextmanager
     def trained(self) -> Iterator[None]:

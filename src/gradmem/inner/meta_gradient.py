@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .compiled import Graphs, compiled_gradient
 from .optimizers import Rates, Tensors, Update, clip
 
 Order = Literal["none", "first", "second"]
-Strategy = Literal["unroll", "recompute"]
+Strategy = Literal["unroll", "recompute", "compile"]
 Loss = Callable[..., Tensor]
 
 
@@ -50,6 +51,7 @@ def descend(
     order: Order = "second",
     last_k: int | None = None,
     strategy: Strategy = "unroll",
+    graphs: Graphs | None = None,
     more: bool = False,
     clip_value: float | None = None,
     clip_norm: float | None = None,
@@ -78,9 +80,12 @@ def descend(
         to the start; "none" detaches after every step.
     last_k : int, optional
         With "second", only the last k steps are of second order and the earlier ones of first.
-    strategy : {"unroll", "recompute"}
+    strategy : {"unroll", "recompute", "compile"}
         "unroll" keeps the graph of every step. "recompute" keeps that of the last one and builds the others again,
-        one at a time, in the backward pass: memory does not grow with the number of steps. Same gradients.
+        one at a time, in the backward pass: memory does not grow with the number of steps. "compile" is "unroll" with
+        compiled second-order steps. Same gradients.
+    graphs : dict, optional
+        Where "compile" keeps its graphs from one descent of this loss to the next; see `compiled_gradient`.
     more : bool
         Whether other descents go on from where this one ends: "recompute" then keeps no step's graph.
     until : float, optional
@@ -98,6 +103,9 @@ def descend(
         second = training and order == "second" and (last_k is None or index >= steps - last_k)
         if training and strategy == "recompute" and (more or index < steps - 1):
             losses, points, grads = _rebuilt_gradient(loss, now.tensors, given, second)
+        elif second and strategy == "compile":
+            points = {name: _differentiable(tensor) for name, tensor in now.tensors.items()}
+            losses, grads = compiled_gradient({} if graphs is None else graphs, loss, points, given)
         else:
             losses, points, grads = _gradient(loss, now.tensors, given, second, training)
         active = None if until is None else losses.detach() > until

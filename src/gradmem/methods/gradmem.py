@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
+from ..inner.compiled import Graphs
 from ..inner.meta_gradient import Order, descend, of_unfinished
 from ..inner.objective import joint_losses, sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, Update, heavy_ball, quasi_newton
@@ -140,6 +141,7 @@ class GradMem(ChunkedMethod):
         self.write_head = self._new_write_head(write_head)
         ranks: dict[Phase, int] = {"write": write_lora, "read": read_lora}
         self.adapters = _add_lora(backbone, {phase: rank for phase, rank in ranks.items() if rank})
+        self.graphs: Graphs = {}
 
     def walk(
         self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
@@ -165,13 +167,13 @@ class GradMem(ChunkedMethod):
         """Write contexts into memories of their own, or into those of `rows`."""
         embeds = self._embed_context(context)
         training = torch.is_grad_enabled()
-        second = training and self.order == "second"
+        computing = self._computing(training and self.order == "second")
 
         def losses_of(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-            with self.backbone.second_order() if second else self.backbone.trained():
+            with computing():
                 return self._losses(tensors, Tokens(ids, mask), embeds)
 
-        def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
             if rows is None:
                 return sample_losses(losses_of(tensors, embeds, ids, mask), mask)
             size = len(rows) if training else max(1, self.backbone.tokens_at_once // ids.shape[1])
@@ -184,10 +186,11 @@ class GradMem(ChunkedMethod):
             self._updates(),
             self._rates,
             steps,
-            given=[embeds, context.ids, context.mask],
+            given=[embeds, context.ids, context.mask, *([] if rows is None else [rows])],
             order=self.order,
             last_k=self.last_k,
             strategy=self.strategy,
+            graphs=self.graphs,
             more=more,
             clip_value=self.clip_value,
             clip_norm=self.clip_norm,
@@ -196,6 +199,12 @@ class GradMem(ChunkedMethod):
         for step in walk:
             losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(start["memory"]))
             yield Written(Memory(step.tensors), losses, step.taken)
+
+    def _computing(self, second: bool) -> Callable[[], AbstractContextManager[None]]:
+        """How the backbone is to compute the write loss, whose gradient is of second order or not."""
+        if not second:
+            return self.backbone.trained
+        return self.backbone.plain if self.strategy == "compile" else self.backbone.second_order
 
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
         """Read contexts back with the adapters of WRITE; see `Method.reconstruct`."""

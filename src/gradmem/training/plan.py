@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 
@@ -26,6 +25,9 @@ SHARE = 0.8
 WORTH = 0.95
 """What takes more memory must take at most this part of the time."""
 
+AUTO: Sequence[Strategy] = ("unroll", "recompute")
+"""Strategies to choose from where a recipe leaves it. Whether compiling is worth its minutes the user knows."""
+
 Run = Callable[[Strategy, int], None]
 
 
@@ -35,7 +37,7 @@ class Trial:
 
     Attributes
     ----------
-    strategy : {"unroll", "recompute"}
+    strategy : {"unroll", "recompute", "compile"}
     micro_batch : int
         Contexts at a time.
     seconds : float
@@ -65,7 +67,7 @@ def make_plan(
     tokens: int,
     device: torch.device,
     *,
-    strategies: Sequence[Strategy] = get_args(Strategy),
+    strategies: Sequence[Strategy] = AUTO,
     micro_batch: int | None = None,
     processes: int = 1,
 ) -> Plan:
@@ -79,7 +81,7 @@ def make_plan(
         Contexts of this process in a step.
     tokens : int
         Tokens of the longest context.
-    strategies : sequence of {"unroll", "recompute"}
+    strategies : sequence of {"unroll", "recompute", "compile"}
         Those to choose from.
     micro_batch : int, optional
         Contexts at a time, where that is settled.
@@ -150,7 +152,7 @@ def plan_stage(
     lengths = [task.batch("train", 0, share, recipe.seed).context.ids.shape[1] for task in tasks]
     tokens, task = max(zip(lengths, tasks, strict=True), key=lambda pair: pair[0])
     step, before, steps = MetaStep(method, recipe.precision), method.strategy, max(stage.write_steps)
-    strategies: Sequence[Strategy] = get_args(Strategy) if recipe.strategy == "auto" else [recipe.strategy]
+    strategies: Sequence[Strategy] = AUTO if recipe.strategy == "auto" else [recipe.strategy]
     one_by_one = method.chunk is not None and method.chunks == "sequential"
     if steps <= 1 and recipe.strategy == "auto" and not one_by_one:
         strategies = ["recompute"]  # which keeps the last step: the same
@@ -185,6 +187,8 @@ def _halves(contexts: int, most: int) -> list[int]:
 
 
 def _measure(run: Run, strategy: Strategy, size: int, contexts: int, device: torch.device) -> Trial:
+    if strategy == "compile":
+        run(strategy, size)
     before = forget_peak(device)
     start = clock(device)
     run(strategy, size)

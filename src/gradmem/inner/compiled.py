@@ -1,0 +1,77 @@
+"""Second-order write steps as graphs that TorchInductor compiles.
+
+A loss and its gradient by the points are traced into one graph of plain operations, which is differentiable like any
+other: PyTorch compiles it with its backward pass. What eager PyTorch does in thousands of passes over memory becomes
+a few hundred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..errors import GradmemError
+from .optimizers import Tensors
+
+Graphs = dict[Any, Callable[..., Sequence[Tensor]]]
+"""Compiled graphs by the shapes and types they are for."""
+
+
+def compiled_gradient(
+    graphs: Graphs, loss: Callable[..., Tensor], points: Tensors, given: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Losses and their gradient by the points, both differentiable.
+
+    Parameters
+    ----------
+    graphs : dict
+        Belongs to this loss; new graphs are added. Whatever the loss knows besides its arguments must stay as it was
+        when its graph was traced; weights may change in place.
+    loss : callable
+        `loss(points, *given)` returns losses of shape (batch,); plain PyTorch that does not look at values.
+    points : dict of Tensor, shapes (batch, ...)
+        They take gradients.
+    given : sequence of Tensor
+
+    Raises
+    ------
+    GradmemError
+        When this machine cannot compile.
+    """
+    inputs = [*points.values(), *given]
+    kind = inputs[0].device.type
+    low = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+    key = (*points, low, *((tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad) for tensor in inputs))
+    if key not in graphs:
+
+        def losses_and_gradient(*inputs: Tensor) -> tuple[Tensor, ...]:
+            at = inputs[: len(points)]
+            # Weights that autocast keeps from before would be constants of the graph.
+            with torch.autocast(*low, cache_enabled=False):
+                losses = loss(dict(zip(points, at, strict=True)), *inputs[len(points) :])
+            return losses, *torch.autograd.grad(losses.sum(), at, create_graph=True)
+
+        traced = make_fx(losses_and_gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        graphs[key] = torch.compile(_attached(traced), dynamic=False, fullgraph=True)
+    try:
+        with torch.autocast(kind, enabled=False):  # whose conversions are in the graph
+            losses, *grads = graphs[key](*inputs)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = str(error).splitlines()[0]
+        raise GradmemError(f"cannot compile here ({reason}): take another `strategy`, as unroll") from error
+    return losses, grads
+
+
+def _attached(traced: GraphModule) -> GraphModule:
+    """The graph without the cuts that autograd notes where it kept a result: its gradient passes through them."""
+    for node in list(traced.graph.nodes):
+        if node.target is torch.ops.aten.detach.default:
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    traced.recompile()
+    return traced
