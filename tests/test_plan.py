@@ -25,9 +25,10 @@ GB = 10**9
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A machine with 10 GB to use, where a context takes 1 GB (unroll: 4) and a second (unroll: 0.8)."""
-    about: dict[str, Any] = {"free": 10 * GB / plan.SHARE, "seconds": {"unroll": 0.8, "recompute": 1.0}, "tried": []}
-    size = {"unroll": 4 * GB, "recompute": GB}
+    """A machine with 10 GB to use, where a context takes 1 GB (unroll: 4, compile: 2) and a second (0.8, 0.4)."""
+    seconds = {"unroll": 0.8, "recompute": 1.0, "compile": 0.4}
+    about: dict[str, Any] = {"free": 10 * GB / plan.SHARE, "seconds": seconds, "tried": []}
+    size = {"unroll": 4 * GB, "recompute": GB, "compile": 2 * GB}
 
     def measure(run: Any, strategy: Any, contexts: int, of: int, device: torch.device) -> Trial:
         about["tried"].append((strategy, contexts))
@@ -56,6 +57,14 @@ def test_the_fastest_that_fits(machine: dict[str, Any]) -> None:
     machine["free"] = 10 * GB / plan.SHARE
     machine["seconds"]["unroll"] = 0.97
     assert choose()[0] == "recompute"  # not worth the memory
+
+
+def test_compiling_is_never_chosen_for_the_user_and_tries_few_sizes(machine: dict[str, Any]) -> None:
+    choose()
+    assert "compile" not in {strategy for strategy, _ in machine["tried"]}
+    machine["tried"].clear()
+    assert choose(strategies=["compile"]) == ("compile", 4)
+    assert machine["tried"] == [("compile", 1), ("compile", 4)]
 
 
 def test_no_larger_parts_than_speed_needs(machine: dict[str, Any]) -> None:

@@ -168,6 +168,8 @@ class Trainer:
     def _plan(self, stage: Stage, tasks: list[Task], progress: Report) -> None:
         """Settle how the stage's steps run; a resumed run keeps to it, to go on with the same numbers."""
         recipe, place, accelerator = self.recipe, self.place, self.accelerator
+        if recipe.strategy == "compile":
+            progress.say("compiling the write steps, which takes a minute or two for every length of context")
         kept = recipe.strategy in ("auto", place.strategy) and recipe.micro_batch in (0, place.micro_batch)
         if recipe.strategy != "auto" and recipe.micro_batch:
             place.strategy, place.micro_batch = recipe.strategy, recipe.micro_batch

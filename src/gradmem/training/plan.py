@@ -101,6 +101,8 @@ def make_plan(
     for strategy, probe in probes.items():
         fits = budget // max(probe.bytes, 1)
         sizes = [micro_batch] if micro_batch else _halves(contexts, min(most, fits))
+        if strategy == "compile":
+            sizes = sizes[-1:]  # each takes minutes
         for size in (size for size in sizes if size <= fits):
             trials.append(probe if size == 1 else _measure(run, strategy, size, contexts, device))
     if not trials:
