@@ -95,7 +95,14 @@ class Variant:
 
 
 NAIVE, OURS = Variant("naive"), Variant("recompute fp32", "recompute")
-VARIANTS = [NAIVE, OURS, Variant("recompute bf16", "recompute", "bf16"), Variant("unroll fp32", "unroll")]
+VARIANTS = [
+    NAIVE,
+    OURS,
+    Variant("recompute bf16", "recompute", "bf16"),
+    Variant("unroll fp32", "unroll"),
+    Variant("unroll bf16", "unroll", "bf16"),
+    Variant("compile bf16", "compile", "bf16"),
+]
 DEFAULTS = list(map(Setting.parse, ("N32-K1-B64", "N32-K5-B16", "N96-K5-B4", "N96-K20-B8", "T256-K2-B1")))
 
 
@@ -168,6 +175,8 @@ def run(setting: Setting, variant: Variant, repeats: int, threads: int, profile:
         loss.backward()
         losses.append(loss.item())
 
+    if variant.strategy == "compile":
+        once()  # compiling takes memory of its own
     before = forget_peak(CPU)
     took = seconds(once, repeats)
     used = (peak(CPU) - before) / 1e6
@@ -193,7 +202,8 @@ def job(setting: Setting, variant: Variant, repeats: int, threads: int, profile:
     row: Row = {"setting": str(setting), "variant": variant.name}
     if variant.strategy != "recompute":
         # Memory grows with steps and contexts: a run that cannot end well is not begun.
-        one = in_fresh_process(run, replace(setting, steps=1, batch=1), variant, 1, threads)
+        kept = replace(variant, strategy="unroll") if variant.strategy == "compile" else variant
+        one = in_fresh_process(run, replace(setting, steps=1, batch=1), kept, 1, threads)
         need, free = one.peak_mb * setting.steps * setting.batch, free_memory(CPU) / 1e6
         if need > free:
             return {**row, "note": f"not run: needs about {need / 1000:.0f} GB of {free / 1000:.0f}"}
