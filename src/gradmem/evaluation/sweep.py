@@ -108,7 +108,7 @@ def table(points: Sequence[Point]) -> Table:
     )
     for heading in ("checkpoint", "pairs", "1 step", f"best of <= {FEW}", "best of all", "unwritten", "swapped"):
         left = heading == "checkpoint"
-        built.add_column(heading, justify="left" if left else "right", no_wrap=not left)
+        built.add_column(heading, justify="left" if left else "right", min_width=8 if left else None, overflow="fold")
     for point in points:
         any_result = point.results[point.best]
         one = point.results.get(1)
@@ -172,26 +172,34 @@ def steps_figure(points: Sequence[Point], path: Path) -> Path:
     """Draw steps trained with by steps read after, as a heat map for each number of pairs, the paper's rows beside."""
     pairs = list(dict.fromkeys(point.pairs for point in points))
     steps = [step for step in points[0].results if step]
-    with figure(path, len(pairs), height=1.2 + 0.35 * max(4, len(points) // len(pairs) + 2)) as axes:
-        for axis, count in zip(axes if len(pairs) > 1 else [axes], pairs, strict=True):
-            mine = [point for point in points if point.pairs == count]
-            rows = {
-                f"{p.checkpoint} (K={p.trained_steps})": [100 * p.results[s].exact_match for s in steps] for p in mine
-            }
-            for (paper_pairs, trained), values in BY_STEPS.items():
-                if paper_pairs == count:
-                    known = dict(enumerate(values, 1))
-                    name = f"paper (K={trained}; best of 30: {BEST_OF_30[count, trained]})"
-                    rows[name] = [known.get(step, float("nan")) for step in steps]
+    maps = [_map([point for point in points if point.pairs == count], count, steps) for count in pairs]
+    sizes = [2 + len(rows) for rows in maps]
+    options = {"squeeze": False, "gridspec_kw": {"height_ratios": sizes}}
+    with figure(path, len(pairs), height=0.35 * sum(sizes) / len(sizes) + 0.3, **options) as axes:
+        for (axis,), count, rows in zip(axes, pairs, maps, strict=True):
             image = axis.imshow(list(rows.values()), vmin=0, vmax=100, aspect="auto", cmap="viridis")
-            axis.set_yticks(range(len(rows)), labels=list(rows))
-            axis.set_xticks(range(len(steps)), labels=[str(s) if s in (1, 2, 3, 5) or not s % 5 else "" for s in steps])
-            axis.set_title(f"{count} pairs: exact match (%) by steps read after; {_about(mine)}", fontsize=9)
+            axis.set_yticks(range(len(rows)), labels=list(rows), fontsize=7)
+            labels = [str(s) if s in (1, 2, 3, 5) or not s % 5 else "" for s in steps]
+            axis.set_xticks(range(len(steps)), labels=labels, fontsize=7)
+            axis.set_title(f"{count} pairs", fontsize=9)
             for y, values in enumerate(rows.values()):
                 top, x = max((value, -x) for x, value in enumerate(values) if not math.isnan(value))
                 axis.text(-x, y, f"{top:.1f}", ha="center", va="center", fontsize=7)
-            axis.figure.colorbar(image, ax=axis)
+        axis.set_xlabel("write steps")
+        axis.figure.suptitle(f"exact match, %, by write steps; {_about(points)}", fontsize=9)
+        axis.figure.colorbar(image, ax=axes[:, 0], shrink=0.5)
     return path
+
+
+def _map(points: Sequence[Point], pairs: int, steps: Sequence[int]) -> dict[str, list[float]]:
+    """Rows of a heat map at one number of pairs, percent by step, with the paper's; NaN where nothing is known."""
+    rows = {f"{p.checkpoint} (K={p.trained_steps})": [100 * p.results[s].exact_match for s in steps] for p in points}
+    for (of_pairs, trained), values in BY_STEPS.items():
+        if of_pairs == pairs:
+            known = dict(enumerate(values, 1))
+            name = f"paper (K={trained}; best of 30: {BEST_OF_30[pairs, trained]})"
+            rows[name] = [known.get(step, math.nan) for step in steps]
+    return rows
 
 
 def _about(points: Sequence[Point]) -> str:
