@@ -89,7 +89,7 @@ class Recipe:
     last write step. It helps to bind the first pairs; later it costs answers, as keys are stored for it too."""
     strategy: Literal["auto", "unroll", "recompute", "compile"] = "auto"
     """Keep the graph of every write step, or of one at a time; auto: the fastest of the two that fits, measured at each
-    stage. compile: every write step as compiled code, in about 0.6 of the time on a CPU, after a minute or two for every
+    stage. compile: every write step as compiled code, in 0.6 of the time on a CPU, after a minute or two for every
     length of context; for long stages of contexts of one length, and needs a C++ compiler."""
     micro_batch: int = 0
     """Contexts of one forward and backward pass, of which the gradients add up; 0: measured at each stage."""
