@@ -4,7 +4,7 @@ Every arm trains from scratch with the same threads and is measured on the same 
 saves its state; the clock stops for measuring. The clock is the processor time of the training process, which other
 work on the machine does not add to (with one thread alone on a core it is wall-clock time; that is written too).
 The published arms differentiate the plain unroll, as the published code does. The fair one warms up for 200 steps
-instead of 10,000, with the best of three learning rates, each tried for a quarter of the time.
+instead of 10,000, with that of three learning rates which has the lowest loss after a quarter of the time.
 
 A stopped run goes on where its arms stood.
 """

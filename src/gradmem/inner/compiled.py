@@ -43,7 +43,8 @@ def compiled_gradient(
     GradmemError
         When this machine cannot compile.
     """
-    inputs = [*points.values(), *given]
+    # Other strides would want another graph: the first point is M0, expanded.
+    inputs = [tensor.contiguous() for tensor in (*points.values(), *given)]
     kind = inputs[0].device.type
     low = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
     key = (*points, low, *((tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad) for tensor in inputs))

@@ -91,7 +91,7 @@ def descend(
     until : float, optional
         A sample whose loss is at most this takes no further step; see also `of_unfinished`.
     """
-    training = torch.is_grad_enabled()
+    training, graphs = torch.is_grad_enabled(), {} if graphs is None else graphs
     if order == "none" or not training:
         tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     batch = next(iter(tensors.values())).shape[0]
@@ -105,7 +105,7 @@ def descend(
             losses, points, grads = _rebuilt_gradient(loss, now.tensors, given, second)
         elif second and strategy == "compile":
             points = {name: _differentiable(tensor) for name, tensor in now.tensors.items()}
-            losses, grads = compiled_gradient({} if graphs is None else graphs, loss, points, given)
+            losses, grads = compiled_gradient(graphs, loss, points, given)
         else:
             losses, points, grads = _gradient(loss, now.tensors, given, second, training)
         active = None if until is None else losses.detach() > until
