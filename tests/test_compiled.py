@@ -14,6 +14,7 @@ import torch
 
 from conftest import assert_same_gradients, distance, gradients, make_batch, make_gradmem, naive, outer_loss
 from gradmem.batch import Batch
+from gradmem.inner.compiled import Graphs, compiled_gradient
 from gradmem.methods import GradMem
 
 TOLERANCE = {"gpt2": 1e-9, "llama": 1e-5}
@@ -77,6 +78,29 @@ def test_a_graph_serves_other_contexts_and_other_weights() -> None:
             for parameter in method.parameters():
                 parameter.mul_(1.1)
     assert len(method.graphs) == 1
+
+
+@compiles
+def test_only_what_stays_is_constant() -> None:
+    """Not a tensor that is filled from the input, nor a drawn one."""
+
+    def filled(points: dict[str, torch.Tensor], given: torch.Tensor) -> torch.Tensor:
+        scale = torch.ones(3) * 2
+        scale[1:] += given[0, 1:]
+        return (points["memory"] * scale).square().sum(-1)
+
+    def drawn(points: dict[str, torch.Tensor], given: torch.Tensor) -> torch.Tensor:
+        return (points["memory"] * torch.rand(3) * torch.arange(3)).sum(-1)
+
+    memory = torch.ones(1, 3, requires_grad=True)
+    graphs: Graphs = {}
+    for value in (3.0, 5.0):
+        _, (grad,) = compiled_gradient(graphs, filled, {"memory": memory}, [torch.full((1, 3), value)])
+        assert grad.tolist() == [[8.0, 2 * (2 + value) ** 2, 2 * (2 + value) ** 2]]
+    graphs = {}
+    first, second = (compiled_gradient(graphs, drawn, {"memory": memory}, [memory])[1][0] for _ in range(2))
+    assert first[0, 0] == second[0, 0] == 0
+    assert first[0, 1] != second[0, 1]
 
 
 def test_without_a_compiler_it_says_what_to_do() -> None:

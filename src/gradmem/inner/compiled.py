@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.nn import Parameter
 
 from ..errors import GradmemError
 from .optimizers import Tensors
@@ -58,7 +60,7 @@ def compiled_gradient(
             return losses, *torch.autograd.grad(losses.sum(), at, create_graph=True)
 
         traced = make_fx(losses_and_gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        graphs[key] = torch.compile(_attached(traced), dynamic=False, fullgraph=True)
+        graphs[key] = torch.compile(_folded(_attached(traced)), dynamic=False, fullgraph=True)
     try:
         with torch.autocast(kind, enabled=False):  # whose conversions are in the graph
             losses, *grads = graphs[key](*inputs)
@@ -76,3 +78,37 @@ def _attached(traced: GraphModule) -> GraphModule:
             traced.graph.erase_node(node)
     traced.recompile()
     return traced
+
+
+def _folded(traced: GraphModule) -> GraphModule:
+    """The graph with what no input and no weight changes as constants.
+
+    TorchInductor would work out masks and rotary angles anew for every element of every pass that reads them.
+    """
+    values: dict[Node, Any] = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and not isinstance(getattr(traced, node.target), Parameter):
+            values[node] = getattr(traced, node.target)
+        elif node.op == "call_function" and set(node.all_input_nodes) <= set(values) and not _is_random(node):
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+        elif _writes(node) and node.args[0] in values:
+            return traced  # what looked constant is filled with something else
+    for number, node in enumerate(values):
+        if node.op == "call_function" and not set(node.users) <= set(values):
+            traced.register_buffer(f"constant{number}", values[node])
+            with traced.graph.inserting_before(node):
+                node.replace_all_uses_with(traced.graph.get_attr(f"constant{number}"))
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+def _is_random(node: Node) -> bool:
+    """Whether an operation draws other numbers every time."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _writes(node: Node) -> bool:
+    """Whether an operation changes its first argument."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
