@@ -8,14 +8,15 @@ where the codes are as good as chance makes them and fill D of the memory's 1,02
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor
 
-from common import Row, machine, parser, report
+from common import Row, machine, measure, parser, report
 
 CHARACTERS, PER_VALUE = 62, 2
 META_STEPS, META_LR, BATCH = 40, 0.1, 2
@@ -67,8 +68,8 @@ class Writer(torch.nn.Module):
     def forward(self, context: Context) -> Tensor:
         """Memory (batch, D) after the steps."""
         memory = velocity = context.codes.new_zeros(len(context.codes), context.codes.shape[-1])
-        temperatures = self.log_temperatures.exp()
-        for rate, momentum, temperature in zip(self.log_rates.exp(), self.momentum, temperatures, strict=False):
+        temperatures = self.log_temperatures[:-1].exp()
+        for rate, momentum, temperature in zip(self.log_rates.exp(), self.momentum, temperatures, strict=True):
             velocity = momentum * velocity - rate * context.gradient(memory, temperature)
             memory = memory + velocity
         return memory
@@ -94,10 +95,16 @@ def recall(dims: int, pairs: int, steps: int, samples: int) -> float:
         return sum(context.exact_match(writer(context)) for context in fresh) / samples
 
 
+def keeps(dims: int, steps: int, pairs: Sequence[int], samples: int) -> Row:
+    """What so many dimensions keep after so many steps."""
+    found = {f"{count} pairs, EM %": 100 * recall(dims, count, steps, samples) for count in pairs}
+    return {"dimensions": dims, "steps": steps, **found}
+
+
 def main() -> None:
     """Command line."""
     command = parser(__doc__, repeats=None)
-    command.add_argument("--dims", type=int, nargs="+", default=[640, 768, 896, 1024], metavar="D", help="dimensions")
+    command.add_argument("--dims", type=int, nargs="+", default=[640, 768, 844, 1024], metavar="D", help="dimensions")
     command.add_argument("--pairs", type=int, nargs="+", default=[16, 32, 64, 96, 128], metavar="N", help="pairs")
     command.add_argument("--steps", type=int, nargs="+", default=[1, 5], metavar="K", help="write steps")
     command.add_argument("--samples", type=int, default=20, help="fresh contexts")
@@ -105,12 +112,10 @@ def main() -> None:
     options = command.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    cells = [(dims, steps, pairs) for dims in options.dims for steps in options.steps for pairs in options.pairs]
-    rows: dict[tuple[int, int], Row] = {}
-    for dims, steps, pairs in track(cells, "random codes"):
-        row = rows.setdefault((dims, steps), {"dimensions": dims, "steps": steps})
-        row[f"{pairs} pairs, EM %"] = 100 * recall(dims, pairs, steps, options.samples)
-    report("A linear memory of random codes", list(rows.values()), machine(options.threads, "fp32"), options.json)
+    title, where = "A linear memory of random codes", machine(options.threads, "fp32")
+    cells = [(dims, steps) for dims in options.dims for steps in options.steps]
+    rows = measure(title, [partial(keeps, *cell, options.pairs, options.samples) for cell in cells])
+    report(title, rows, where, options.json)
 
 
 if __name__ == "__main__":

@@ -89,13 +89,13 @@ def _folded(traced: GraphModule) -> GraphModule:
     for node in traced.graph.nodes:
         if node.op == "get_attr" and not isinstance(getattr(traced, node.target), Parameter):
             values[node] = getattr(traced, node.target)
-        elif node.op == "call_function" and set(node.all_input_nodes) <= set(values) and not _is_random(node):
+        elif node.op == "call_function" and values.keys() >= set(node.all_input_nodes) and not _is_random(node):
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
         elif _writes(node) and node.args[0] in values:
             return traced  # what looked constant is filled with something else
     for number, node in enumerate(values):
-        if node.op == "call_function" and not set(node.users) <= set(values):
+        if node.op == "call_function" and not values.keys() >= set(node.users):
             traced.register_buffer(f"constant{number}", values[node])
             with traced.graph.inserting_before(node):
                 node.replace_all_uses_with(traced.graph.get_attr(f"constant{number}"))
