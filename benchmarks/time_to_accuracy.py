@@ -109,13 +109,12 @@ def run(name: str, recipe: Recipe, output: Path, seconds: float, plain: bool) ->
     """Train an arm to the end of its time or of its recipe; return its curve."""
     directory = output / name
     curve = read(directory / "curve.csv")
-    if curve and curve[-1]["cpu_seconds"] >= seconds:
+    if (directory / "done").exists() or (curve and curve[-1]["cpu_seconds"] >= seconds):
         return curve
     print(f"{name}: " + (f"going on after {curve[-1]['cpu_seconds'] / 60:.0f} min" if curve else "from scratch"))
     try:
-        if not (directory / "done").exists():
-            TimedTrainer(recipe, directory, seconds, plain).run()
-            (directory / "done").touch()
+        TimedTrainer(recipe, directory, seconds, plain).run()
+        (directory / "done").touch()
     except Enough:
         pass
     return read(directory / "curve.csv")
