@@ -23,6 +23,7 @@ from common import Row, machine, parser, report
 from gradmem.evaluation.evaluate import evaluate
 from gradmem.evaluation.report import figure
 from gradmem.training.loop import Trainer
+from gradmem.training.plan import choose_precision
 from gradmem.training.recipe import Recipe, load_recipe
 
 PAIRS, CONTEXTS = 16, 64
@@ -186,7 +187,7 @@ def main() -> None:
     report(
         f"Time to {TARGET:.0%} exact match at {PAIRS} pairs",
         [summary(name, curve) for name, curve in curves.items()],
-        machine(options.threads, "ours bf16, published fp32"),
+        machine(options.threads, f"ours {choose_precision('bf16', torch.device('cpu'))}, published fp32"),
         options.json,
     )
     if options.csv:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from gradmem import GradmemError
 from gradmem.cli import main
@@ -15,7 +16,7 @@ from gradmem.model import MemoryModel
 from gradmem.specs import build_task
 from gradmem.training import loop, plan
 from gradmem.training.commands import train
-from gradmem.training.plan import Trial, make_plan, plan_stage
+from gradmem.training.plan import Trial, choose_precision, make_plan, plan_stage
 from gradmem.training.step import MetaStep
 from test_training import TASK, log, recipe
 
@@ -162,6 +163,22 @@ def test_out_of_memory_says_what_fits(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(MetaStep, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
         train(recipe(), tmp_path / "other")
+
+
+@pytest.mark.parametrize(("bf16_takes", "taken"), [(0.5, "bf16"), (7.0, "fp32")])
+def test_bf16_only_where_it_is_faster(
+    bf16_takes: float, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A processor without bf16 instructions trains in fp32, says so, and its record says so too."""
+    monkeypatch.setattr(plan, "_product_seconds", lambda dtype: bf16_takes if dtype == torch.bfloat16 else 1.0)
+    assert choose_precision("fp32", CPU) == "fp32"
+    assert choose_precision("bf16", torch.device("meta")) == "bf16"  # an accelerator is taken at its word
+    train(recipe(2, precision="bf16"), tmp_path / "run")
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["precision"] == taken
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("bf16 is slower on this processor" in said) == (taken == "fp32")
+    train(recipe(2, precision=taken), tmp_path / "same")
+    assert log(tmp_path / "run")[0]["loss"] == log(tmp_path / "same")[0]["loss"]
 
 
 def test_auto_trains_the_same(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from gradmem import GradmemError
 from gradmem.evaluation import evaluate
 from gradmem.model import MemoryModel
 from gradmem.tasks.kv import KV
-from gradmem.training import Recipe, Stage
+from gradmem.training import Recipe, Stage, loop
 from gradmem.training.commands import train
 from gradmem.training.optim import build_optimizers
 from gradmem.training.state import load_state, save_state, states, take_weights
@@ -167,8 +167,9 @@ def test_state_round_trip_includes_the_optimisers(tmp_path: Path) -> None:
     assert same(model.method.state_dict(), again.method.state_dict())
 
 
-def test_bf16_trains_as_fp32_does(tmp_path: Path) -> None:
+def test_bf16_trains_as_fp32_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first loss agrees to the precision of bf16; also, one process may train in both."""
+    monkeypatch.setattr(loop, "choose_precision", lambda wanted, device: wanted)  # slow or not
     losses = []
     for precision in ("fp32", "bf16"):
         train(recipe(2, precision=precision), tmp_path / precision)

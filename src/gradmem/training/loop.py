@@ -29,7 +29,7 @@ from ..model import MemoryModel
 from ..specs import build_task
 from ..tasks.base import Task
 from .optim import build_optimizers
-from .plan import choose_device, clock, gigabytes, plan_stage
+from .plan import choose_device, choose_precision, clock, gigabytes, plan_stage
 from .progress import Place, Report
 from .recipe import Recipe, Stage
 from .state import load_state, replace, save_state, states, take_weights
@@ -68,9 +68,12 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto") -> None:
+        device = choose_device(recipe.device)
+        self.wanted = recipe.precision
+        recipe = dataclasses.replace(recipe, precision=choose_precision(recipe.precision, device))
         self.recipe, self.output = recipe, output
         self.accelerator = Accelerator(
-            cpu=choose_device(recipe.device).type == "cpu",
+            cpu=device.type == "cpu",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(recipe.seed)
@@ -125,7 +128,8 @@ class Trainer:
         place, specs = self.place, [{**self.recipe.task, **options} for options in stage.tasks]
         tasks = [build_task(spec) for spec in specs]
         progress.begin(self.place.stage, stage)
-        for note in dict.fromkeys([*self._untaken(), *(note for task in tasks for note in task.notes("train"))]):
+        notes = [*self._untaken(), *self._precision(), *(note for task in tasks for note in task.notes("train"))]
+        for note in dict.fromkeys(notes):
             progress.say(note)
         self._plan(stage, tasks, progress)
         while not (finished := self._finished(stage)) and not self._time_is_over():
@@ -164,6 +168,12 @@ class Trainer:
             return []
         more = f" and {len(self.fresh) - SHOWN} more" if len(self.fresh) > SHOWN else ""
         return [f"not in {self.recipe.init_from}, so new: {', '.join(self.fresh[:SHOWN])}{more}"]
+
+    def _precision(self) -> list[str]:
+        """That this machine does not compute in the precision wanted, said once."""
+        if self.place.step or self.recipe.precision == self.wanted:
+            return []
+        return [f"{self.recipe.precision}, since {self.wanted} is slower on this processor"]
 
     def _plan(self, stage: Stage, tasks: list[Task], progress: Report) -> None:
         """Settle how the stage's steps run; a resumed run keeps to it, to go on with the same numbers."""

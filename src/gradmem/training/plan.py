@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,7 @@ from ..model import MemoryModel
 from ..specs import build_task
 from ..tasks.base import Task
 from .memory_use import forget_peak, free_memory, peak
-from .recipe import Recipe, Stage
+from .recipe import Precision, Recipe, Stage
 from .step import MetaStep, outer_loss
 
 MICRO_TOKENS = 3072
@@ -134,9 +134,28 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu") if name == "cpu" or found is None else found
 
 
+def choose_precision(wanted: Precision, device: torch.device) -> Precision:
+    """The one wanted, unless that is bf16 on a CPU without instructions for it, where it takes many times as long."""
+    if wanted == "fp32" or device.type != "cpu":
+        return wanted
+    return "bf16" if _product_seconds(torch.bfloat16) < _product_seconds(torch.float32) else "fp32"
+
+
+def _product_seconds(dtype: torch.dtype, size: int = 256, repeats: int = 5) -> float:
+    """The least time of a product of two square matrices on the CPU."""
+    matrix, device = torch.ones(size, size, dtype=dtype), torch.device("cpu")
+    times = []
+    for _ in range(repeats):
+        start = clock(device)
+        matrix @ matrix
+        times.append(clock(device) - start)
+    return min(times)
+
+
 def plan_recipe(recipe: Recipe) -> Iterator[tuple[Stage, Plan]]:
     """Measure every stage of a recipe, without training anything."""
     device = choose_device(recipe.device)
+    recipe = replace(recipe, precision=choose_precision(recipe.precision, device))
     model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method).to(device)
     for stage in recipe.stages:
         tasks = [build_task({**recipe.task, **options}) for options in stage.tasks]

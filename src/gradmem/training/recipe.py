@@ -12,6 +12,8 @@ import yaml
 from ..errors import GradmemError, unknown
 from ..specs import default_write_steps
 
+Precision = Literal["fp32", "bf16"]
+
 
 @dataclass
 class Stage:
@@ -66,8 +68,8 @@ class Recipe:
     """Checkpoint to start from; weights of equal name and shape are taken over."""
     seed: int = 0
     """Seed of weights, samples and draws of K."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of matrix products (autocast); weights stay float32."""
+    precision: Precision = "fp32"
+    """Precision of matrix products (autocast); weights stay float32. bf16 is fp32 on a CPU where it would be slower."""
     device: str = "auto"
     """cpu, the name of an accelerator (cuda, mps, xpu), or auto: the accelerator where there is one."""
     optimizer: Literal["muon", "adamw"] = "muon"

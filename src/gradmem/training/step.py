@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..methods.base import Method
 from ..tasks.base import exact_match
+from .recipe import Precision
 
 
 def outer_loss(loss: Tensor, write_loss: Tensor, weight: float) -> Tensor:
@@ -21,7 +20,7 @@ def outer_loss(loss: Tensor, write_loss: Tensor, weight: float) -> Tensor:
 class MetaStep(nn.Module):
     """Write a batch and read its targets; a module, so that data parallelism can wrap it."""
 
-    def __init__(self, method: Method, precision: Literal["fp32", "bf16"] = "fp32") -> None:
+    def __init__(self, method: Method, precision: Precision = "fp32") -> None:
         super().__init__()
         self.method, self.precision = method, precision
 
