@@ -334,6 +334,7 @@ class Trainer:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
             writer.writerows(kept)
+            file.flush()
             board = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.place.step)
 
             def log(row: dict[str, Any]) -> None:
