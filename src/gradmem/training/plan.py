@@ -141,14 +141,17 @@ def choose_precision(wanted: Precision, device: torch.device) -> Precision:
     return "bf16" if _product_seconds(torch.bfloat16) < _product_seconds(torch.float32) else "fp32"
 
 
-def _product_seconds(dtype: torch.dtype, size: int = 256, repeats: int = 5) -> float:
-    """The least time of a product of two square matrices on the CPU."""
-    matrix, device = torch.ones(size, size, dtype=dtype), torch.device("cpu")
-    times = []
-    for _ in range(repeats):
-        start = clock(device)
-        matrix @ matrix
-        times.append(clock(device) - start)
+def _product_seconds(dtype: torch.dtype, size: int = 256, repeats: int = 10) -> float:
+    """The least time of a product of two square matrices on one thread; several disturb each other."""
+    matrix, threads, times = torch.ones(size, size, dtype=dtype), torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
     return min(times)
 
 
