@@ -133,8 +133,8 @@ def machine(threads: int, precision: str) -> Row:
     }
 
 
-def measure(title: str, jobs: Sequence[Callable[[], Row]]) -> list[Row]:
-    """Run the jobs one after the other under a progress bar; each makes a row."""
+def measure(title: str, jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Run the jobs one after the other under a progress bar."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         return [job() for job in progress.track(jobs, description=title)]
 

@@ -105,24 +105,28 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         return model
 
     def choose(self, options: Spec) -> None:
-        """Choose anew how contexts are cut: `chunk` and `chunks`, the options that trained weights leave open.
+        """Choose anew what trained weights leave open: `chunk` and `chunks`, how contexts are cut, and `Method.open`.
 
         Raises
         ------
         GradmemError
             When there are other options, or the method cannot write so.
         """
-        if not options:
-            return
-        if set(options) - {"chunk", "chunks"}:
+        cutting = {name: value for name, value in options.items() if name in ("chunk", "chunks")}
+        known = ("chunk", "chunks", *self.method.open)
+        if set(options) - set(known):
             raise GradmemError(
                 f"'{self.name}' has a method of its own: only plain language models take another; a checkpoint takes "
-                "`chunk` and `chunks`"
+                + ", ".join(f"`{name}`" for name in known)
             )
-        if not self.method.joins:
+        if cutting and not self.method.joins:
             raise GradmemError(f"'{self.name}' writes no chunks into one memory: cut its texts with `model.chunks`")
-        self.method.chunk_by(**{"chunk": self.method.chunk, **options})
-        self.chosen = {"chunk": self.method.chunk, "chunks": self.method.chunks}
+        if cutting:
+            self.method.chunk_by(**{"chunk": self.method.chunk, **cutting})
+            self.chosen |= {"chunk": self.method.chunk, "chunks": self.method.chunks}
+        for name in options.keys() - cutting.keys():
+            setattr(self.method, name, options[name])
+            self.chosen[name] = options[name]
 
     # Checkpoints
 

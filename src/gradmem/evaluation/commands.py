@@ -91,7 +91,8 @@ def evaluate(
     task
         Options of the task that differ from the checkpoint's, each by its own name: --data DIR --tasks qa1,qa4.
     method
-        How contexts are cut, where not as in training: --method.chunk 113 --method.chunks independent.
+        How to write, where not as in training: --method.chunk 113 --method.chunks independent, and, with GradMem,
+        --method.gauss_newton_after 1: Gauss-Newton steps after the first, each at the cost of some seven others.
     """
     model = load(checkpoint, method).to(device_named(device))
     given = [{**(task or {}), "pairs": n} for n in pairs] if pairs else [task or {}]
@@ -135,6 +136,7 @@ def sweep(
     figure: Path | None = None,
     heatmap: Path | None = None,
     bits: Path | None = None,
+    method: dict[str, Any] | None = None,
 ) -> list[Point]:
     """Measure checkpoints at several numbers of pairs, after every number of steps up to many more than trained.
 
@@ -164,10 +166,12 @@ def sweep(
         Also draw trained by evaluated steps to this file, beside the paper's.
     bits
         Also draw the bits that are recalled to this file, against those of the memory.
+    method
+        How to write, where not as in training; see gradmem eval --help.
     """
     points: list[Point] = []
     for name in checkpoints:
-        model = load(name).to(device_named(device))
+        model = load(name, method).to(device_named(device))
         own = getattr(model.task, "pairs", None)
         if own is None:
             raise GradmemError(f"'{name}' was trained on no number of pairs: a sweep is for key-value tasks")

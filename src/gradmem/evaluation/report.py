@@ -27,7 +27,7 @@ def table(results: Sequence[Result]) -> Table:
     sources = ", ".join(dict.fromkeys(result.source for result in results))
     others = [name for name in first.metrics if not name.startswith(("unwritten_", "swapped_"))]
     built = Table(
-        title=f"{first.checkpoint}: {alone}exact match, "
+        title=f"{first.checkpoint}: {alone}{chosen_options(first)}exact match, "
         f"{contexts} {first.split} contexts ({sources}), seed {first.seed}",
         caption=f"memory: {first.size}; {first.parameters:,} parameters; "
         "all queries of each context; 95 % interval bootstrapped over contexts",
@@ -70,6 +70,11 @@ def table(results: Sequence[Result]) -> Table:
         if last.bits_per_vector is not None:
             built.caption = f"{built.caption}; {last.bits_per_vector:.1f} bits per vector after {last.steps} steps"
     return built
+
+
+def chosen_options(result: Result) -> str:
+    """What was chosen anew for a checkpoint's method, as titles show it."""
+    return "".join(f"{name} {value}, " for name, value in result.method.items())
 
 
 def percent_interval(bounds: tuple[float, float]) -> str:

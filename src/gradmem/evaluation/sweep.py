@@ -15,7 +15,7 @@ from ..model import MemoryModel
 from ..specs import build_task
 from .evaluate import Result, evaluate
 from .published import BEST_OF_30, BY_STEPS
-from .report import by_pairs, figure, percent_interval
+from .report import by_pairs, chosen_options, figure, percent_interval
 
 FEW = 5
 """Steps that the paper calls few."""
@@ -102,7 +102,7 @@ def table(points: Sequence[Point]) -> Table:
     """Exact match after one step and after the chosen numbers, with control rows."""
     first = next(iter(points[0].results.values()))
     built = Table(
-        title=f"exact match %, {first.samples} test contexts, all queries, seed {first.seed}",
+        title=f"{chosen_options(first)}exact match %, {first.samples} test contexts, all queries, seed {first.seed}",
         caption="95 % intervals bootstrapped over contexts; numbers of steps chosen on validation contexts; swapped: "
         "memories of other contexts, after the best number of steps",
     )

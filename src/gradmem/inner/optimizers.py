@@ -8,7 +8,6 @@ batch; samples never mix.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,82 +52,6 @@ def heavy_ball(momentum: Callable[[int], float | Tensor]) -> Update:
         return sgd(tensors, grads, None, rates)[0], (step + 1, grads)
 
     return update
-
-
-SECANTS = 2
-"""Pairs that `quasi_newton` remembers; three were no better (docs/results.md)."""
-TRUST = 0.1
-"""Longest step of `quasi_newton`, as a part of the way from the start."""
-CURVED = 1e-3
-"""Least cosine between a step and its change of the gradient that counts as positive curvature."""
-
-
-def quasi_newton(first: Update, steps: int) -> Update:
-    """`first` for some steps, then limited-memory BFGS, which learns the curvature from the gradients of all steps.
-
-    It takes one gradient a step, as plain descent does. The inverse Hessian is that of the learning rates, corrected
-    by the last `SECANTS` pairs of steps and changes of the gradient (Nocedal and Wright, Numerical Optimization,
-    algorithm 7.4; each sample on its own, all its tensors together). Pairs without positive curvature are left out.
-    Once there are steps behind it, a step goes at most `TRUST` times as far as the sample has come from its start.
-
-    Parameters
-    ----------
-    first : Update
-    steps : int
-        For how many steps `first` is taken.
-    """
-
-    def update(tensors: Tensors, grads: Tensors, state: Any, rates: Rates) -> tuple[Tensors, Any]:
-        step, inner, start, points, slopes = state or (0, None, tensors, [], [])
-        points, slopes = [*points, tensors][-SECANTS - 1 :], [*slopes, grads][-SECANTS - 1 :]
-        if step < steps:
-            updated, inner = first(tensors, grads, inner, rates)
-        else:
-            pairs = list(zip(_differences(points), _differences(slopes), strict=True))
-            descent = _bfgs_direction(grads, pairs, rates)
-            if pairs:
-                far, length = (_product(x, x).sqrt() for x in (_minus(tensors, start), descent))
-                descent = _times((TRUST * far / length.clamp(min=1e-12)).clamp(max=1), descent)
-            updated = _minus(tensors, descent)
-        return updated, (step + 1, inner, start, points, slopes)
-
-    return update
-
-
-def _bfgs_direction(grads: Tensors, pairs: list[tuple[Tensors, Tensors]], rates: Rates) -> Tensors:
-    """The gradient times the inverse Hessian that (step, change of gradient) pairs tell of, the oldest first."""
-    curvatures = []
-    for moved, turned in pairs:
-        curvature = _product(moved, turned)
-        sizes = (_product(moved, moved) * _product(turned, turned)).sqrt()
-        curved = curvature > CURVED * sizes
-        curvatures.append(torch.where(curved, 1 / torch.where(curved, curvature, 1), 0))
-    direction, shares = grads, []
-    for (moved, turned), inverse in zip(reversed(pairs), reversed(curvatures), strict=True):
-        shares.append(inverse * _product(moved, direction))
-        direction = _minus(direction, _times(shares[-1], turned))
-    direction = {name: rates[name] * tensor for name, tensor in direction.items()}
-    for (moved, turned), inverse, share in zip(pairs, curvatures, reversed(shares), strict=True):
-        direction = _minus(direction, _times(inverse * _product(turned, direction) - share, moved))
-    return direction
-
-
-def _differences(points: list[Tensors]) -> list[Tensors]:
-    return [_minus(after, before) for before, after in pairwise(points)]
-
-
-def _minus(one: Tensors, other: Tensors) -> Tensors:
-    return {name: tensor - other[name] for name, tensor in one.items()}
-
-
-def _times(factors: Tensor, tensors: Tensors) -> Tensors:
-    """Each sample's tensors times its own factor, shape (batch,)."""
-    return {name: factors.view(-1, *[1] * (tensor.dim() - 1)) * tensor for name, tensor in tensors.items()}
-
-
-def _product(one: Tensors, other: Tensors) -> Tensor:
-    """Inner product of each sample, over all tensors, shape (batch,)."""
-    return torch.stack([(tensor * other[name]).flatten(1).sum(1) for name, tensor in one.items()]).sum(0)
 
 
 ADAM_BETAS = (0.9, 0.999)

@@ -82,6 +82,8 @@ class Method(nn.Module, ABC):
     strategy: Strategy = "recompute"
     """How gradients pass through WRITE: a choice of time and memory that changes no result. Methods that know one
     way only ignore it."""
+    open: Sequence[str] = ()
+    """Attributes that change how it writes, not what its weights are, and may be set at any time."""
     joins: bool = False
     """Whether it can write the chunks of a context into one memory; where not, each takes a memory of its own."""
     chunk: int | None = None

@@ -18,8 +18,9 @@ from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.compiled import Graphs
 from ..inner.meta_gradient import Order, descend, of_unfinished
+from ..inner.newton import Losses, Outputs, gauss_newton
 from ..inner.objective import joint_losses, sample_losses
-from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, Update, heavy_ball, quasi_newton
+from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, heavy_ball
 from ..memory import Memory
 from ..prefix import Prefix
 from ._chunked import ChunkedMethod
@@ -44,14 +45,13 @@ class GradMem(ChunkedMethod):
     learn_momentum : bool
         Descend with momentum, and meta-learn it for each of the `write_steps`, starting from none, and the inner
         learning rates for each of them too. Needs `learn_inner_lr` and `inner_optimizer: sgd`.
-    beyond : {"settle", "quasi_newton"}
-        What follows `write_steps`, the number that was trained, where more are asked for: ever smaller steps of the
-        same kind, or steps of `quasi_newton`, which store more (and, as any longer descent, more of what nobody asks
-        for). Needs `inner_optimizer: sgd`.
     settle : float
-        How fast the inner learning rate falls beyond `write_steps` with "settle": the j-th step after them takes the
-        rate divided by 1 + settle * j. With 0, the paper's constant rate, a memory overshoots after more steps than
-        were trained. Momentum falls likewise.
+        How fast the inner learning rate falls beyond `write_steps`: the j-th step after them takes the rate divided by
+        1 + settle * j. With 0, the paper's constant rate, a memory overshoots after more steps than were trained.
+        Momentum falls likewise.
+    gauss_newton_after : int, optional
+        Take Gauss-Newton steps from this one on: untrained, each at the cost of some seven others, and they store more
+        (see `gradmem.inner.newton`). The meta-gradient takes them as constants, as `order: first` does.
     inner_optimizer : {"sgd", "adam"}
     clip_value, clip_norm : float, optional
         Clips of the inner gradient, per sample and tensor.
@@ -83,6 +83,7 @@ class GradMem(ChunkedMethod):
     """
 
     modes = get_args(Mode)
+    open = ("gauss_newton_after",)
 
     def __init__(
         self,
@@ -93,8 +94,8 @@ class GradMem(ChunkedMethod):
         inner_lr: float = 1.0,
         learn_inner_lr: bool = False,
         learn_momentum: bool = False,
-        beyond: Literal["settle", "quasi_newton"] = "settle",
         settle: float = 0.5,
+        gauss_newton_after: int | None = None,
         inner_optimizer: Literal["sgd", "adam"] = "sgd",
         clip_value: float | None = None,
         clip_norm: float | None = None,
@@ -114,8 +115,6 @@ class GradMem(ChunkedMethod):
         require("inner_lr", inner_lr, inner_lr > 0, "positive")
         require("settle", settle, settle >= 0, "at least 0")
         require("inner_optimizer", inner_optimizer, inner_optimizer in OPTIMIZERS, "sgd or adam")
-        fits = beyond == "settle" or (beyond == "quasi_newton" and inner_optimizer == "sgd")
-        require("beyond", beyond, fits, "settle, or quasi_newton with inner_optimizer sgd")
         fits = not learn_momentum or (learn_inner_lr and inner_optimizer == "sgd" and write_steps > 0)
         require("learn_momentum", learn_momentum, fits, "used with learn_inner_lr, sgd and at least one write step")
         require("order", order, order in ("none", "first", "second"), "none, first or second")
@@ -125,7 +124,8 @@ class GradMem(ChunkedMethod):
         require("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "positive")
         require("write_lora", write_lora, write_lora >= 0, "at least 0")
         require("read_lora", read_lora, read_lora >= 0, "at least 0")
-        self.inner_lr, self.beyond, self.settle = inner_lr, beyond, settle
+        self.inner_lr, self.settle = inner_lr, settle
+        self.gauss_newton_after = gauss_newton_after
         self.update = OPTIMIZERS[inner_optimizer]
         self.clip_value, self.clip_norm = clip_value, clip_norm
         self.order: Order = order
@@ -167,6 +167,7 @@ class GradMem(ChunkedMethod):
         """Write contexts into memories of their own, or into those of `rows`."""
         embeds = self._embed_context(context)
         training = torch.is_grad_enabled()
+        descents = steps if self.gauss_newton_after is None else min(steps, self.gauss_newton_after)
         computing = self._computing(training and self.order == "second")
 
         def losses_of(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -183,9 +184,9 @@ class GradMem(ChunkedMethod):
         walk = descend(
             loss if until is None or training or rows is not None else of_unfinished(loss, until),
             start,
-            self._updates(),
+            self.update if self.momentum is None else heavy_ball(self._momentum),
             self._rates,
-            steps,
+            descents,
             given=[embeds, context.ids, context.mask, *([] if rows is None else [rows])],
             order=self.order,
             last_k=self.last_k,
@@ -196,9 +197,32 @@ class GradMem(ChunkedMethod):
             clip_norm=self.clip_norm,
             until=until,
         )
+        if descents < steps:
+            parts = self._curved(context, rows, embeds, len(start["memory"]))
+            walk = gauss_newton(walk, parts, steps - descents, until)
         for step in walk:
             losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(start["memory"]))
             yield Written(Memory(step.tensors), losses, step.taken)
+
+    def _curved(self, context: Tokens, rows: Tensor | None, embeds: Tensor, batch: int) -> list[tuple[Outputs, Losses]]:
+        """The write loss, of some contexts or chunks at a time, as `gauss_newton` takes it."""
+        rows = torch.arange(batch, device=embeds.device) if rows is None else rows
+        tokens = rows.new_zeros(batch).index_add(0, rows, context.lengths)
+
+        def part(some: slice) -> tuple[Outputs, Losses]:
+            def outputs(tensors: Tensors) -> Tensor:
+                own = {name: tensor[rows[some]] for name, tensor in tensors.items()}
+                with self.backbone.second_order(), self._writing():
+                    return self._before_tokens(own, embeds[some])
+
+            def losses(hidden: Tensor) -> Tensor:
+                shares = self._losses_of(hidden, context[some]).sum(1) / tokens[rows[some]]
+                return shares.new_zeros(batch).index_add(0, rows[some], shares)
+
+            return outputs, losses
+
+        size = max(1, self.backbone.tokens_at_once // context.ids.shape[1])
+        return [part(slice(i, i + size)) for i in range(0, len(rows), size)]
 
     def _computing(self, second: bool) -> Callable[[], AbstractContextManager[None]]:
         """How the backbone is to compute the write loss, whose gradient is of second order or not."""
@@ -208,7 +232,7 @@ class GradMem(ChunkedMethod):
 
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
         """Read contexts back with the adapters of WRITE; see `Method.reconstruct`."""
-        with self.backbone.without_dropout(), _active(self.adapters, "write"):
+        with self._writing():
             return super().reconstruct(memory, lengths)
 
     def prefix(self, memory: Memory) -> Prefix:
@@ -216,6 +240,17 @@ class GradMem(ChunkedMethod):
         with _active(self.adapters, "read"):
             prefix = super().prefix(memory)
         return _AdaptedPrefix(prefix, self.adapters) if self.adapters else prefix
+
+    @property
+    def gauss_newton_after(self) -> int | None:
+        """Write steps that Gauss-Newton steps follow; None where none do."""
+        return self._gauss_newton_after
+
+    @gauss_newton_after.setter
+    def gauss_newton_after(self, steps: int | None) -> None:
+        good = steps is None or (isinstance(steps, int) and steps >= 0)
+        require("gauss_newton_after", steps, good, "a number of write steps, or none")
+        self._gauss_newton_after = steps
 
     def inner_lrs(self) -> list[float]:
         """Inner learning rate of each memory vector, or the one that all share; with momentum step after step."""
@@ -232,13 +267,7 @@ class GradMem(ChunkedMethod):
             tensors["proj_bias"] = self.proj.bias.expand(batch, -1)
         return tensors
 
-    def _updates(self) -> Update:
-        update = self.update if self.momentum is None else heavy_ball(self._momentum)
-        return quasi_newton(update, self.write_steps) if self.beyond == "quasi_newton" else update
-
     def _settling(self, step: int) -> float:
-        if self.beyond == "quasi_newton":
-            return 1.0
         return 1 / (1 + self.settle * max(0, step + 1 - self.write_steps))
 
     def _rates(self, step: int) -> Rates:
@@ -264,8 +293,14 @@ class GradMem(ChunkedMethod):
         return memory if self.proj is None else self.proj(memory)
 
     def _losses(self, tensors: Tensors, context: Tokens, embeds: Tensor) -> Tensor:
-        with self.backbone.without_dropout(), _active(self.adapters, "write"):
+        with self._writing():
             return super()._losses(tensors, context, embeds)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The model as WRITE runs it: without dropout, with its own adapters."""
+        with self.backbone.without_dropout(), _active(self.adapters, "write"):
+            yield
 
 
 def _in_parts(
