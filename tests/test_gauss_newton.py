@@ -96,8 +96,8 @@ def test_parts_of_a_context_or_of_contexts_give_the_same(name: str, monkeypatch:
     method, context, sizes = make_gradmem(gauss_newton_after=0, **OPTIONS[name]), random_tokens([8, 5, 7]), []
     with torch.no_grad():
         wanted = method.write(context, 2)
-        before = method._before_tokens
-        method._before_tokens = lambda tensors, embeds: (sizes.append(len(embeds)), before(tensors, embeds))[1]
+        before = method._hidden
+        method._hidden = lambda tensors, embeds: (sizes.append(len(embeds)), before(tensors, embeds))[1]
         monkeypatch.setattr(Backbone, "tokens_at_once", 2 * (CHUNK if "chunk" in OPTIONS[name] else 8))
         got = method.write(context, 2)
     assert set(sizes) == ({2} if "chunk" in OPTIONS[name] else {1, 2})

@@ -144,17 +144,17 @@ class PrefixMethod(Method):
         return self.backbone.embed(context.ids[:, :-1])
 
     def _losses(self, tensors: Tensors, context: Tokens, embeds: Tensor) -> Tensor:
-        return self._losses_of(self._before_tokens(tensors, embeds), context)
+        return self._losses_of(self._hidden(tensors, embeds), context)
 
-    def _before_tokens(self, tensors: Tensors, embeds: Tensor) -> Tensor:
-        """Hidden states (batch, length, d) from which WRITE predicts each token of a context."""
-        prefix = self._surround("write", tensors)
-        return self.backbone.hidden(torch.cat([prefix, embeds], dim=1))[:, self.prefix_length - 1 :]
+    def _hidden(self, tensors: Tensors, embeds: Tensor) -> Tensor:
+        """Hidden states of WRITE's prefix and of a context, shape (batch, m + 2c + length - 1, d)."""
+        return self.backbone.hidden(torch.cat([self._surround("write", tensors), embeds], dim=1))
 
     def _losses_of(self, hidden: Tensor, context: Tokens) -> Tensor:
-        """Token losses (batch, length) from these hidden states, zero at pads."""
+        """Token losses (batch, length) from hidden states that begin with the prefix's, zero at pads."""
+        first, length = self.prefix_length - 1, context.ids.shape[1]
         head = self.backbone.head if self.write_head is None else self.write_head
-        return token_losses(hidden, head, context.ids, context.mask)
+        return token_losses(hidden[:, first : first + length], head, context.ids, context.mask)
 
 
 def pads_last(embeds: Tensor, real: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ class GradMem(ChunkedMethod):
             def outputs(tensors: Tensors) -> Tensor:
                 own = {name: tensor[rows[some]] for name, tensor in tensors.items()}
                 with self.backbone.second_order(), self._writing():
-                    return self._before_tokens(own, embeds[some])
+                    return self._hidden(own, embeds[some])
 
             def losses(hidden: Tensor) -> Tensor:
                 shares = self._losses_of(hidden, context[some]).sum(1) / tokens[rows[some]]
