@@ -45,6 +45,7 @@ class Race:
     ways: dict[str, int | None]
     """Its own steps before the Gauss-Newton steps, if any."""
 
+    @torch.no_grad()
     def run(self, index: int) -> dict[str, dict[int, Point]]:
         """Write one context in every way: what there is after each number of steps."""
         own, other = self.batches[index], self.batches[index - 1]
@@ -58,7 +59,6 @@ class Race:
             }
         return found
 
-    @torch.no_grad()
     def _timed(self, batch: Batch) -> Iterator[tuple[Memory, float]]:
         walk = self.model.method.trajectory(batch.context, max(self.steps))
         memory, seconds = next(walk).memory, 0.0
@@ -99,6 +99,8 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=1, help="their seed")
     options = command.parse_args()
     torch.set_num_threads(options.threads)
+    if options.samples < 2:
+        command.error("--samples must be at least 2: the controls are other contexts' memories")
     try:
         model = gradmem.load(options.checkpoint)
         task = build_task({**model.spec["task"], "pairs": options.pairs})

@@ -16,11 +16,14 @@ from conftest import assert_same_gradients, distance, gradients, make_batch, mak
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
 from gradmem.errors import GradmemError
+from gradmem.evaluation.evaluate import evaluate
+from gradmem.evaluation.report import table
 from gradmem.inner import descend, gauss_newton
 from gradmem.inner.newton import DAMPING, ITERATIONS, PART
 from gradmem.memory import Memory
 from gradmem.methods import GradMem
 from gradmem.model import MemoryModel
+from gradmem.store import content_of
 
 CHUNK = 3
 TEXT = "a7:Qz\nk2:9f"
@@ -157,12 +160,23 @@ def test_a_sample_without_slope_rests() -> None:
 
 def test_chosen_for_a_checkpoint_and_shown(tiny: MemoryModel, tmp_path: Path) -> None:
     tiny.save_pretrained(tmp_path)
-    model = gradmem.load(tmp_path, {"gauss_newton_after": 1})
-    text = TEXT
-    assert model.chosen == {"gauss_newton_after": 1}
-    plain, curved = (made.write(text, steps=3).records[0].losses for made in (gradmem.load(tmp_path), model))
-    assert plain[:2] == curved[:2]
-    assert curved[-1] < plain[-1]
+    model, plain = gradmem.load(tmp_path, {"gauss_newton_after": 1}), gradmem.load(tmp_path)
+    losses, curved = (made.write(TEXT, steps=3).records[0].losses for made in (plain, model))
+    assert losses[:2] == curved[:2]
+    assert curved[-1] < losses[-1]
+    assert "gauss_newton_after 1" in str(table(evaluate(model, [1], 2)).title)
+    assert "gauss_newton" not in str(table(evaluate(plain, [1], 2)).title)
+
+
+def test_the_same_choices_have_the_same_hash_in_any_order(tmp_path: Path, tiny: MemoryModel) -> None:
+    tiny.save_pretrained(tmp_path)
+    one, other = gradmem.load(tmp_path), gradmem.load(tmp_path)
+    for options in ({"chunk": 15}, {"gauss_newton_after": 1}):
+        one.choose(options)
+    for options in ({"gauss_newton_after": 1}, {"chunk": 15}):
+        other.choose(options)
+    assert one.chosen == {"chunk": 15, "chunks": "sequential", "gauss_newton_after": 1}
+    assert content_of(one, [TEXT]) == content_of(other, [TEXT])
 
 
 def test_bad_uses_say_what_to_do(tiny: MemoryModel) -> None:

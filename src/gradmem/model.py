@@ -38,6 +38,10 @@ HERE = "."
 """In a checkpoint's config: the directory of the checkpoint itself."""
 
 
+CUTTING = ("chunk", "chunks")
+"""Options of every method that trained weights leave open: how contexts are cut."""
+
+
 def _silent(steps: Iterable[Any], title: str = "", total: int | None = None) -> Iterable[Any]:
     return steps
 
@@ -112,8 +116,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         GradmemError
             When there are other options, or the method cannot write so.
         """
-        cutting = {name: value for name, value in options.items() if name in ("chunk", "chunks")}
-        known = ("chunk", "chunks", *self.method.open)
+        cutting = {name: value for name, value in options.items() if name in CUTTING}
+        known = (*CUTTING, *self.method.open)
         if set(options) - set(known):
             raise GradmemError(
                 f"'{self.name}' has a method of its own: only plain language models take another; a checkpoint takes "
@@ -123,10 +127,12 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             raise GradmemError(f"'{self.name}' writes no chunks into one memory: cut its texts with `model.chunks`")
         if cutting:
             self.method.chunk_by(**{"chunk": self.method.chunk, **cutting})
-            self.chosen |= {"chunk": self.method.chunk, "chunks": self.method.chunks}
-        for name in options.keys() - cutting.keys():
-            setattr(self.method, name, options[name])
-            self.chosen[name] = options[name]
+        for name in self.method.open:
+            if name in options:
+                setattr(self.method, name, options[name])
+        chosen = {*self.chosen, *options, *(CUTTING if cutting else ())}
+        # Always in one order: what is written with the same options has the same hash.
+        self.chosen = {name: getattr(self.method, name) for name in known if name in chosen}
 
     # Checkpoints
 

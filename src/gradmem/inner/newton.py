@@ -20,7 +20,7 @@ Outputs = Callable[[Tensors], Tensor]
 Losses = Callable[[Tensor], Tensor]
 
 ITERATIONS = 5
-"""Conjugate gradients of a step. With three, 128 pairs need more steps and no less time (docs/results.md)."""
+"""Conjugate gradients of a step; these three constants were chosen on key-value pairs (docs/results.md)."""
 DAMPING = 0.1
 """Added to the curvature, as a part of that along the gradient."""
 PART = 0.7

@@ -50,8 +50,8 @@ class GradMem(ChunkedMethod):
         1 + settle * j. With 0, the paper's constant rate, a memory overshoots after more steps than were trained.
         Momentum falls likewise.
     gauss_newton_after : int, optional
-        Take Gauss-Newton steps from this one on: untrained, each at the cost of some seven others, and they store more
-        (see `gradmem.inner.newton`). The meta-gradient takes them as constants, as `order: first` does.
+        Take so many steps of this descent, and Gauss-Newton steps after them: each costs several times as much, and
+        stores more, untrained (see `gradmem.inner.newton`). The meta-gradient takes them as constants.
     inner_optimizer : {"sgd", "adam"}
     clip_value, clip_norm : float, optional
         Clips of the inner gradient, per sample and tensor.
