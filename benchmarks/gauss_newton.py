@@ -70,7 +70,7 @@ class Race:
             yield memory, seconds
 
     def _recalled(self, memory: Memory, batch: Batch) -> float:
-        logits = self.model.method.read_targets(memory, batch.queries, batch.labels, batch.rows)
+        logits = self.model.method.read_targets(memory, batch)
         return float(self.task.judge(logits, batch)["exact_match"].float().mean())
 
 

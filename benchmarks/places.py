@@ -25,7 +25,7 @@ def by_place(checkpoint: str, pairs: int, samples: int, seed: int) -> Tensor:
     for start in range(0, samples, BATCH):
         batch = task.batch("test", start, min(BATCH, samples - start), seed)
         memory = model.method.write(batch.context).memory
-        logits = model.method.read_targets(memory, batch.queries, batch.labels, batch.rows)
+        logits = model.method.read_targets(memory, batch)
         match = task.judge(logits, batch)["exact_match"]  # of the pairs of a context in their order
         answered.append(match.double().view(-1, pairs))
     return torch.cat(answered).mean(0)

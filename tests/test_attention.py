@@ -395,7 +395,7 @@ def test_meta_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert method.backbone.second_order_attention == NAME
         method.backbone.second_order_attention = name
         written = method.write(batch.context)
-        logits = method.read_targets(written.memory, batch.queries, batch.labels, batch.rows)
+        logits = method.read_targets(written.memory, batch)
         loss = F.cross_entropy(logits, batch.labels[batch.labels != -100]) + 0.5 * written.losses[-1].mean()
         loss.backward()
         results.append({name: p.grad for name, p in method.named_parameters() if p.grad is not None} | {"": loss})

@@ -21,7 +21,7 @@ from conftest import (
     random_tokens,
     real,
 )
-from gradmem.batch import Tokens
+from gradmem.batch import Batch, Tokens
 from gradmem.errors import GradmemError
 from gradmem.memory import Memory
 from gradmem.methods import FullContext
@@ -70,7 +70,7 @@ def test_targets_of_queries_in_one_row(kind: str, options: dict[str, Any]) -> No
     rows = torch.tensor([2, 0, 2, 0, 2])
     labels = queries.ids.masked_fill(~queries.mask, -100)
     labels[:, 0] = -100
-    found = method.read_targets(method.write(context).memory, queries, labels, rows)
+    found = method.read_targets(method.write(context).memory, Batch(context, queries, labels, rows))
     memory, wanted = method.write(context).memory, []
     for query, row in enumerate(rows.tolist()):
         alone = method.read(memory, queries[query : query + 1], torch.tensor([row]))[0]

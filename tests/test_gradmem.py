@@ -359,7 +359,7 @@ def test_read_equals_a_forward_without_cache(kind: str, options: dict) -> None:
                 if query < len(got):
                     own = {name: tensor[source] for name, tensor in memory.tensors.items()}
                     assert distance(got[query, : len(ids) + 1], reference.read(own, ids)) < TOLERANCE
-        targets = method.read_targets(memory, batch.queries, batch.labels, batch.rows)
+        targets = method.read_targets(memory, batch)
     torch.testing.assert_close(targets, logits[:, :-1][batch.labels != -100])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradmem.batch import Batch
+from gradmem.batch import Batch, Tokens
 from gradmem.errors import GradmemError
 from gradmem.tasks.kv import ALPHANUMERIC, KV, distinct
 from gradmem.training.step import exact_match
@@ -348,10 +348,16 @@ def test_exact_match_by_brute_force() -> None:
                     if flag and guess != label:
                         good = False
             wanted.append(good)
-        got = exact_match(torch.tensor(predicted, dtype=torch.long), torch.tensor(labels), torch.tensor(scored))
+        got = exact_match(torch.tensor(predicted, dtype=torch.long), asking(torch.tensor(labels)), torch.tensor(scored))
         assert got.tolist() == wanted
         seen.update(wanted)
     assert min(seen[True], seen[False]) > 50
+
+
+def asking(labels: torch.Tensor) -> Batch:
+    """A batch of queries with these labels, one for each context."""
+    tokens = Tokens(labels.clamp_min(0), torch.ones_like(labels, dtype=torch.bool))
+    return Batch(tokens, tokens, labels, torch.arange(len(labels)))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +367,7 @@ def test_exact_match_ignores_the_marks(guess: str, right: bool) -> None:
     task = KV(pairs=2)
     labels = torch.tensor([[-100] * 5 + task.tokenizer.encode("Qz!|")])
     predicted = torch.tensor(task.tokenizer.encode(guess))
-    assert exact_match(predicted, labels, task.scored(labels)).tolist() == [right]
+    assert exact_match(predicted, asking(labels), task.scored(labels)).tolist() == [right]
 
 
 def test_an_example_is_a_test_context_in_lines() -> None:

@@ -162,7 +162,7 @@ def test_rows_in_another_order(method: Method) -> None:
 def test_read_targets_is_read(method: Method) -> None:
     batch = make_batch()
     memory = write(method, batch.context)
-    targets = method.read_targets(memory, batch.queries, batch.labels, batch.rows)
+    targets = method.read_targets(memory, batch)
     assert close(targets, method.read(memory, batch.queries, batch.rows)[:, :-1][batch.labels != -100])
 
 

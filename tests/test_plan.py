@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from gradmem import GradmemError
 from gradmem.cli import main
 from gradmem.model import MemoryModel
 from gradmem.specs import build_task
 from gradmem.training import loop, plan
+from gradmem.training import precision as precision_module
 from gradmem.training.commands import train
-from gradmem.training.plan import Trial, choose_precision, make_plan, plan_stage
-from gradmem.training.step import MetaStep
+from gradmem.training.plan import Trial, make_plan, plan_stage
+from gradmem.training.precision import choose_precision
+from gradmem.training.recipe import Precision
+from gradmem.training.state import states
+from gradmem.training.step import MetaStep, outer_loss
 from test_training import TASK, log, recipe
 
 CPU = torch.device("cpu")
@@ -109,7 +113,7 @@ def test_planning_changes_nothing() -> None:
     torch.manual_seed(0)
     model = MemoryModel.from_spec(some.task, some.backbone, some.method)
     before, numbers = [p.clone() for p in model.method.parameters()], torch.get_rng_state()
-    made = plan_stage(some, some.stages[1], model.method, [build_task(TASK)], CPU)
+    made = plan_stage(some, some.stages[1], model.method, [build_task(TASK)], CPU, "fp32")
     assert {trial.strategy for trial in made.trials} == {"unroll", "recompute"}
     assert made.chosen in made.trials
     assert all(torch.equal(a, b) for a, b in zip(before, model.method.parameters(), strict=True))
@@ -122,7 +126,7 @@ def test_one_step_has_one_strategy() -> None:
     """With a single write step both strategies keep the same graph: nothing to compare."""
     some = recipe(strategy="auto", micro_batch=0)
     model = MemoryModel.from_spec(some.task, some.backbone, some.method)
-    made = plan_stage(some, some.stages[0], model.method, [build_task(TASK)], CPU)
+    made = plan_stage(some, some.stages[0], model.method, [build_task(TASK)], CPU, "fp32")
     assert {trial.strategy for trial in made.trials} == {"recompute"}
 
 
@@ -165,20 +169,70 @@ def test_out_of_memory_says_what_fits(tmp_path: Path, monkeypatch: pytest.Monkey
         train(recipe(), tmp_path / "other")
 
 
-@pytest.mark.parametrize(("bf16_takes", "taken"), [(0.5, "bf16"), (7.0, "fp32")])
-def test_bf16_only_where_it_is_faster(
-    bf16_takes: float, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("bf16_takes", "error", "taken", "reason"),
+    [
+        (0.5, 0.02, "bf16", "2.0% off"),
+        (0.5, 0.2, "fp32", "20.0% off"),
+        (0.5, math.nan, "fp32", "nan% off"),
+        (7.0, 0.0, "fp32", "bf16 is slower on this processor"),
+    ],
+)
+def test_bf16_only_where_it_is_faster_and_agrees(
+    bf16_takes: float,
+    error: float,
+    taken: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A processor without bf16 instructions trains in fp32, says so, and its record says so too."""
-    monkeypatch.setattr(plan, "_product_seconds", lambda dtype: bf16_takes if dtype == torch.bfloat16 else 1.0)
-    assert choose_precision("fp32", CPU) == "fp32"
-    assert choose_precision("bf16", torch.device("meta")) == "bf16"  # an accelerator is taken at its word
-    train(recipe(2, precision="bf16"), tmp_path / "run")
-    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["precision"] == taken
+    """`auto` says what it chose and why, keeps it in the state, and trains as that precision does."""
+    monkeypatch.setattr(
+        precision_module, "_product_seconds", lambda dtype: bf16_takes if dtype == torch.bfloat16 else 1.0
+    )
+    asked = []
+
+    def gradient(precision: Precision) -> torch.Tensor:
+        asked.append(precision)
+        return torch.tensor([3.0, 4.0]) + (torch.tensor([3.0, 4.0]) * error if precision == "bf16" else 0)
+
+    monkeypatch.setattr(plan, "choose_precision", lambda wanted, device, _: choose_precision(wanted, device, gradient))
+    train(recipe(2, precision="auto"), tmp_path / "run")
+    assert asked == (["fp32", "bf16"] * 2 if bf16_takes < 1 else [])  # at each stage
     said = " ".join(capsys.readouterr().err.split())
-    assert ("bf16 is slower on this processor" in said) == (taken == "fp32")
+    assert f"precision {taken}: " in said
+    assert reason in said
+    state = states(tmp_path / "run" / "states")[-1]
+    assert json.loads((state / "progress.json").read_text())["device"] == "cpu"
     train(recipe(2, precision=taken), tmp_path / "same")
     assert log(tmp_path / "run")[0]["loss"] == log(tmp_path / "same")[0]["loss"]
+
+
+@pytest.mark.parametrize("wanted", ["fp32", "tf32", "bf16"])
+def test_a_precision_that_is_asked_for_is_taken(wanted: Precision) -> None:
+    def refuse(precision: Precision) -> torch.Tensor:
+        raise AssertionError("nothing to measure")
+
+    for device in ("cpu", "meta", "cuda"):
+        assert choose_precision(wanted, torch.device(device), refuse) == (wanted, "")
+
+
+def test_the_probe_measures_the_meta_gradient() -> None:
+    """What the precisions are compared by is the gradient of a training step, and nothing is left of it."""
+    some = recipe(precision="auto")
+    model = MemoryModel.from_spec(some.task, some.backbone, some.method)
+    stage, task, seen = some.stages[0], build_task(TASK), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "choose_precision", lambda wanted, device, gradient: seen.update(g=gradient("fp32")))
+        plan.stage_precision(some, stage, model.method, [task], CPU)
+    assert all(p.grad is None for p in model.method.parameters())
+    batch = task.batch("train", 0, plan.PROBED, some.seed)
+    weight = some.weight_of(stage)
+    loss, write_loss, _ = MetaStep(model.method)(batch, max(stage.write_steps), task.scored(batch.labels), weight > 0)
+    outer_loss(loss, write_loss, weight).backward()
+    wanted = torch.cat([p.grad.flatten() for p in model.method.parameters() if p.grad is not None])
+    assert torch.equal(seen["g"], wanted)
 
 
 def test_auto_trains_the_same(tmp_path: Path) -> None:

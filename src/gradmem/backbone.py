@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, masking_utils
 from transformers.cache_utils import Cache, DynamicCache
 
 from .data.gguf import pretrained_place
@@ -27,6 +28,17 @@ TOKENS_AT_ONCE = 4096
 """Context tokens to write at once where no meta-gradient is wanted: more only costs memory and page faults."""
 ACTIVATIONS = 2**28
 """Activations that these tokens may have, so that larger models write fewer at once."""
+
+_one_sequence_a_row: ContextVar[bool] = ContextVar("one_sequence_a_row", default=False)
+_find_packed_sequences = masking_utils.find_packed_sequence_indices
+
+
+def _packed_sequences(position_ids: Tensor) -> Tensor | None:
+    """What transformers asks at every forward without a cache; the answer waits for the device, and ours is known."""
+    return None if _one_sequence_a_row.get() else _find_packed_sequences(position_ids)
+
+
+masking_utils.find_packed_sequence_indices = _packed_sequences
 
 
 class Backbone(nn.Module):
@@ -188,12 +200,16 @@ class Backbone(nn.Module):
         Tensor, shape (batch, length, d), after the final norm
         """
         given = {"attention_mask": mask, "position_ids": positions if self.takes_positions else None}
-        return self.model.base_model(
-            inputs_embeds=embeds,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **{name: tensor for name, tensor in given.items() if tensor is not None},
-        ).last_hidden_state
+        token = _one_sequence_a_row.set(True)
+        try:
+            return self.model.base_model(
+                inputs_embeds=embeds,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **{name: tensor for name, tensor in given.items() if tensor is not None},
+            ).last_hidden_state
+        finally:
+            _one_sequence_a_row.reset(token)
 
     def prefix(self, embeds: Tensor) -> Prefix:
         """Run a prefix once and keep what later tokens need of it."""

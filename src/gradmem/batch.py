@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,10 +19,13 @@ class Tokens:
     ids : Tensor, int64, shape (batch, length)
     mask : Tensor, bool, shape (batch, length)
         True at real tokens; the real tokens of a row come first.
+    host : Tokens, optional
+        The same tokens on the CPU, where they came from: to look at values on a device waits for all its work.
     """
 
     ids: Tensor
     mask: Tensor
+    host: Tokens | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_lists(cls, rows: Sequence[Sequence[int] | np.ndarray], pad_id: int = 0) -> Tokens:
@@ -42,12 +45,20 @@ class Tokens:
         """Number of real tokens in each row, shape (batch,)."""
         return self.mask.sum(1)
 
+    @property
+    def values(self) -> Tokens:
+        """The same tokens where values can be looked at: on the CPU if they came from there."""
+        return self if self.host is None else self.host
+
     def __getitem__(self, rows: Tensor | slice) -> Tokens:
-        return Tokens(self.ids[rows], self.mask[rows])
+        host = self.host[rows] if self.host is not None and isinstance(rows, slice) else None
+        return Tokens(self.ids[rows], self.mask[rows], host)
 
     def to(self, device: torch.device | str) -> Tokens:
         """Move to a device."""
-        return Tokens(self.ids.to(device), self.mask.to(device))
+        host = self.values if self.values.ids.device.type == "cpu" else None
+        moved = Tokens(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
+        return moved if moved.ids.device.type == "cpu" else replace(moved, host=host)
 
 
 @dataclass
@@ -67,6 +78,9 @@ class Batch:
         Index of the context that each query belongs to.
     references : list of list of str
         All answers to each query that count as right, where generated answers are judged as text; or nothing.
+    targets : Tensor, int64, shape (targets,)
+        Where the targets stand in the flattened labels, in order. Found when the batch is made, on the CPU: to search
+        on a device waits for all its work.
     """
 
     context: Tokens
@@ -74,11 +88,21 @@ class Batch:
     labels: Tensor
     rows: Tensor
     references: list[list[str]] = field(default_factory=list)
+    targets: Tensor = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.targets is None:
+            self.targets = (self.labels != -100).flatten().nonzero()[:, 0]
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device."""
-        moved = self.context.to(device), self.queries.to(device), self.labels.to(device), self.rows.to(device)
-        return Batch(*moved, self.references)
+        labels, rows, targets = (t.to(device, non_blocking=True) for t in (self.labels, self.rows, self.targets))
+        return Batch(self.context.to(device), self.queries.to(device), labels, rows, self.references, targets)
+
+    @property
+    def answers(self) -> Tensor:
+        """The target tokens of all queries in order, int64, shape (targets,)."""
+        return self.labels.flatten()[self.targets]
 
     def prompts(self) -> list[list[int]]:
         """Token ids of each query before its target."""

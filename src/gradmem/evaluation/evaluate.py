@@ -266,7 +266,7 @@ def _score(method: Method, task: Task, memory: Memory, batch: Batch) -> dict[str
     """Every metric of each context, the mean over its queries, shape (contexts,)."""
     found: dict[str, Tensor] = {}
     if task.reads:
-        found |= task.judge(method.read_targets(memory, batch.queries, batch.labels, batch.rows), batch)
+        found |= task.judge(method.read_targets(memory, batch), batch)
     if task.generates:
         found |= task.judge_generated(_generate(method, task, memory, batch), batch)
     count = torch.bincount(batch.rows, minlength=len(batch.context))

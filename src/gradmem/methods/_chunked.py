@@ -176,7 +176,7 @@ class ChunkedMethod(PrefixMethod):
         return [[next(lengths) for _ in range(count)] for count in chunks.counts.tolist()]
 
     def _cut(self, context: Tokens) -> Chunks:
-        return Chunks.cut(context, self.chunk or context.ids.shape[1], self.may_end(context.ids))
+        return Chunks.cut(context, self.chunk or context.ids.shape[1], self.may_end(context.values.ids))
 
     def _apart(self, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
         """Write independent chunks, step by step together."""

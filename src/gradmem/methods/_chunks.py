@@ -41,19 +41,20 @@ class Chunks:
         context : Tokens, shape (batch, length)
         size : int
         may_end : Tensor, bool, shape (batch, length)
-            Tokens after which a chunk may end.
+            Tokens after which a chunk may end, on any device.
         """
-        device, length = context.ids.device, context.ids.shape[1]
+        device, length, context = context.ids.device, context.ids.shape[1], context.values
         spans = [
             _spans([i for i, end in enumerate(ends, 1) if end], real, size)
             for ends, real in zip(may_end.tolist(), context.lengths.tolist(), strict=True)
         ]
-        counts = torch.tensor([len(own) for own in spans], device=device)
+        counts = torch.tensor([len(own) for own in spans])
         rows, places = numbered(counts)
-        bounds = torch.tensor([span for own in spans for span in own], device=device)
-        at = bounds[:, :1] + torch.arange(int((bounds[:, 1] - bounds[:, 0]).max()), device=device)
-        ids = context.ids[rows[:, None], at.clamp_max(length - 1)]
-        return cls(Tokens(ids, at < bounds[:, 1:]), rows, places, bounds[:, 0], counts)
+        bounds = torch.tensor([span for own in spans for span in own])
+        at = bounds[:, :1] + torch.arange(int((bounds[:, 1] - bounds[:, 0]).max()))
+        ids = context.ids[rows[:, None].to(context.ids.device), at.clamp_max(length - 1).to(context.ids.device)]
+        tokens = Tokens(ids, (at < bounds[:, 1:]).to(ids.device)).to(device)
+        return cls(tokens, *(tensor.to(device, non_blocking=True) for tensor in (rows, places, bounds[:, 0], counts)))
 
     def rejoined(self, values: Tensor, context: Tokens) -> Tensor:
         """Put values of the chunks' tokens (chunks, length) where they stand in the contexts; zero at pads."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
-from ..batch import Tokens
+from ..batch import Batch, Tokens
 from ..errors import GradmemError
 from ..inner.meta_gradient import Strategy
 from ..inner.objective import sample_losses, token_losses
@@ -295,15 +295,21 @@ class Method(nn.Module, ABC):
         """
         return self.backbone.head(self.read_hidden(self._prefix_rows(memory, rows), queries))
 
-    def read_targets(self, memory: Memory, queries: Tokens, labels: Tensor, rows: Tensor) -> Tensor:
-        """Logits at the target tokens only: the rows of `labels` that are not -100, in order.
+    def read_targets(self, memory: Memory, batch: Batch) -> Tensor:
+        """Logits at the target tokens only, in order.
+
+        Parameters
+        ----------
+        memory : Memory
+        batch : Batch
+            Its queries ask the memory's rows `batch.rows`.
 
         Returns
         -------
         Tensor, shape (targets, vocabulary)
         """
-        hidden = self.read_hidden(self._prefix_rows(memory, rows), queries)
-        return self.backbone.head(hidden[:, :-1][labels != -100])
+        hidden = self.read_hidden(self._prefix_rows(memory, batch.rows), batch.queries)
+        return self.backbone.head(hidden[:, :-1].flatten(0, 1)[batch.targets])
 
     def generate(
         self,
@@ -373,7 +379,8 @@ class Method(nn.Module, ABC):
             raise GradmemError(
                 f"a context has {context.ids.shape[1]} tokens; the limit is {self.max_context}{self.longer}"
             )
-        if not context.mask[:, :1].all() or not context.mask.numel():
+        mask = context.values.mask
+        if not mask.numel() or not mask[:, :1].all():
             raise GradmemError("a context is empty")
 
     def _refuse_until(self, until: float | None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ..backbone import Backbone
-from ..batch import Tokens
+from ..batch import Batch, Tokens
 from ..errors import GradmemError, require
 from ..inner.precision import work_dtype
 from ..memory import Memory
@@ -88,13 +88,14 @@ class FullContext(OnePassMethod):
         last = keys.new_zeros(len(memory), self.backbone.width)
         return Prefix(last, cache, None if mask.all() else mask, None if counted else start)
 
-    def read_targets(self, memory: Memory, queries: Tokens, labels: Tensor, rows: Tensor) -> Tensor:
+    def read_targets(self, memory: Memory, batch: Batch) -> Tensor:
         """As every method, but all queries of a context stand in one row, where none sees another.
 
         So the cache is not copied for each of them, which took most of the time of training.
         """
+        queries, rows = batch.queries, batch.rows
         if not (self.backbone.takes_positions and len(rows)):
-            return super().read_targets(memory, queries, labels, rows)
+            return super().read_targets(memory, batch)
         prefix = self.prefix(memory)
         place = (rows[:, None] == rows).tril(-1).sum(1)  # of a query among those of its context
         most, length = int(place.max()) + 1, queries.ids.shape[1]
@@ -104,7 +105,7 @@ class FullContext(OnePassMethod):
         start = memory.tensors["start"][:, None] + torch.arange(length, device=rows.device).repeat(most)
         hidden = self.backbone.hidden(embeds, prefix.cache, _apart(prefix, most, length, embeds.dtype), start)
         mine = torch.cat([prefix.last[rows, None], hidden.unflatten(1, (most, length))[rows, place]], dim=1)
-        return self.backbone.head(mine[:, :-1][labels != -100])
+        return self.backbone.head(mine[:, :-1].flatten(0, 1)[batch.targets])
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""

@@ -118,7 +118,7 @@ class Task(ABC):
         dict of Tensor, shape (queries,)
             By name, among them `exact_match` where nothing is generated.
         """
-        return {"exact_match": exact_match(logits.argmax(-1), batch.labels, self.scored(batch.labels))}
+        return {"exact_match": exact_match(logits.argmax(-1), batch, self.scored(batch.labels))}
 
     def judge_generated(self, generated: list[list[int]], batch: Batch) -> dict[str, Tensor]:
         """Score generated answers, the new tokens of each query; the result is as that of `judge`."""
@@ -218,20 +218,19 @@ class FileTask(Task):
         return collate([samples[int(i)] for i in chosen], self.pad_id)
 
 
-def exact_match(predicted: Tensor, labels: Tensor, scored: Tensor) -> Tensor:
+def exact_match(predicted: Tensor, batch: Batch, scored: Tensor) -> Tensor:
     """Whether every scored target token of a query is predicted.
 
     Parameters
     ----------
     predicted : Tensor, int64, shape (targets,)
-        Predictions at the positions where labels are not -100, in order.
-    labels : Tensor, int64, shape (queries, length)
+        Predictions of the target tokens, in order.
+    batch : Batch
     scored : Tensor, bool, shape (queries, length)
 
     Returns
     -------
     Tensor, bool, shape (queries,)
     """
-    right = torch.ones_like(scored)
-    right[labels != -100] = predicted == labels[labels != -100]
-    return (right | ~scored).all(1)
+    right = torch.ones_like(scored).flatten().index_copy(0, batch.targets, predicted == batch.answers)
+    return (right.view_as(scored) | ~scored).all(1)

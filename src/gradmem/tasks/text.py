@@ -89,11 +89,10 @@ class Text(FileTask):
 
         A chunk whose every token is right here is what greedy generation gives: exact match is the same for both.
         """
-        wanted = batch.labels != -100
-        targets = batch.labels[wanted]
+        wanted, targets = batch.labels != -100, batch.answers
         right = (logits.argmax(-1) == targets).double()
         bits = F.cross_entropy(logits.float(), targets, reduction="none").double() / np.log(2)
-        rows = wanted.nonzero()[:, 0]
+        rows = batch.targets // wanted.shape[1]
         total = torch.zeros(len(wanted), dtype=torch.double, device=logits.device)
         return super().judge(logits, batch) | {
             "token_accuracy": total.index_add(0, rows, right) / wanted.sum(1),

@@ -11,13 +11,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, set_seed
-from rich.console import Console
 from torch import Tensor
 
 from ..batch import Batch
@@ -29,11 +28,14 @@ from ..model import MemoryModel
 from ..specs import build_task
 from ..tasks.base import Task
 from .optim import build_optimizers
-from .plan import choose_device, choose_precision, clock, gigabytes, plan_stage
-from .progress import Place, Report
+from .plan import choose_device, clock, gigabytes, plan_stage, stage_precision
+from .precision import matmul_precision
 from .recipe import Recipe, Stage
-from .state import load_state, replace, save_state, states, take_weights
+from .state import Place, load_state, replace, save_state, states, take_weights
 from .step import MetaStep, outer_loss
+
+if TYPE_CHECKING:
+    from .progress import Report
 
 WINDOW = 10
 """Steps over which exact match is averaged."""
@@ -55,6 +57,18 @@ FIELDS = [
 ]
 
 
+class Draw(NamedTuple):
+    """What an optimiser step trains on: write steps, task, and the parts of the batch, on the training device."""
+
+    steps: int
+    task: Task
+    parts: list[Batch]
+    contexts: int
+    queries: int
+    tokens: int
+    """Target tokens."""
+
+
 class Trainer:
     """Train a recipe.
 
@@ -65,13 +79,19 @@ class Trainer:
         Directory of the run: recipe, log, resumable states and the checkpoint.
     resume : {"auto", "never"}
         Continue from the newest state where there is one, or start anew.
+    report : Report, optional
+        Where progress is shown; by default a bar or lines on standard error.
     """
 
-    def __init__(self, recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto") -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        resume: Literal["auto", "never"] = "auto",
+        report: Report | None = None,
+    ) -> None:
         device = choose_device(recipe.device)
-        self.wanted = recipe.precision
-        recipe = dataclasses.replace(recipe, precision=choose_precision(recipe.precision, device))
-        self.recipe, self.output = recipe, output
+        self.recipe, self.output, self.report = recipe, output, report
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -100,8 +120,10 @@ class Trainer:
             self.place = Place(**load_state(saved[-1], self.model.method, self.optimizers))
         elif saved:
             raise GradmemError(f"{output} holds a run: resume it with --resume auto, or give another --output")
-        self.step_module = self.accelerator.prepare(MetaStep(self.model.method, recipe.precision))
+        self.meta_step = MetaStep(self.model.method)
+        self.step_module = self.accelerator.prepare(self.meta_step)
         self.parameters = [p for p in self.model.method.parameters() if p.requires_grad]
+        self.coming: tuple[int, Draw] | None = None
 
     def run(self) -> MemoryModel:
         """Train to the end of the last stage and return the model; its checkpoint is in `output/checkpoint`.
@@ -128,9 +150,17 @@ class Trainer:
         place, specs = self.place, [{**self.recipe.task, **options} for options in stage.tasks]
         tasks = [build_task(spec) for spec in specs]
         progress.begin(self.place.stage, stage)
-        notes = [*self._untaken(), *self._precision(), *(note for task in tasks for note in task.notes("train"))]
+        notes = [*self._untaken(), *(note for task in tasks for note in task.notes("train"))]
         for note in dict.fromkeys(notes):
             progress.say(note)
+        self._choose_precision(stage, tasks, progress)
+        with matmul_precision(place.precision, self.accelerator.device):
+            self._train_stage(stage, tasks, specs, log, progress)
+
+    def _train_stage(
+        self, stage: Stage, tasks: list[Task], specs: list[dict[str, Any]], log: Any, progress: Report
+    ) -> None:
+        place = self.place
         self._plan(stage, tasks, progress)
         while not (finished := self._finished(stage)) and not self._time_is_over():
             started = clock(self.accelerator.device)
@@ -169,11 +199,20 @@ class Trainer:
         more = f" and {len(self.fresh) - SHOWN} more" if len(self.fresh) > SHOWN else ""
         return [f"not in {self.recipe.init_from}, so new: {', '.join(self.fresh[:SHOWN])}{more}"]
 
-    def _precision(self) -> list[str]:
-        """That this machine does not compute in the precision wanted, said once."""
-        if self.place.step or self.recipe.precision == self.wanted:
-            return []
-        return [f"{self.recipe.precision}, since {self.wanted} is slower on this processor"]
+    def _choose_precision(self, stage: Stage, tasks: list[Task], progress: Report) -> None:
+        """Settle the stage's precision; a resumed run keeps to it on the same kind of device."""
+        place, device = self.place, self.accelerator.device
+        if place.device != device.type:
+            place.device, place.precision, place.micro_batch = device.type, "auto", 0
+        if self.recipe.precision != "auto":
+            place.precision = self.recipe.precision
+        elif place.precision == "auto":
+            started = clock(device)
+            found = stage_precision(self.recipe, stage, self.model.method, tasks, device)
+            place.precision, reason = broadcast_object_list(list(found))
+            self._count(started)
+            progress.say(f"precision {place.precision}: {reason}")
+        self.meta_step.precision = place.precision
 
     def _plan(self, stage: Stage, tasks: list[Task], progress: Report) -> None:
         """Settle how the stage's steps run; a resumed run keeps to it, to go on with the same numbers."""
@@ -185,7 +224,15 @@ class Trainer:
             place.strategy, place.micro_batch = recipe.strategy, recipe.micro_batch
         elif not (kept and place.micro_batch):
             started = clock(self.accelerator.device)
-            plan = plan_stage(recipe, stage, self.model.method, tasks, accelerator.device, accelerator.num_processes)
+            plan = plan_stage(
+                recipe,
+                stage,
+                self.model.method,
+                tasks,
+                accelerator.device,
+                place.precision,
+                accelerator.num_processes,
+            )
             # One process decides for all, which must agree on the number of parts.
             found = broadcast_object_list([plan.chosen.strategy, plan.chosen.micro_batch])
             place.strategy, place.micro_batch = found
@@ -202,7 +249,7 @@ class Trainer:
         place, free = self.place, dataclasses.replace(self.recipe, strategy="auto", micro_batch=0)
         self.model.method.zero_grad()
         device, processes = self.accelerator.device, self.accelerator.num_processes
-        plan = plan_stage(free, stage, self.model.method, tasks, device, processes)
+        plan = plan_stage(free, stage, self.model.method, tasks, device, place.precision, processes)
         fits = plan.chosen
         return GradmemError(
             f"out of memory at step {place.step} with `strategy: {place.strategy}` and `micro_batch: "
@@ -256,21 +303,19 @@ class Trainer:
         return factor
 
     def _step(self, stage: Stage, tasks: list[Task]) -> dict[str, Any]:
-        place, recipe, world = self.place, self.recipe, self.accelerator.num_processes
-        if stage.batch_size % world:
-            raise GradmemError(f"batch_size {stage.batch_size} is not a multiple of {world} processes")
-        share = stage.batch_size // world
-        start = place.samples + share * self.accelerator.process_index
-        draw = random.Random(f"{recipe.seed} {place.step}")
-        steps, task = draw.choice(stage.write_steps), draw.choice(tasks)
-        batch = task.batch("train", start, share, recipe.seed)
-        shown = self._backward(batch.to(self.accelerator.device), steps, task, self.recipe.weight_of(stage))
+        place, recipe = self.place, self.recipe
+        ready, self.coming = self.coming, None
+        draw = ready[1] if ready and ready[0] == place.step else self._draw(stage, tasks, place.step, place.samples)
+        shown = self._backward(draw, self.recipe.weight_of(stage))
         norm = self.accelerator.clip_grad_norm_(self.parameters, recipe.clip_norm)
         factor = self._lr(stage)
-        mean_loss, mean_write_loss, match = self.accelerator.reduce(shown, "mean").tolist()
-        if not (math.isfinite(float(norm)) and math.isfinite(mean_loss)):
+        if self.accelerator.device.type != "cpu":  # which has much to do before it can say how it went
+            self.coming = place.step + 1, self._draw(stage, tasks, place.step + 1, place.samples + stage.batch_size)
+        numbers = torch.cat([self.accelerator.reduce(shown, "mean"), norm.detach().to(shown)[None]])
+        mean_loss, mean_write_loss, match, grad_norm = numbers.tolist()
+        if not (math.isfinite(grad_norm) and math.isfinite(mean_loss)):
             raise GradmemError(
-                f"training diverged at step {place.step} (loss {mean_loss}, gradient norm {float(norm)}); the last "
+                f"training diverged at step {place.step} (loss {mean_loss}, gradient norm {grad_norm}); the last "
                 f"good state is kept in {self.output / 'states'}: lower the learning rates and resume"
             )
         for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
@@ -285,25 +330,39 @@ class Trainer:
             "loss": mean_loss,
             "write_loss": mean_write_loss,
             "exact_match": match,
-            "write_steps": steps,
+            "write_steps": draw.steps,
             "lr": factor,
-            "grad_norm": float(norm),
+            "grad_norm": grad_norm,
         }
 
-    def _backward(self, batch: Batch, steps: int, task: Task, weight: float) -> Tensor:
-        """Add up the gradients of the parts of a batch; return its loss, write loss and exact match."""
+    def _draw(self, stage: Stage, tasks: list[Task], step: int, samples: int) -> Draw:
+        """What an optimiser step trains on: a function of its number, so that resumed runs see the same."""
         accelerator = self.accelerator
+        if stage.batch_size % accelerator.num_processes:
+            raise GradmemError(
+                f"batch_size {stage.batch_size} is not a multiple of {accelerator.num_processes} processes"
+            )
+        share = stage.batch_size // accelerator.num_processes
+        numbers = random.Random(f"{self.recipe.seed} {step}")
+        steps, task = numbers.choice(stage.write_steps), numbers.choice(tasks)
+        batch = task.batch("train", samples + share * accelerator.process_index, share, self.recipe.seed)
+        parts = [part.to(accelerator.device) for part in batch.split(self.place.micro_batch)]
+        return Draw(steps, task, parts, len(batch.context), len(batch.rows), len(batch.targets))
+
+    def _backward(self, draw: Draw, weight: float) -> Tensor:
+        """Add up the gradients of the parts of a batch; return its loss, write loss and exact match."""
+        accelerator, parts = self.accelerator, draw.parts
         # The mean over the target tokens of all processes, whose gradients are averaged.
-        tokens = accelerator.reduce((batch.labels != -100).sum().float(), "sum") / accelerator.num_processes
-        parts = list(batch.split(self.place.micro_batch))
+        tokens = torch.tensor(float(draw.tokens)).to(accelerator.device, non_blocking=True)
+        tokens = accelerator.reduce(tokens, "sum") / accelerator.num_processes
         shown = torch.zeros(3, device=accelerator.device)
         for part in parts:
             with contextlib.nullcontext() if part is parts[-1] else accelerator.no_sync(self.step_module):
-                loss, write_loss, correct = self.step_module(part, steps, task.scored(part.labels), weight > 0)
-                loss, write_loss = loss / tokens, write_loss * len(part.context) / len(batch.context)
+                scored = draw.task.scored(part.labels)
+                loss, write_loss, correct = self.step_module(part, draw.steps, scored, weight > 0)
+                loss, write_loss = loss / tokens, write_loss * len(part.context) / draw.contexts
                 accelerator.backward(outer_loss(loss, write_loss, weight))
-            match = correct.sum() / len(batch.rows)
-            shown += torch.stack([loss.detach(), write_loss.detach(), match])
+            shown += torch.stack([loss.detach(), write_loss.detach(), correct.sum() / draw.queries])
         return shown
 
     def _save(self) -> None:
@@ -350,5 +409,12 @@ class Trainer:
 
     @contextmanager
     def _progress(self) -> Iterator[Report]:
+        if self.report is not None:
+            yield self.report
+            return
+        from rich.console import Console
+
+        from .progress import Report
+
         with Report(Console(stderr=True, quiet=not self.main), len(self.recipe.stages)) as report:
             yield report

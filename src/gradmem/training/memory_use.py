@@ -14,7 +14,9 @@ import torch
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated: of the device, or of the machine and the container we are in."""
     if device.type != "cpu":
-        return int(torch.accelerator.get_memory_info(device)[0])
+        # What PyTorch has freed it keeps for itself: the device calls it taken.
+        kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        return int(torch.accelerator.get_memory_info(device)[0]) + int(kept)
     free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     try:

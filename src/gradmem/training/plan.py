@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import GradmemError
 from ..inner.meta_gradient import Strategy
@@ -15,6 +16,7 @@ from ..model import MemoryModel
 from ..specs import build_task
 from ..tasks.base import Task
 from .memory_use import forget_peak, free_memory, peak
+from .precision import choose_precision, matmul_precision
 from .recipe import Precision, Recipe, Stage
 from .step import MetaStep, outer_loss
 
@@ -22,6 +24,8 @@ MICRO_TOKENS = 3072
 """Context tokens of the largest micro-batch on a CPU: enough for full speed; more only cost memory and page faults."""
 SHARE = 0.8
 """Part of the free memory that a step may take."""
+PROBED = 2
+"""Contexts whose meta-gradient is compared in two precisions."""
 WORTH = 0.95
 """What takes more memory must take at most this part of the time."""
 
@@ -134,48 +138,61 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu") if name == "cpu" or found is None else found
 
 
-def choose_precision(wanted: Precision, device: torch.device) -> Precision:
-    """The one wanted, unless that is bf16 on a CPU without instructions for it, where it takes many times as long."""
-    if wanted == "fp32" or device.type != "cpu":
-        return wanted
-    return "bf16" if _product_seconds(torch.bfloat16) < _product_seconds(torch.float32) else "fp32"
+def stage_precision(
+    recipe: Recipe, stage: Stage, method: Method, tasks: Sequence[Task], device: torch.device
+) -> tuple[Precision, str]:
+    """The precision of a stage and the reason for it; see `choose_precision`. Changes nothing."""
+    task, steps, weight = _longest(recipe, tasks, 1)[1], max(stage.write_steps), recipe.weight_of(stage)
+
+    def gradient(precision: Precision) -> Tensor:
+        batch = task.batch("train", 0, PROBED, recipe.seed).to(device)
+        step = MetaStep(method, precision)
+        loss, write_loss, _ = step(batch, steps, task.scored(batch.labels), weight > 0)
+        outer_loss(loss, write_loss, weight).backward()
+        grads = [p.grad.flatten() for p in method.parameters() if p.grad is not None]
+        method.zero_grad()
+        return torch.cat(grads)
+
+    with torch.random.fork_rng():
+        try:
+            return choose_precision(recipe.precision, device, gradient)
+        finally:
+            method.zero_grad()
 
 
-def _product_seconds(dtype: torch.dtype, size: int = 256, repeats: int = 10) -> float:
-    """The least time of a product of two square matrices on one thread; several disturb each other."""
-    matrix, threads, times = torch.ones(size, size, dtype=dtype), torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return min(times)
+def _longest(recipe: Recipe, tasks: Sequence[Task], contexts: int) -> tuple[int, Task]:
+    """The task with the longest contexts, and their tokens."""
+    lengths = [task.batch("train", 0, contexts, recipe.seed).context.ids.shape[1] for task in tasks]
+    return max(zip(lengths, tasks, strict=True), key=lambda pair: pair[0])
 
 
 def plan_recipe(recipe: Recipe) -> Iterator[tuple[Stage, Plan]]:
     """Measure every stage of a recipe, without training anything."""
     device = choose_device(recipe.device)
-    recipe = replace(recipe, precision=choose_precision(recipe.precision, device))
     model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method).to(device)
     for stage in recipe.stages:
         tasks = [build_task({**recipe.task, **options}) for options in stage.tasks]
-        yield stage, plan_stage(recipe, stage, model.method, tasks, device)
+        precision, _ = stage_precision(recipe, stage, model.method, tasks, device)
+        with matmul_precision(precision, device):
+            yield stage, plan_stage(recipe, stage, model.method, tasks, device, precision)
 
 
 def plan_stage(
-    recipe: Recipe, stage: Stage, method: Method, tasks: Sequence[Task], device: torch.device, processes: int = 1
+    recipe: Recipe,
+    stage: Stage,
+    method: Method,
+    tasks: Sequence[Task],
+    device: torch.device,
+    precision: Precision,
+    processes: int = 1,
 ) -> Plan:
     """Measure and choose for the longest contexts and the most write steps of a stage, as far as the recipe leaves it.
 
     Weights, gradients and random numbers are afterwards as they were before.
     """
     share = stage.batch_size // processes
-    lengths = [task.batch("train", 0, share, recipe.seed).context.ids.shape[1] for task in tasks]
-    tokens, task = max(zip(lengths, tasks, strict=True), key=lambda pair: pair[0])
-    step, before, steps = MetaStep(method, recipe.precision), method.strategy, max(stage.write_steps)
+    tokens, task = _longest(recipe, tasks, share)
+    step, before, steps = MetaStep(method, precision), method.strategy, max(stage.write_steps)
     strategies: Sequence[Strategy] = AUTO if recipe.strategy == "auto" else [recipe.strategy]
     one_by_one = method.chunk is not None and method.chunks == "sequential"
     if steps <= 1 and recipe.strategy == "auto" and not one_by_one:

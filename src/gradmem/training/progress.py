@@ -1,8 +1,7 @@
-"""Where a run stands, and how that is shown."""
+"""How the progress of a run is shown."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -15,33 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..inner import Strategy
 from .recipe import Stage
-
-
-@dataclass
-class Place:
-    """Where a run stands; all that a resumed run needs beside weights and optimisers."""
-
-    step: int = 0
-    stage: int = 0
-    stage_step: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    recent: list[float] = field(default_factory=list)
-    best: float = 0.0
-    best_at: int = 0
-    halvings: int = 0
-    decay_from: int | None = None
-    strategy: Strategy = "recompute"
-    micro_batch: int = 0
-    """0: how this stage's steps run is not settled yet."""
-
-    def next_stage(self) -> None:
-        """Move to the beginning of the next stage."""
-        self.stage, self.stage_step, self.recent = self.stage + 1, 0, []
-        self.best, self.best_at, self.halvings, self.decay_from = 0.0, 0, 0, None
-        self.micro_batch = 0
+from .state import Place
 
 
 class Report:

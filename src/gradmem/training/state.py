@@ -1,4 +1,4 @@
-"""Resumable states: weights, optimisers and progress, in safetensors and JSON, whole or not at all; warm starts."""
+"""Where a run stands; resumable states of it, in safetensors and JSON, whole or not at all; warm starts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,39 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from ..errors import GradmemError
+from ..inner import Strategy
+from .recipe import Precision
 
 PATTERN = re.compile(r"step-(\d{8})")
+
+
+@dataclass
+class Place:
+    """Where a run stands; all that a resumed run needs beside weights and optimisers."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    best: float = 0.0
+    best_at: int = 0
+    halvings: int = 0
+    decay_from: int | None = None
+    strategy: Strategy = "recompute"
+    micro_batch: int = 0
+    """0: how this stage's steps run is not settled yet."""
+    precision: Precision = "auto"
+    """auto: not settled yet."""
+    device: str = ""
+    """Kind of device that strategy, micro-batch and precision were chosen on."""
+
+    def next_stage(self) -> None:
+        """Move to the beginning of the next stage."""
+        self.stage, self.stage_step, self.recent = self.stage + 1, 0, []
+        self.best, self.best_at, self.halvings, self.decay_from = 0.0, 0, 0, None
+        self.micro_batch, self.precision = 0, "auto"
 
 
 def save_state(

@@ -37,8 +37,7 @@ class MetaStep(nn.Module):
             written = self.method.write(batch.context, steps)
             given = reconstruct or not self.method.reconstruction
             write_loss = self.method.write_loss(written, batch.context) if given else written.losses.new_zeros(())
-            logits = self.method.read_targets(written.memory, batch.queries, batch.labels, batch.rows)
-        targets = batch.labels[batch.labels != -100]
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-        correct = exact_match(logits.detach().argmax(-1), batch.labels, scored)
+            logits = self.method.read_targets(written.memory, batch)
+        loss = F.cross_entropy(logits.float(), batch.answers, reduction="sum")
+        correct = exact_match(logits.detach().argmax(-1), batch, scored)
         return loss, write_loss, correct
