@@ -23,6 +23,7 @@ from gradmem.methods import ARMT, RMT, GradMem, Method
 
 DIRECTORY = Path(os.environ.get("GRADMEM_PARITY_DIR") or Path(__file__).parents[2] / "shared" / "parity")
 FIXTURES = sorted(DIRECTORY.glob("*.safetensors")) if DIRECTORY.is_dir() else []
+DEVICE = os.environ.get("GRADMEM_TEST_DEVICE") or "cpu"
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 PADS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PREFIX_NAMES = {
@@ -171,7 +172,7 @@ def difference(got: Tensor, wanted: Tensor) -> float:
 
 def load(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     with safe_open(path, "pt") as file:
-        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return file.metadata(), {name: file.get_tensor(name).to(DEVICE) for name in file.keys()}  # noqa: SIM118
 
 
 def build(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Case:
@@ -184,7 +185,7 @@ def build(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Case:
     options = json.loads(metadata["options"])
     case = BUILDERS[metadata["method"]](options, Backbone(model))
     assert not options, f"options that no one maps: {options}"
-    case.method.double()
+    case.method.to(DEVICE).double()
     published = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("param.")}
     used = set()
     with torch.no_grad():

@@ -18,6 +18,7 @@ from .data.gguf import pretrained_place
 from .errors import GradmemError
 from .inner import attention
 from .inner.closed_form import closed_forms, replaced
+from .inner.room import room
 from .prefix import Prefix
 
 SPARE = 0.95
@@ -25,9 +26,11 @@ SPARE = 0.95
 ADDED = 4
 """Most special tokens that a pretrained model's tokenizer may have got since, as one to pad with."""
 TOKENS_AT_ONCE = 4096
-"""Context tokens to write at once where no meta-gradient is wanted: more only costs memory and page faults."""
+"""Context tokens to write at once on a CPU where no meta-gradient is wanted: more only cost memory and page faults."""
 ACTIVATIONS = 2**28
 """Activations that these tokens may have, so that larger models write fewer at once."""
+ACTIVATIONS_SHARE = 8
+"""On another device the activations take one in so many of the bytes of its memory, and tokens may be as many."""
 
 _one_sequence_a_row: ContextVar[bool] = ContextVar("one_sequence_a_row", default=False)
 _find_packed_sequences = masking_utils.find_packed_sequence_indices
@@ -161,7 +164,9 @@ class Backbone(nn.Module):
         """Context tokens to write at once where no meta-gradient is wanted."""
         # What goes into a matrix and what comes out of it is kept for the gradient.
         of_token = sum(sum(weights.shape) for weights in self.model.parameters() if weights.ndim == 2)
-        return max(1, min(TOKENS_AT_ONCE, ACTIVATIONS // of_token))
+        device = self.model.device
+        most = TOKENS_AT_ONCE if device.type == "cpu" else 2**62
+        return max(1, min(most, room(device, ACTIVATIONS, ACTIVATIONS_SHARE) // of_token))
 
     @property
     def takes_positions(self) -> bool:

@@ -75,14 +75,20 @@ def measure(method: Method, task: Task, repeats: int = 5) -> Cost:
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a run, after one that does not count."""
+    """Median seconds of a run, after one that does not count; with all that it started on an accelerator."""
     run()
     times = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = _now()
         run()
-        times.append(time.perf_counter() - started)
+        times.append(_now() - started)
     return statistics.median(times)
+
+
+def _now() -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def flops(run: Callable[[], Any]) -> float:

@@ -34,6 +34,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import GradmemError
 from .precision import no_autocast, product_dtype, work_dtype
+from .room import room
 
 NAME = "gradmem"
 """Name of the implementation in transformers."""
@@ -43,8 +44,9 @@ TILE_ROWS = 64
 TILE_BYTES = 2**20
 """Scores of a tile on a CPU, in the type of the products and for each thread. More leave the cache; with fewer, calling
 the operations costs too much."""
-TILE_ELSEWHERE = 256, 2**26
-"""Rows and bytes on a GPU, where launching many small kernels costs more than reading memory."""
+TILE_ROWS_ELSEWHERE, TILE_SHARE = 2048, 64
+"""Rows on a GPU, and the share of its memory that a tile's scores take: launching many small kernels costs more there
+than the half of the products that causality would spare."""
 
 
 def attention(
@@ -208,9 +210,9 @@ class _Tiles:
         self.dtype, self.work, self.device = query.dtype, work_dtype(query), query.device
         self.mask = None if mask is None else self.grouped(mask)
         self.slots: dict[int, Tensor] = {}
-        rows, size = TILE_ELSEWHERE
-        if query.device.type == "cpu":
-            rows, size = TILE_ROWS, TILE_BYTES * torch.get_num_threads()
+        cpu = query.device.type == "cpu"
+        rows = TILE_ROWS if cpu else TILE_ROWS_ELSEWHERE
+        size = TILE_BYTES * torch.get_num_threads() if cpu else 4 * room(query.device, TILE_BYTES, TILE_SHARE)
         # Bytes of one position in one key head. Where all samples and heads fit, tiles grow taller.
         line = self.groups * self.keys * query.element_size()
         tall = max(rows // self.groups, size // max(1, line * self.batch * self.heads))

@@ -22,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .precision import no_autocast, product_dtype, work_dtype
+from .room import room
 
 CHUNK = 2**24
-"""Logits to compute at once. Where all fit, they are kept: computing them again would only cost time."""
+"""Logits to compute at once on a CPU. Where all fit, they are kept: computing them again would only cost time."""
+CHUNK_SHARE = 128
+"""On another device they take one in so many of the bytes of its memory."""
 
 
 def cross_entropy(hidden: Tensor, head: nn.Module, ids: Tensor) -> Tensor:
@@ -45,7 +48,8 @@ def cross_entropy(hidden: Tensor, head: nn.Module, ids: Tensor) -> Tensor:
     Tensor, shape (batch, length), nats, at least float32
     """
     # Adapted or quantised layers have a forward of their own.
-    if type(head) is not nn.Linear or ids.numel() * head.out_features <= CHUNK:
+    at_once = room(hidden.device, CHUNK, CHUNK_SHARE)
+    if type(head) is not nn.Linear or ids.numel() * head.out_features <= at_once:
         logits = head(hidden)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
@@ -62,7 +66,7 @@ def cross_entropy(hidden: Tensor, head: nn.Module, ids: Tensor) -> Tensor:
 
 def _chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Logits and targets of some rows at a time; the logits are the caller's to overwrite."""
-    size = max(1, CHUNK // weight.shape[0])
+    size = max(1, room(rows.device, CHUNK, CHUNK_SHARE) // weight.shape[0])
     for start in range(0, len(rows), size):
         some = slice(start, start + size)
         logits = (rows[some] @ weight.T).to(work_dtype(rows))

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 WINDOW = 10
 """Steps over which exact match is averaged."""
-COOLDOWN = 0.15
-"""Part of a run with `max_minutes` in which the learning rates fall to zero: a constant rate hides what was learned."""
 SHOWN = 3
 """Names of weights that a line shows."""
 FIELDS = [
@@ -299,7 +297,7 @@ class Trainer:
             factor *= 1 - (place.stage_step - place.decay_from) / stage.decay
         if self.recipe.max_minutes is not None:
             left = 1 - place.seconds / (60 * self.recipe.max_minutes)
-            factor *= min(1.0, max(left, 0.0) / COOLDOWN)
+            factor *= min(1.0, max(left, 0.0) / self.recipe.cooldown)
         return factor
 
     def _step(self, stage: Stage, tasks: list[Task]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def build_optimizers(method: Method, recipe: Recipe) -> list[torch.optim.Optimiz
                 lr=recipe.adamw_lr,
                 betas=(beta1, beta2),
                 weight_decay=recipe.weight_decay,
+                fused=method.backbone.model.device.type == "cuda" or None,
             )
         )
     return optimizers

@@ -98,7 +98,10 @@ class Recipe:
     """Contexts of one forward and backward pass, of which the gradients add up; 0: measured at each stage."""
     max_minutes: float | None = None
     """Training time (on a CPU its processor time) after which the run ends where it is, for comparisons at equal time;
-    the learning rates fall to zero in the last 15 % of it."""
+    the learning rates fall to zero in the last part of it, `cooldown`."""
+    cooldown: float = 0.15
+    """Part of `max_minutes` at its end in which the learning rates fall to zero: a constant rate hides what was
+    learned."""
     save_every: int = 50
     """Optimiser steps between resumable states."""
     valid_samples: int = 128

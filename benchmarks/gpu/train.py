@@ -1,0 +1,123 @@
+"""Go on from packaged checkpoints for some minutes, and measure what they are worth afterwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradmem import load
+from gradmem.evaluation import evaluate
+from gradmem.training import Recipe
+from gradmem.training.recipe import load_recipe
+
+from .common import Row, device, say
+
+COMMON: dict[str, Any] = {
+    "device": "auto",
+    "precision": "auto",
+    "max_minutes": None,
+    "save_every": 500,
+    "valid_samples": 64,
+}
+PLANS: dict[str, dict[str, Any]] = {
+    "kv-64-k1": {
+        "stages": [{"tasks": [{"pairs": n} for n in (64, 64, 32, 96, 16)], "write_steps": [1], "batch_size": 128}],
+        "micro_batch": 128,
+        "cooldown": 0.8,
+        "asked": [(pairs, [1]) for pairs in (16, 32, 64, 96)],
+    },
+    "kv-96": {
+        "stages": [{"tasks": [{"pairs": 96}], "write_steps": [5], "batch_size": 24, "lr": 0.8, "warmup": 50}],
+        "strategy": "compile",
+        "micro_batch": 24,
+        "cooldown": 0.4,
+        "asked": [(96, [5, 30]), (64, [5])],
+    },
+}
+
+
+class Lines:
+    """Progress as plain lines, every few seconds."""
+
+    def __init__(self, name: str, every: float = 10.0) -> None:
+        self.name, self.every, self.last, self.begun = name, every, 0.0, time.perf_counter()
+        self.samples = 0
+
+    def begin(self, index: int, stage: Any) -> None:
+        """A stage begins."""
+        say(f"{self.name}: stage {index + 1}")
+
+    def show(self, row: dict[str, Any], place: Any) -> None:
+        """A step was taken."""
+        now = time.perf_counter()
+        if now - self.last < self.every:
+            return
+        if self.last:
+            rate = (row["samples"] - self.samples) / (now - self.last)
+            match = sum(place.recent) / len(place.recent)
+            say(
+                f"{self.name}: step {row['step']} {row['samples']:,} contexts, {rate:.0f} a second, "
+                f"loss {row['loss']:.4f}, EM {match:.2%}, norm {row['grad_norm']:.2g}, lr x{row['lr']:.3g}"
+            )
+        self.last, self.samples = now, row["samples"]
+
+    def end(self, place: Any) -> None:
+        """A stage is over."""
+        say(f"{self.name}: {place.samples:,} contexts in {place.step} steps and {place.seconds:.0f} s")
+
+    def say(self, text: str) -> None:
+        """Say something."""
+        say(f"{self.name}: {text}")
+
+
+def recipe(name: str, minutes: float, contexts: int | None) -> Recipe:
+    """The run that goes on from a packaged checkpoint for some minutes."""
+    plan = {**COMMON, **PLANS[name]}
+    plan.pop("asked")
+    stages = [{"max_steps": 10**6, "warmup": 30, **stage} for stage in plan.pop("stages")]
+    if contexts:
+        plan["micro_batch"], plan["strategy"] = contexts, "recompute"
+        stages = [{**stage, "batch_size": contexts} for stage in stages]
+    made = load_recipe(name)
+    extra = {**plan, "init_from": name, "max_minutes": minutes, "seed": 64}
+    stage_type = type(made.stages[0])
+    return dataclasses.replace(made, **extra, stages=[stage_type(**stage) for stage in stages])
+
+
+def train(name: str, minutes: float, out: Path, samples: int, contexts: int | None = None) -> list[Row]:
+    """Train and measure; the checkpoint is put into `out`, and the last one is what is measured."""
+    from gradmem.training.loop import Trainer
+
+    runs = out / "runs" / name
+    shutil.rmtree(runs, ignore_errors=True)
+    trainer = Trainer(recipe(name, minutes, contexts), runs, "never", report=Lines(name))  # type: ignore[arg-type]
+    trainer.run()
+    if torch.cuda.is_available():
+        say(f"{name}: at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    target = out / name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(runs / "checkpoint", target)
+    shutil.copy(runs / "log.csv", out / f"{name}-log.csv")
+    return measure(str(target), PLANS[name]["asked"], samples) if samples else []
+
+
+def measure(
+    where: str, asked: list[tuple[int, list[int]]], samples: int, method: dict[str, Any] | None = None
+) -> list[Row]:
+    """Exact match on fresh test contexts, with control rows."""
+    rows = []
+    model = load(where, method).to(device())
+    for pairs, steps in asked:
+        started = time.perf_counter()
+        for result in evaluate(model, steps, samples, seed=1, task={"pairs": pairs}):
+            row = {"checkpoint": where, "pairs": pairs, "steps": result.steps, "exact_match": result.exact_match}
+            row |= {"low": result.ci95[0], "high": result.ci95[1], "unwritten": result.unwritten}
+            row |= {"swapped": result.swapped, "samples": samples, "seed": 1}
+            rows.append(row)
+        say(f"{where}: {pairs} pairs {rows[-1]['exact_match']:.2%} in {time.perf_counter() - started:.0f} s")
+    return rows
