@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ WORTH = 0.95
 """What takes more memory must take at most this part of the time."""
 
 AUTO: Sequence[Strategy] = ("unroll", "recompute")
-"""Strategies to choose from where a recipe leaves it. Whether compiling is worth its minutes the user knows."""
+"""Strategies to choose from where a recipe leaves it. Whether compiling pays on a CPU the user knows."""
+COMPILING_PAYS = 1200.0
+"""Seconds that the rest of a stage must take on a GPU before compiled write steps, which take a minute or two to
+compile, are tried as well."""
 
 Run = Callable[[Strategy, int], None]
 
@@ -206,17 +210,20 @@ def plan_stage(
         outer_loss(loss, write_loss, weight).backward()
         method.zero_grad()
 
+    def measured(strategies: Sequence[Strategy], micro_batch: int | None) -> Plan:
+        return make_plan(
+            run, share, tokens, device, strategies=strategies, micro_batch=micro_batch, processes=processes
+        )
+
     with torch.random.fork_rng():
         try:
-            return make_plan(
-                run,
-                share,
-                tokens,
-                device,
-                strategies=strategies,
-                micro_batch=min(recipe.micro_batch, share) or None,
-                processes=processes,
-            )
+            plan = measured(strategies, min(recipe.micro_batch, share) or None)
+            ahead = min(plan.chosen.seconds * stage.max_steps, 60 * (recipe.max_minutes or math.inf))
+            if recipe.strategy == "auto" and device.type == "cuda" and ahead > COMPILING_PAYS:
+                compiled = measured(["compile"], plan.chosen.micro_batch)
+                best = min(plan.chosen, compiled.chosen, key=lambda trial: trial.seconds)
+                plan = Plan(plan.trials + compiled.trials, best, plan.budget)
+            return plan
         finally:
             method.zero_grad()
             method.strategy = before

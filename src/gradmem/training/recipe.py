@@ -93,7 +93,8 @@ class Recipe:
     strategy: Literal["auto", "unroll", "recompute", "compile"] = "auto"
     """Keep the graph of every write step, or of one at a time; auto: the fastest of the two that fits, measured at each
     stage. compile: every write step as compiled code, in 0.6 of the time on a CPU, after a minute or two for every
-    length of context; for long stages of contexts of one length, and needs a C++ compiler."""
+    length of context; for long stages of contexts of one length, and needs a C++ compiler. On CUDA, auto tries it too
+    where a stage takes more than twenty minutes."""
     micro_batch: int = 0
     """Contexts of one forward and backward pass, of which the gradients add up; 0: measured at each stage."""
     max_minutes: float | None = None
@@ -110,6 +111,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise GradmemError(f"max_minutes is a time above 0, not {self.max_minutes}")
+        if not 0 < self.cooldown <= 1:
+            raise GradmemError(f"cooldown is a part of max_minutes, above 0 and at most 1, not {self.cooldown}")
         if not self.stages:
             raise GradmemError("a recipe needs at least one stage")
         for part in ("task", "method"):
