@@ -86,18 +86,21 @@ class Samples:
         return len(self.arrays["context_end"])
 
     def __getitem__(self, index: int) -> Sample:
-        first, last = self._span("queries_end", index)
-        return Sample(self._slice("context", index), [self._query(number) for number in range(first, last)])
+        first, last = self.span("queries_end", index)
+        return Sample(self.tokens("context", index), [self.query(number) for number in range(first, last)])
 
-    def _query(self, number: int) -> Query:
+    def query(self, number: int) -> Query:
+        """A query by its number among those of all contexts."""
         references = self.references[number] if self.references else []
-        return Query(self._slice("query", number), int(self.arrays["target"][number]), references)
+        return Query(self.tokens("query", number), int(self.arrays["target"][number]), references)
 
-    def _slice(self, name: str, index: int) -> np.ndarray:
-        first, last = self._span(f"{name}_end", index)
+    def tokens(self, name: str, index: int) -> np.ndarray:
+        """Token ids of a `context` or `query`."""
+        first, last = self.span(f"{name}_end", index)
         return self.arrays[name][first:last]
 
-    def _span(self, name: str, index: int) -> tuple[int, int]:
+    def span(self, name: str, index: int) -> tuple[int, int]:
+        """Where something begins and ends whose ends stand in an array; of `queries_end` the queries of a context."""
         ends = self.arrays[name]
         return (int(ends[index - 1]) if index else 0), int(ends[index])
 

@@ -74,6 +74,8 @@ class GradMem(ChunkedMethod):
     freeze_backbone : bool
         Train only what this method adds: memory and control vectors, projection, write head, inner learning rates and
         adapters.
+    freeze_embeddings : bool
+        Leave the token embeddings as they are, and the output layer where it shares their weights.
     chunk : int, optional
         Most tokens of a chunk of a longer context; by default every context is written whole.
     chunks : {"sequential", "independent", "joint"}
@@ -108,6 +110,7 @@ class GradMem(ChunkedMethod):
         write_lora: int = 0,
         read_lora: int = 0,
         freeze_backbone: bool = False,
+        freeze_embeddings: bool = False,
         chunk: int | None = None,
         chunks: Mode = "sequential",
     ) -> None:
@@ -133,6 +136,8 @@ class GradMem(ChunkedMethod):
         self.projection, self.reconstruction = projection, reconstruction
 
         backbone.requires_grad_(not freeze_backbone)
+        if freeze_embeddings:
+            backbone.model.get_input_embeddings().requires_grad_(False)
         learned: dict[str, Any] = {"dtype": torch.float32, "device": self.initial_memory.device}
         rates = (write_steps, n_mem, 1) if learn_momentum else (n_mem, 1)
         self.log_inner_lr = nn.Parameter(torch.full(rates, math.log(inner_lr), **learned)) if learn_inner_lr else None

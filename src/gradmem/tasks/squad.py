@@ -165,7 +165,7 @@ class Squad(FileTask):
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Questions of a file, JSON of the official form or JSON lines.
+    """Questions of a file, JSON of the official form or JSON lines, of a question each or of a context with its `qas`.
 
     Raises
     ------
@@ -176,9 +176,10 @@ def read_rows(path: Path) -> Iterator[Row]:
         for number, line in read_lines(path):
             where = f"{path} line {number}"
             try:
-                yield _row(json.loads(line), where)
+                fields = json.loads(line)
             except json.JSONDecodeError as error:
                 raise GradmemError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+            yield from (_row(question, where) for question in _questions(fields, where))
         return
     try:
         articles = json.loads("\n".join(line for _, line in read_lines(path)))["data"]
@@ -189,6 +190,27 @@ def read_rows(path: Path) -> Iterator[Row]:
     for article, paragraph, where in _paragraphs(articles, path):
         for question in paragraph:
             yield _row({"context": article, **question}, where)
+
+
+def _questions(fields: Any, where: str) -> list[Any]:
+    """The questions of a line, each with its context."""
+    if not isinstance(fields, dict) or "qas" not in fields:
+        return [fields]
+    try:
+        return [{**question, "context": fields.get("context")} for question in fields["qas"]]
+    except TypeError as error:
+        raise GradmemError(f"{where} is no context with questions: `qas` is a list of objects ({error})") from error
+
+
+def read_titles(path: Path) -> dict[str, str]:
+    """Title of each context of a file that `read_rows` can read, in small letters: `title`, or `id` to its first `#`."""
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for _, line in read_lines(path)]
+    else:
+        articles = json.loads("\n".join(line for _, line in read_lines(path)))["data"]
+        rows = [{**paragraph, "title": article.get("title")} for article in articles for paragraph in article["paragraphs"]]
+    titles = {str(row["context"]): str(row.get("title") or row.get("id") or "") for row in rows}
+    return {context: title.split("#")[0].replace("_", " ").strip().lower() for context, title in titles.items()}
 
 
 def _paragraphs(articles: Any, path: Path) -> Iterator[tuple[str, list[dict[str, Any]], str]]:

@@ -1,0 +1,409 @@
+"""Meta-train SmolLM2-135M to answer from 32 vectors in a few minutes of one GPU, and measure it.
+
+    python -m benchmarks.gpu.english --model DIR --data DIR --minutes 4 --out DIR
+
+DATA holds `samples.xz` and `dev.jsonl` of `benchmarks.gpu.samples`, or all the texts of the recipe. OUT gets the
+difference to the pretrained weights in four bits (`delta-*`), `results.json`, `curve.csv` and `answers.json`. The whole
+weights go to --state as soon as training ends, however it ends; --resume takes them from there and only measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import random
+import statistics
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+
+from benchmarks.gpu.samples import load_samples
+from gradmem.batch import Batch
+from gradmem.delta import base_weights, rounded, save_delta
+from gradmem.model import MemoryModel
+from gradmem.specs import build_task
+from gradmem.tasks.qa import QA
+from gradmem.training.optim import build_optimizers
+from gradmem.training.recipe import Recipe, Stage, load_recipe
+from gradmem.training.step import MetaStep, outer_loss
+
+SHOW = 5.0
+"""Seconds between lines."""
+AT_ONCE = 74
+"""Contexts that are written and asked at once when measuring."""
+WORSE = 1.0
+"""Nats by which the loss may rise above its best before the learning rates are halved."""
+BAD = 20
+"""Steps without a finite gradient, one after the other, that end the training."""
+
+
+def say(*words: object) -> None:
+    """One line, at once."""
+    print(f"[{time.strftime('%H:%M:%S')}]", *words, flush=True)
+
+
+def settings() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory or GGUF file of the pretrained model")
+    parser.add_argument("--name", default="smollm2-135m", help="what those who load the result call that model")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--recipe", default="english")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training, shared by the stages as their steps are")
+    parser.add_argument("--eval-seconds", type=float, default=60.0, help="of measuring, at most")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--exact", action="store_true", help="no tf32")
+    parser.add_argument("--lr", type=float, default=1.0, help="factor on the learning rates")
+    parser.add_argument("--batch", type=int, default=0, help="contexts of a step, in place of the recipe's")
+    parser.add_argument("--micro", type=int, default=0, help="contexts of a pass; halved where memory does not suffice")
+    parser.add_argument("--max-steps", type=int, default=0, help="end after so many steps, whatever the time: a dry run")
+    parser.add_argument("--valid", type=int, default=1000, help="validation contexts")
+    parser.add_argument("--test", type=int, default=1000, help="dev contexts")
+    parser.add_argument("--state", type=Path, default=Path("/tmp/english-state.safetensors"))
+    parser.add_argument("--resume", action="store_true", help="measure the weights of --state")
+    return parser.parse_args()
+
+
+# Training
+
+
+@dataclass
+class Clock:
+    """How far a run is, by time or by steps, and what that means for stage and learning rate."""
+
+    stages: Sequence[Stage]
+    seconds: float
+    max_steps: int
+
+    def __post_init__(self) -> None:
+        self.begin, self.step = time.perf_counter(), 0
+        total = sum(stage.max_steps for stage in self.stages)
+        self.shares = [stage.max_steps / total for stage in self.stages]
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since training began."""
+        return time.perf_counter() - self.begin
+
+    @property
+    def done(self) -> float:
+        """Part of the run that is over."""
+        return self.step / self.max_steps if self.max_steps else self.elapsed / self.seconds
+
+    def now(self) -> tuple[int, float]:
+        """The stage, and the factor on the learning rates that its decay asks for."""
+        at, before = min(self.done, 1.0), 0.0
+        for number, (stage, share) in enumerate(zip(self.stages, self.shares, strict=True)):
+            if at < before + share or number == len(self.stages) - 1:
+                decay = share * stage.decay / stage.max_steps
+                left = (before + share - at) / decay if decay else 1.0
+                return number, stage.lr * min(1.0, max(left, 0.0))
+            before += share
+        raise AssertionError
+
+
+class Training:
+    """The loop: steps until the time is over."""
+
+    def __init__(self, model: MemoryModel, recipe: Recipe, tasks: list[QA], given: argparse.Namespace) -> None:
+        self.model, self.recipe, self.tasks, self.given = model, recipe, tasks, given
+        self.size = given.batch or recipe.stages[0].batch_size
+        self.micro = given.micro or recipe.micro_batch or self.size
+        self.module = MetaStep(model.method, recipe.precision)
+        self.optimizers = build_optimizers(model.method, recipe)
+        self.rates = [[group["lr"] for group in one.param_groups] for one in self.optimizers]
+        self.parameters = [p for p in model.method.parameters() if p.requires_grad]
+        self.rows: list[dict[str, Any]] = []
+        self.halved, self.skipped, self.bad = 1.0, 0, 0
+        model.method.strategy = "unroll" if recipe.strategy == "auto" else recipe.strategy
+
+    def run(self) -> dict[str, Any]:
+        """Train; return what it took."""
+        clock = Clock(self.recipe.stages, 60 * self.given.minutes, self.given.max_steps)
+        window: deque[dict[str, Any]] = deque(maxlen=50)
+        shown, stage, losses = 0.0, -1, deque[float](maxlen=20)
+        best = math.inf
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self._draw, clock.now()[0], 0)
+            while clock.done < 1:
+                number, factor = clock.now()
+                if number != stage:
+                    stage, best = number, math.inf
+                    losses.clear()
+                    say(f"stage {stage + 1}: K {self.recipe.stages[stage].write_steps}")
+                batch = coming.result()
+                coming = pool.submit(self._draw, number, clock.step + 1)
+                warm = min(1.0, (clock.step + 1) / self.recipe.stages[0].warmup)
+                row = self._step(batch, number, clock.step, factor * warm * self.given.lr * self.halved)
+                clock.step += 1
+                row |= {"step": clock.step, "seconds": clock.elapsed, "contexts": clock.step * self.size}
+                self.rows.append(row)
+                window.append(row)
+                losses.append(row["loss"])
+                mean = sum(losses) / len(losses)
+                if len(losses) == losses.maxlen:
+                    best = min(best, mean)
+                    if not mean < best + WORSE:
+                        self.halved, best = self.halved / 2, math.inf
+                        losses.clear()
+                        say(f"the loss has risen: learning rates x {self.halved}")
+                if clock.elapsed - shown >= SHOW or clock.step <= 3 or self.given.max_steps:
+                    shown = clock.elapsed
+                    self._show(window)
+        return {
+            "seconds": clock.elapsed,
+            "steps": clock.step,
+            "contexts": clock.step * self.size,
+            "contexts_per_second": clock.step * self.size / clock.elapsed,
+            "micro_batch": self.micro,
+            "skipped": self.skipped,
+            "halved": self.halved,
+            "peak_bytes": torch.cuda.max_memory_allocated() if self.given.device == "cuda" else None,
+        }
+
+    def _draw(self, stage: int, step: int) -> Batch:
+        return self.tasks[stage].batch("train", step * self.size, self.size, self.recipe.seed)
+
+    def _show(self, window: Sequence[dict[str, Any]]) -> None:
+        last = window[-1]
+        mean = {name: statistics.fmean(row[name] for row in window) for name in ("loss", "write_loss", "exact_match")}
+        first = window[0]
+        speed = (last["contexts"] - first["contexts"]) / (last["seconds"] - first["seconds"]) if len(window) > 1 else 0.0
+        say(
+            f"step {last['step']} {last['seconds']:.0f} s {speed:.1f} contexts/s K {last['write_steps']} "
+            f"loss {mean['loss']:.3f} reconstruction {mean['write_loss']:.3f} EM {mean['exact_match']:.1%} "
+            f"norm {statistics.median(row['grad_norm'] for row in window):.2f} lr x{last['lr']:.3g} "
+            f"length {last['length']}"
+        )
+
+    def _step(self, batch: Batch, number: int, step: int, factor: float) -> dict[str, Any]:
+        stage = self.recipe.stages[number]
+        steps = random.Random(f"{self.recipe.seed} {step}").choice(stage.write_steps)
+        weight = self.recipe.weight_of(stage)
+        while True:
+            try:
+                shown = self._backward(batch.to(self.given.device), self.tasks[number], steps, weight)
+                break
+            except torch.OutOfMemoryError:
+                if self.micro == 1:
+                    raise
+            self.micro = -(-self.micro // 2)
+            self.model.method.zero_grad()
+            torch.cuda.empty_cache()
+            say(f"out of memory: {self.micro} contexts at a time from here on")
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm))
+        if math.isfinite(norm):
+            self.bad = 0
+            for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+                optimizer.step()
+        else:
+            self.skipped, self.bad = self.skipped + 1, self.bad + 1
+            if self.bad > BAD:
+                raise RuntimeError("no finite gradient any more")
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss, write_loss, match = shown.tolist()
+        about = {"stage": number + 1, "write_steps": steps, "lr": factor, "grad_norm": norm}
+        about["length"] = batch.context.ids.shape[1]
+        return {"loss": loss, "write_loss": write_loss, "exact_match": match, **about}
+
+    def _backward(self, batch: Batch, task: QA, steps: int, weight: float) -> Tensor:
+        """Add up the gradients of the parts of a batch; return its loss, write loss and exact match."""
+        tokens = (batch.labels != -100).sum()
+        shown = torch.zeros(3, device=batch.rows.device)
+        for part in batch.split(self.micro):
+            loss, write_loss, correct = self.module(part, steps, task.scored(part.labels), weight > 0)
+            loss, write_loss = loss / tokens, write_loss * len(part.context) / len(batch.context)
+            outer_loss(loss, write_loss, weight).backward()
+            match = correct.sum() / len(batch.rows)
+            shown += torch.stack([loss.detach(), write_loss.detach(), match])
+        return shown
+
+
+# Measuring
+
+
+@dataclass
+class Measured:
+    """Scores of every question, by row of a table, and the answers given."""
+
+    scores: dict[str, list[float]]
+    answers: dict[str, list[str]]
+    rows: list[int]
+    complete: bool
+
+    def table(self) -> dict[str, Any]:
+        """Means over questions, and over contexts as `gradmem eval` takes them, in percent."""
+        found: dict[str, Any] = {"questions": len(self.rows), "contexts": len(set(self.rows)), "complete": self.complete}
+        for name, values in self.scores.items():
+            of_context: dict[int, list[float]] = {}
+            for row, value in zip(self.rows, values, strict=False):
+                of_context.setdefault(row, []).append(value)
+            means = [statistics.fmean(some) for some in of_context.values()]
+            if means:
+                found[name] = round(100 * statistics.fmean(means), 2)
+                found[f"{name} by question"] = round(100 * statistics.fmean(values), 2)
+        return found
+
+
+@torch.no_grad()
+def measure(
+    model: MemoryModel, task: QA, split: Any, contexts: int, steps: Sequence[int], controls: bool, end: float
+) -> Measured:
+    """Generate answers after each number of steps, as long as there is time; with controls after the last."""
+    method, found = model.method, Measured({}, {}, [], True)
+    count = min(contexts, task.size(split) or contexts)
+    parts = -(-count // AT_ONCE)
+    for part in torch.arange(count).tensor_split(parts):
+        batch = task.batch(split, int(part[0]), len(part)).to(model.device)
+        if time.perf_counter() > end:
+            found.complete = False
+            break
+        found.rows += (batch.rows.cpu() + part[0]).tolist()
+        for step, memory in _memories(method, batch, steps, controls):
+            options = {"max_new_tokens": task.answer_length, "do_sample": False, "eos_token_id": task.end_id}
+            ids = method.generate(memory, batch.prompts(), batch.rows, pad_id=task.pad_id, **options)
+            found.answers.setdefault(step, []).extend(task.decode(own) for own in ids)
+            for name, values in task.judge_generated(ids, batch).items():
+                found.scores.setdefault(f"{step} {name}", []).extend(values.tolist())
+    return found
+
+
+def _memories(method: Any, batch: Batch, steps: Sequence[int], controls: bool) -> Iterator[tuple[str, Any]]:
+    for step, written in method.after(batch.context, [0, *steps] if controls else list(steps)):
+        yield (f"K={step}" if step else "unwritten"), written.memory
+        if controls and step == max(steps):
+            yield "swapped", written.memory.select(torch.arange(len(batch.context)).roll(1).to(batch.rows.device))
+
+
+def round_weights(model: MemoryModel, pretrained: str) -> float:
+    """Let the weights be what they will be after they have travelled; return how far that moves them, relatively."""
+    base, moved, way = base_weights(pretrained), 0.0, 0.0
+    with torch.no_grad():
+        for key, weight in model.method.state_dict().items():
+            if key in base and base[key].shape == weight.shape:
+                start = base[key].to(weight.device)
+                new = rounded(weight, start)
+                moved, way = moved + float((new - weight).square().sum()), way + float((weight - start).square().sum())
+                weight.copy_(new)
+    return math.sqrt(moved / max(way, 1e-30))
+
+
+# All of it
+
+
+def build(given: argparse.Namespace) -> tuple[MemoryModel, Recipe, list[QA]]:
+    """Model, recipe and the task of each stage."""
+    recipe = load_recipe(given.recipe)
+    data = given.data
+    spec = {**recipe.task, "tokenizer": given.model, "data": str(data)}
+    carried = (data / "samples.xz").is_file()
+    torch.manual_seed(recipe.seed)
+    # Not compared with other checkpoints by where this machine has its files.
+    model = MemoryModel.from_spec(spec, {"pretrained": given.model}, recipe.method)
+    tasks: list[QA] = []
+    for stage in recipe.stages:
+        task = build_task({**spec, **(stage.tasks[0])})
+        assert isinstance(task, QA)
+        if tasks:
+            task.parts, task._loaded = tasks[0].parts, tasks[0]._loaded
+        elif carried:
+            load_samples(task, data / "samples.xz")
+        tasks.append(task)
+    dev = data / "dev.jsonl" if carried else data / "squad_subset/dev.jsonl"
+    test = build_task({**spec, "data": str(dev), "max_words": 100})
+    tasks[0]._loaded["test"] = test.samples("test")
+    return model.to(given.device), recipe, tasks
+
+
+def report(model: MemoryModel, task: QA, given: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Measure; what is known is written at once."""
+    end = time.perf_counter() + given.eval_seconds
+    model.method.eval()
+
+    def keep(name: str, value: Any) -> None:
+        results[name] = value
+        say(name, json.dumps(value))
+        (given.out / "results.json").write_text(json.dumps(results, indent=1))
+
+    plain = measure(model, task, "valid", given.valid, [1, 2, 3, 4, 5], False, end)
+    keep("valid", plain.table())
+    best = max(range(1, 6), key=lambda k: statistics.fmean(plain.scores.get(f"K={k} exact_match", [0.0])))
+    keep("chosen K", best)
+    keep("rounding moves the weights by", round_weights(model, given.model))
+    keep("valid, four bits", measure(model, task, "valid", given.valid, [best], False, end).table())
+    dev = measure(model, task, "test", given.test, [best], True, end)
+    keep("dev, four bits", dev.table())
+    (given.out / "answers.json").write_text(json.dumps({"rows": dev.rows, **dev.answers}))
+    keep("inner rates", sorted(model.method.inner_lrs()))
+
+
+def main() -> None:
+    """Train, save, measure."""
+    given = settings()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.device == "cuda" and not given.exact:
+        torch.set_float32_matmul_precision("high")
+    started = time.perf_counter()
+    model, recipe, tasks = build(given)
+    recipe = replace(recipe, device=given.device)
+    machine = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
+    results: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "recipe": given.recipe}
+    results["setup seconds"] = time.perf_counter() - started
+    say(f"{machine}, torch {torch.__version__}; ready after {results['setup seconds']:.0f} s;", end_of(tasks[0]))
+    if given.resume:
+        load_model(model.method, str(given.state))
+    else:
+        training = Training(model, recipe, tasks, given)
+        try:
+            results["training"] = training.run()
+            say("training", json.dumps(results["training"]))
+        except BaseException:
+            traceback.print_exc()
+            results["failed"] = traceback.format_exc()
+        finally:
+            training.model.method.zero_grad()
+            save_model(model.method, str(given.state))
+            with (given.out / "curve.csv").open("w", newline="") as file:
+                if training.rows:
+                    writer = csv.DictWriter(file, list(training.rows[0]))
+                    writer.writeheader()
+                    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in training.rows)
+            del training
+    if given.device == "cuda":
+        torch.cuda.empty_cache()
+    files = save_delta(model, given.model, given.out, given.name)
+    results["bytes"] = {file.name: file.stat().st_size for file in files}
+    say("saved", json.dumps(results["bytes"]))
+    try:
+        report(model, tasks[0], given, results)
+    except BaseException:
+        traceback.print_exc()
+        results["measuring failed"] = traceback.format_exc()
+    (given.out / "results.json").write_text(json.dumps(results, indent=1))
+    say(f"done after {time.perf_counter() - started:.0f} s")
+
+
+def end_of(task: QA) -> str:
+    """What there is to train and to measure on, in words."""
+    test = task.samples("test")
+    counts = [f"{len(part)} {pattern}" for pattern, part in zip(task.mix, task.parts, strict=True)]
+    return f"{', '.join(counts)}; {len(task.samples('valid'))} validation contexts, {len(test)} dev contexts"
+
+
+if __name__ == "__main__":
+    main()

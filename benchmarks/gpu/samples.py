@@ -1,0 +1,98 @@
+"""Tokenized samples of the qa task in one small file, to train where the texts are not.
+
+    python -m benchmarks.gpu.samples --data DIR --model MODEL --out DIR
+
+writes OUT/samples.xz, with the training samples of every entry of the recipe and those of validation, and OUT/dev.jsonl,
+the dev questions on paragraphs of up to 100 words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from gradmem.data import Samples
+from gradmem.specs import build_task
+from gradmem.tasks.qa import QA
+from gradmem.training.recipe import load_recipe
+
+MOST = 12_000
+"""Contexts of an entry that travel: more than a short run draws."""
+ENDS = {"context_end": np.uint16, "query_end": np.uint16, "queries_end": np.uint16}
+WORDS = 100
+
+
+def narrow(samples: Samples) -> dict[str, np.ndarray]:
+    """Arrays of samples in small types: lengths in place of ends."""
+    arrays = {name: np.asarray(array) for name, array in samples.arrays.items()}
+    small = {name: arrays[name].astype(np.uint16) for name in ("context", "query", "target")}
+    return small | {name: np.diff(arrays[name], prepend=0).astype(kind) for name, kind in ENDS.items()}
+
+
+def widen(small: dict[str, np.ndarray], references: list[list[str]]) -> Samples:
+    """The samples again."""
+    arrays = {name: small[name].astype(np.int32) for name in ("context", "query", "target")}
+    arrays |= {name: np.cumsum(small[name], dtype=np.int64) for name in ENDS}
+    return Samples(arrays, references, [])
+
+
+def some(samples: Samples, most: int) -> Samples:
+    """At most so many of them, from everywhere."""
+    if len(samples) <= most:
+        return samples
+    chosen = np.random.default_rng(0).choice(len(samples), most, replace=False)
+    return Samples.build(samples[int(i)] for i in np.sort(chosen))
+
+
+def save_samples(task: QA, file: Path) -> None:
+    """Write the samples of training and validation."""
+    arrays = {}
+    for number, part in enumerate(task.parts):
+        arrays |= {f"{number}.{name}": array for name, array in narrow(some(part, MOST)).items()}
+    valid = task.samples("valid")
+    arrays |= {f"valid.{name}": array for name, array in narrow(valid).items()}
+    about = json.dumps({"mix": list(task.mix), "references": valid.references})
+    arrays["about"] = np.frombuffer(about.encode(), np.uint8)
+    file.write_bytes(lzma.compress(save(arrays), preset=6))
+
+
+def load_samples(task: QA, file: Path) -> None:
+    """Give a task the samples of a file in place of its texts."""
+    arrays = load(lzma.decompress(file.read_bytes()))
+    about: dict[str, Any] = json.loads(arrays.pop("about").tobytes())
+    sets: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in arrays.items():
+        owner, name = key.split(".")
+        sets.setdefault(owner, {})[name] = array
+    task.parts = [widen(sets[str(about["mix"].index(pattern))], []) for pattern in task.mix]
+    task._loaded["valid"] = widen(sets["valid"], about["references"])
+
+
+def main() -> None:
+    """Tokenize and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--recipe", default="english")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    task = build_task({**load_recipe(given.recipe).task, "tokenizer": given.model, "data": str(given.data)})
+    assert isinstance(task, QA)
+    given.out.mkdir(parents=True, exist_ok=True)
+    save_samples(task, given.out / "samples.xz")
+    for pattern, part in zip(task.mix, task.parts, strict=True):
+        print(pattern, len(part), *part.notes, sep="; ")
+    lines = (given.data / "squad_subset/dev.jsonl").read_text(encoding="utf-8").splitlines()
+    short = [line for line in lines if len(json.loads(line)["context"].split()) <= WORDS]
+    (given.out / "dev.jsonl").write_text("\n".join(short) + "\n", encoding="utf-8")
+    print(f"{len(short)} dev questions;", (given.out / "samples.xz").stat().st_size, "bytes of samples")
+
+
+if __name__ == "__main__":
+    main()
