@@ -1,4 +1,4 @@
-"""The qa task: what becomes a context and a question, what is left out, how files are mixed; and the four-bit difference."""
+"""The qa task: contexts, questions, what is left out, how files are mixed; and the difference in four bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from gradmem.specs import build_task
 from gradmem.tasks.qa import QA
 from gradmem.tasks.squad import read_rows
 from gradmem.tasks.text import byte_tokenizer
-from gradmem.training.recipe import load_recipe
 
 NAMES = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lou", "Max", "Ned", "Oz", "Pam"]
 HIDDEN = "the very old lighthouse keeper counted seven grey gulls"
@@ -78,30 +77,30 @@ def questions(task: QA, entry: int = 0) -> list[list[str]]:
 def test_whole_paragraphs_are_asked_everything(tokenizer: str, data: Path) -> None:
     """Also what the paragraph does not say word for word; and gaps make up for what is missing to four questions."""
     task = qa(tokenizer, data, {"train.jsonl": 1})
-    assert contexts(task) == [f"{name} walks to the room of {name}. It rains there." for name in NAMES[:-1]]
+    assert contexts(task) == [f"{name} walks to the room of {name}. It rains there." for name in NAMES[1:]]
     end = task.tokenizer.eos_token
-    for name, asked in zip(NAMES, questions(task), strict=False):
+    for name, asked in zip(NAMES[1:], questions(task), strict=False):
         assert asked[0] == f"\nQuestion: Where is {name}?\nAnswer: room of {name}{end}"
         assert asked[2] == f"\nQuestion: Who is it?\nAnswer: Nobody{end}"
     valid = task.samples("valid")
-    assert [task.text(valid[0].context.tolist())] == [f"{NAMES[-1]} walks to the room of {NAMES[-1]}. It rains there."]
-    assert [query.references for query in valid[0].queries] == [[f"room of {NAMES[-1]}"], [NAMES[-1]], ["Nobody"]]
+    assert [task.text(valid[0].context.tolist())] == ["Ada walks to the room of Ada. It rains there."]
+    assert [query.references for query in valid[0].queries] == [["room of Ada"], ["Ada"], ["Nobody"]]
 
 
 def test_a_part_is_asked_what_stands_in_it_and_nowhere_else(tokenizer: str, data: Path) -> None:
     """Paragraphs are cut at the ends of sentences; `Ada` stands twice in one, `room of Ada` once."""
     task = qa(tokenizer, data, {"train.jsonl": 1}, max_context=36)
-    assert contexts(task)[:2] == ["Ada walks to the room of Ada.", "Bo walks to the room of Bo."]
+    assert contexts(task)[:2] == ["Bo walks to the room of Bo.", "Cy walks to the room of Cy."]
     assert all("Nobody" not in text for asked in questions(task) for text in asked)
-    assert all(f"Where is {name}?" in asked[0] for name, asked in zip(NAMES, questions(task), strict=False))
+    assert all(f"Where is {name}?" in asked[0] for name, asked in zip(NAMES[1:], questions(task), strict=False))
 
 
 def test_neighbours_are_joined_from_every_one_on(tokenizer: str, data: Path) -> None:
     """With plain spaces; a question that two of them have is not asked."""
     task = qa(tokenizer, data, {"sentences.jsonl": 1}, join=["sentences.jsonl"], max_context=64)
     found = contexts(task)
-    assert found[0] == "Ada walks to the room of Ada. Bo walks to the room of Bo."
-    assert found[1] == "Bo walks to the room of Bo. Cy walks to the room of Cy."
+    assert found[0] == "Bo walks to the room of Bo. Cy walks to the room of Cy."
+    assert found[1] == "Cy walks to the room of Cy. Di walks to the room of Di."
     asked = questions(task)[0]
     assert sum("Where is" in text for text in asked) == 2
     assert not any("Who walks?" in text for text in asked)
@@ -114,7 +113,9 @@ def test_text_asks_for_its_own_words(tokenizer: str, data: Path) -> None:
     for text, asked in zip(contexts(task), questions(task), strict=True):
         words = " ".join(text.split())
         for line in asked:
-            question, answer = re.fullmatch(r"\nQuestion: (.*)\nAnswer: (.*)\[END\]", line.replace(task.tokenizer.eos_token, "[END]")).groups()  # type: ignore[union-attr]
+            question, answer = re.fullmatch(
+                r"\nQuestion: (.*)\nAnswer: (.*)\[END\]", line.replace(task.tokenizer.eos_token, "[END]")
+            ).groups()  # type: ignore[union-attr]
             quoted = re.fullmatch(r'Which words follow "(.*)"\?', question)
             wanted = f"{quoted[1]} {answer}" if quoted else question.replace("___", answer)
             assert re.sub(r"\W", "", wanted) in re.sub(r"\W", "", words)
@@ -129,15 +130,17 @@ def test_what_test_files_hold_is_left_out(tokenizer: str, data: Path) -> None:
     rows += [{"context": "Kept.", "qas": [{"question": "What?", "answers": ["Kept"]}]} for _ in range(1)]
     rows += [{"context": f"Kept {i}.", "qas": [{"question": "What?", "answers": ["Kept"]}]} for i in range(3)]
     (data / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (data / "other.jsonl").write_text(json.dumps({"title": "Gulls", "context": "No.", "question": "q", "answers": ["No"]}))
+    (data / "other.jsonl").write_text(
+        json.dumps({"title": "Gulls", "context": "No.", "question": "q", "answers": ["No"]})
+    )
     task = qa(tokenizer, data, {"more.jsonl": 1}, apart=["test.jsonl", "other.jsonl"])
-    assert contexts(task) == ["Kept.", "Kept 0.", "Kept 1."]
+    assert contexts(task) == ["Kept.", "Kept 0.", "Kept 1.", "Kept 2."]
     assert "1 paragraphs of more.jsonl" in task.notes("train")[0]
     assert any("1 of 4 contexts are left out" in note for note in task.notes("train"))
 
 
 def test_a_template_is_asked_no_more_than_so_often(tokenizer: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradmem.tasks.qa.REPEATS", 5)
+    monkeypatch.setattr("gradmem.tasks._paragraphs.REPEATS", 5)
     task = qa(tokenizer, data, {"train.jsonl": 1})
     times = Counter(line for asked in questions(task) for line in asked if "Who is it?" in line)
     assert sum(times.values()) == 5
@@ -146,12 +149,16 @@ def test_a_template_is_asked_no_more_than_so_often(tokenizer: str, data: Path, m
 def test_entries_have_their_shares_and_batches_one_length(tokenizer: str, data: Path) -> None:
     """A batch depends on its arguments alone; each entry goes round; contexts of about a length stand together."""
     shares = {"train.jsonl": 1.0, "book.txt": 3.0}
-    task, again = (qa(tokenizer, data, shares, max_context=100, max_query=150, questions=2, answer_length=64) for _ in range(2))
+    task, again = (
+        qa(tokenizer, data, shares, max_context=100, max_query=150, questions=2, answer_length=64) for _ in range(2)
+    )
     later = again.batch("train", 512, 16, seed=1)
     batches = [task.batch("train", at, 16, seed=1) for at in range(0, 1024, 16)]
     assert torch.equal(batches[32].queries.ids, later.queries.ids)
     assert max(torch.bincount(batch.rows).max() for batch in batches) == 2
-    texts = [task.text(ids[mask].tolist()) for b in batches for ids, mask in zip(b.context.ids, b.context.mask, strict=True)]
+    texts = [
+        task.text(ids[mask].tolist()) for b in batches for ids, mask in zip(b.context.ids, b.context.mask, strict=True)
+    ]
     rain = [text for text in texts if "rains" in text]
     assert 0.22 < len(rain) / len(texts) < 0.28
     assert Counter(rain).keys() == set(contexts(task)), "every paragraph comes"
@@ -178,24 +185,24 @@ def test_files_that_are_not_there_are_named(tokenizer: str, data: Path) -> None:
         qa(tokenizer, data, {"absent*": 1}).batch("train", 0, 1)
 
 
-@needs("squad_subset", "qa", "xquad_en")
-def test_the_recipe_keeps_apart_from_every_test_file(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is trained, the smaller files: no eight words in a row are those of a dev file, counted another way."""
-    monkeypatch.setenv("GRADMEM_CACHE", str(tmp_path))
-    recipe = load_recipe("english").task
-    mix = {pattern: recipe["mix"][pattern] for pattern in ("squad_subset/train.jsonl", "qa/nq/*.jsonl")}
-    task = qa(tokenizer, DATA, mix, **{"apart": recipe["apart"], "max_context": 900, "max_query": 200})
-    tests = {row[0] for name in recipe["apart"] for row in read_rows(DATA / name)}
+@needs("squad_subset", "qa")
+def test_real_files_share_nothing_with_the_dev_file(tokenizer: str, data: Path) -> None:
+    """Sentences of Wikipedia, some of which SQuAD has too: runs of words are counted in another way here."""
+    lines = (DATA / "qa/qamr/qamr-dev.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [{**row, "qas": row["qas"][:1]} for row in map(json.loads, lines)]
+    (data / "qamr.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (data / "dev.jsonl").symlink_to(DATA / "squad_subset/dev.jsonl")
+    options = {"join": ["qamr.jsonl"], "max_context": 900, "max_query": 200}
+    task = qa(tokenizer, data, {"qamr.jsonl": 1}, apart=["dev.jsonl"], **options)
 
     def runs(text: str) -> set[str]:
         words = re.sub(r"[^a-z0-9_ ]", "", re.sub(r"\W+", " ", text.lower())).split()
         return {" ".join(words[i : i + 8]) for i in range(len(words) - 7)}
 
-    held = set().union(*(runs(text) for text in tests))
-    shared = [text for entry in range(2) for text in contexts(task, entry) if runs(text) & held]
-    assert not shared
-    titles = {json.loads(line)["title"] for line in (DATA / "squad_subset/dev.jsonl").open()}
-    assert len(titles) > 20
+    held = set().union(*(runs(text) for text in {row[0] for row in read_rows(data / "dev.jsonl")}))
+    every = qa(tokenizer, data, {"qamr.jsonl": 1}, **options)
+    assert any(runs(text) & held for text in contexts(every))
+    assert not any(runs(text) & held for text in contexts(task))
 
 
 # The difference in four bits

@@ -20,15 +20,15 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.gpu.samples import load_samples
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 
-from benchmarks.gpu.samples import load_samples
 from gradmem.batch import Batch
 from gradmem.delta import base_weights, rounded, save_delta
 from gradmem.model import MemoryModel
@@ -38,9 +38,11 @@ from gradmem.training.optim import build_optimizers
 from gradmem.training.recipe import Recipe, Stage, load_recipe
 from gradmem.training.step import MetaStep, outer_loss
 
+from .samples import load_samples
+
 SHOW = 5.0
 """Seconds between lines."""
-AT_ONCE = 74
+AT_ONCE = 73
 """Contexts that are written and asked at once when measuring."""
 WORSE = 1.0
 """Nats by which the loss may rise above its best before the learning rates are halved."""
@@ -61,14 +63,18 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", default="english")
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training, shared by the stages as their steps are")
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="of training, shared by the stages as their steps are"
+    )
     parser.add_argument("--eval-seconds", type=float, default=60.0, help="of measuring, at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--exact", action="store_true", help="no tf32")
     parser.add_argument("--lr", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--batch", type=int, default=0, help="contexts of a step, in place of the recipe's")
     parser.add_argument("--micro", type=int, default=0, help="contexts of a pass; halved where memory does not suffice")
-    parser.add_argument("--max-steps", type=int, default=0, help="end after so many steps, whatever the time: a dry run")
+    parser.add_argument(
+        "--max-steps", type=int, default=0, help="end after so many steps, whatever the time: a dry run"
+    )
     parser.add_argument("--valid", type=int, default=1000, help="validation contexts")
     parser.add_argument("--test", type=int, default=1000, help="dev contexts")
     parser.add_argument("--state", type=Path, default=Path("/tmp/english-state.safetensors"))
@@ -180,7 +186,9 @@ class Training:
         last = window[-1]
         mean = {name: statistics.fmean(row[name] for row in window) for name in ("loss", "write_loss", "exact_match")}
         first = window[0]
-        speed = (last["contexts"] - first["contexts"]) / (last["seconds"] - first["seconds"]) if len(window) > 1 else 0.0
+        speed = (
+            (last["contexts"] - first["contexts"]) / (last["seconds"] - first["seconds"]) if len(window) > 1 else 0.0
+        )
         say(
             f"step {last['step']} {last['seconds']:.0f} s {speed:.1f} contexts/s K {last['write_steps']} "
             f"loss {mean['loss']:.3f} reconstruction {mean['write_loss']:.3f} EM {mean['exact_match']:.1%} "
@@ -194,7 +202,7 @@ class Training:
         weight = self.recipe.weight_of(stage)
         while True:
             try:
-                shown = self._backward(batch.to(self.given.device), self.tasks[number], steps, weight)
+                shown = self._backward(batch, self.tasks[number], steps, weight)
                 break
             except torch.OutOfMemoryError:
                 if self.micro == 1:
@@ -223,9 +231,10 @@ class Training:
 
     def _backward(self, batch: Batch, task: QA, steps: int, weight: float) -> Tensor:
         """Add up the gradients of the parts of a batch; return its loss, write loss and exact match."""
-        tokens = (batch.labels != -100).sum()
-        shown = torch.zeros(3, device=batch.rows.device)
-        for part in batch.split(self.micro):
+        tokens = len(batch.targets)
+        shown = torch.zeros(3, device=self.given.device)
+        # Split where they were made: to look at them on a GPU would wait for it.
+        for part in [part.to(self.given.device) for part in batch.split(self.micro)]:
             loss, write_loss, correct = self.module(part, steps, task.scored(part.labels), weight > 0)
             loss, write_loss = loss / tokens, write_loss * len(part.context) / len(batch.context)
             outer_loss(loss, write_loss, weight).backward()
@@ -248,7 +257,11 @@ class Measured:
 
     def table(self) -> dict[str, Any]:
         """Means over questions, and over contexts as `gradmem eval` takes them, in percent."""
-        found: dict[str, Any] = {"questions": len(self.rows), "contexts": len(set(self.rows)), "complete": self.complete}
+        found: dict[str, Any] = {
+            "questions": len(self.rows),
+            "contexts": len(set(self.rows)),
+            "complete": self.complete,
+        }
         for name, values in self.scores.items():
             of_context: dict[int, list[float]] = {}
             for row, value in zip(self.rows, values, strict=False):
@@ -357,10 +370,9 @@ def main() -> None:
     given = settings()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.device == "cuda" and not given.exact:
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # for all of the process: also to write and to answer
     started = time.perf_counter()
     model, recipe, tasks = build(given)
-    recipe = replace(recipe, device=given.device)
     machine = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
     results: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "recipe": given.recipe}
     results["setup seconds"] = time.perf_counter() - started
@@ -382,7 +394,9 @@ def main() -> None:
                 if training.rows:
                     writer = csv.DictWriter(file, list(training.rows[0]))
                     writer.writeheader()
-                    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in training.rows)
+                    writer.writerows(
+                        {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in training.rows
+                    )
             del training
     if given.device == "cuda":
         torch.cuda.empty_cache()

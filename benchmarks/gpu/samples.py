@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.samples --data DIR --model MODEL --out DIR
 
-writes OUT/samples.xz, with the training samples of every entry of the recipe and those of validation, and OUT/dev.jsonl,
-the dev questions on paragraphs of up to 100 words.
+writes OUT/samples.xz, the samples of training (every entry of the recipe's mix) and validation, and OUT/dev.jsonl, the
+dev questions on paragraphs of up to 100 words.
 """
 
 from __future__ import annotations

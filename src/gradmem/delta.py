@@ -1,7 +1,7 @@
 """The difference of trained weights to the pretrained ones they began as, in four bits: a checkpoint that travels.
 
 SmolLM2-135M in float32 is 538 MB; what training changed of it is 60 MB so. Matrices are rounded in groups of 32
-neighbours in a row with a scale each; what the method added, and vectors, are kept whole; what did not change is left out.
+neighbours in a row with a scale each; vectors, and what the method added, are kept whole; the rest is left out.
 """
 
 from __future__ import annotations

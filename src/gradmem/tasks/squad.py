@@ -203,12 +203,14 @@ def _questions(fields: Any, where: str) -> list[Any]:
 
 
 def read_titles(path: Path) -> dict[str, str]:
-    """Title of each context of a file that `read_rows` can read, in small letters: `title`, or `id` to its first `#`."""
+    """Title of each context of a file for `read_rows`, in small letters: `title`, or `id` up to its first `#`."""
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for _, line in read_lines(path)]
     else:
         articles = json.loads("\n".join(line for _, line in read_lines(path)))["data"]
-        rows = [{**paragraph, "title": article.get("title")} for article in articles for paragraph in article["paragraphs"]]
+        rows = [
+            {**paragraph, "title": article.get("title")} for article in articles for paragraph in article["paragraphs"]
+        ]
     titles = {str(row["context"]): str(row.get("title") or row.get("id") or "") for row in rows}
     return {context: title.split("#")[0].replace("_", " ").strip().lower() for context, title in titles.items()}
 
