@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from . import check, speed, train
-from .common import device, machine, part, say
+from .common import ONLY, device, machine, part, say
 
 
 def main() -> None:
@@ -22,10 +22,12 @@ def main() -> None:
     )
     command.add_argument("--minutes", type=float, default=3.0, help="of training")
     command.add_argument("--samples", type=int, default=1000, help="test contexts after training")
+    command.add_argument("--only", nargs="*", default=[], help="parts of check or speed to run; all by default")
     command.add_argument("--quick", action="store_true", help="small sizes, to try the plan out on a CPU")
     options = command.parse_args()
     say(f"{device()}: {machine()}")
     out, quick = options.out, options.quick
+    ONLY.update(options.only)
     if options.what == "check":
         part("parity", partial(check.parity, options.fixtures), out, 60)
         part("derivatives", check.derivatives, out, 30)

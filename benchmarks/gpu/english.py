@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.gpu.samples import load_samples
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 
