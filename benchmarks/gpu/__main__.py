@@ -59,7 +59,7 @@ def _speed(out: Path, quick: bool) -> None:
     packaged = speed.Setting.packaged
     measure("kv-64-k1", partial(packaged, "kv-64-k1", one), eager[:1], 30, profile=True)
     measure("kv-96", partial(packaged, "kv-96", many), [*eager, ("unroll", "fp32")], 40, profile=True)
-    measure("text-160", partial(speed.Setting.text, 160, 1, few, 4), eager[:1], 40, profile=True)
+    measure("text-160", partial(speed.Setting.text, 160, 1, many // 2, 4), eager[:1], 40, profile=True)
     measure("kv-96-naive", partial(speed.Setting.pairs, 96, 5, few), eager, 30, against_naive=True)
     for length in (256, 512):
         setting = partial(speed.Setting.text, length, 2, 512 // length)
