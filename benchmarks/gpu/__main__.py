@@ -31,12 +31,9 @@ def main() -> None:
     if options.what == "check":
         part("parity", partial(check.parity, options.fixtures), out, 60)
         part("derivatives", check.derivatives, out, 30)
-        part(
-            "meta-gradients",
-            partial(check.meta_gradients, ["kv-16"] if quick else ["kv-64-k1", "kv-16", "kv-96"]),
-            out,
-            60,
-        )
+        settings = [("kv-16", 4), ("kv-16", 16), ("kv-64-k1", 64), ("kv-96", 96)]
+        run = partial(check.meta_gradients, settings[:1] if quick else settings)
+        part("meta-gradients", run, out, 90)
         part("waits", partial(check.waits, "kv-96"), out, 30)
         part("answers", partial(check.answers, 8 if quick else 200), out, 40)
     elif options.what == "speed":

@@ -15,6 +15,7 @@ from torch import Tensor
 from gradmem import Batch, MemoryModel, load
 from gradmem.evaluation import evaluate
 from gradmem.inner.attention import attention
+from gradmem.tasks.kv import KV
 from gradmem.training.step import MetaStep
 
 from . import ROOT
@@ -75,18 +76,22 @@ def _worst(found: list[Tensor], wanted: list[Tensor]) -> float:
     return max(float((a.detach().cpu().double() - b.detach()).norm() / b.detach().norm()) for a, b in pairs)
 
 
-def meta_gradients(names: list[str], contexts: int = 2) -> list[Row]:
-    """Each strategy in each precision, against the CPU in float32: relative error and cosine of all gradients."""
+def meta_gradients(settings: list[tuple[str, int]], contexts: int = 2) -> list[Row]:
+    """Each strategy in each precision, against the CPU in float32: relative error and cosine of all gradients.
+
+    Settings are a packaged checkpoint and the pairs of a context.
+    """
     rows = []
-    for name in names:
+    for name, pairs in settings:
         model = load(name)
-        batch = model.task.batch("valid", 0, contexts)
+        batch = KV(pairs=pairs).batch("valid", 0, contexts)
         wanted = _meta_gradient(model, batch, "recompute", "fp32", torch.device("cpu"))
         for precision in PRECISIONS:
             for strategy in ("recompute", "unroll"):
                 found = _meta_gradient(model, batch, strategy, precision, device())
                 error, cosine = (found - wanted).norm() / wanted.norm(), found @ wanted / found.norm() / wanted.norm()
-                row = {"checkpoint": name, "K": model.method.write_steps, "strategy": strategy, "precision": precision}
+                row = {"checkpoint": name, "pairs": pairs, "K": model.method.write_steps}
+                row |= {"strategy": strategy, "precision": precision}
                 rows.append(row | {"error": float(error), "cosine": float(cosine)})
     return rows
 
