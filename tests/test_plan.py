@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 
 from gradmem import GradmemError
 from gradmem.cli import main
+from gradmem.inner.room import room
 from gradmem.model import MemoryModel
 from gradmem.specs import build_task
 from gradmem.training import loop, plan
 from gradmem.training import precision as precision_module
 from gradmem.training.commands import train
-from gradmem.training.plan import Trial, make_plan, plan_stage
+from gradmem.training.memory_use import free_memory
+from gradmem.training.plan import Plan, Trial, make_plan, plan_stage
 from gradmem.training.precision import choose_precision
 from gradmem.training.recipe import Precision
 from gradmem.training.state import states
@@ -253,3 +256,68 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "recompute" in shown
     assert "chosen" in shown
     assert not (tmp_path / "runs").exists()
+
+
+def test_compiling_is_tried_on_a_gpu_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In stages of more than twenty minutes, at the size that the other strategies settled; taken if it is faster."""
+    some = recipe(strategy="auto", micro_batch=0)
+    model = MemoryModel.from_spec(some.task, some.backbone, some.method)
+    seconds, asked = {"unroll": 1.0, "compile": 0.5}, []
+
+    def measured(run: Any, *_: Any, strategies: Any, micro_batch: int | None, processes: int) -> Plan:
+        asked.append((strategies[0], micro_batch))
+        trial = Trial(strategies[0], 3, seconds[strategies[0]], GB)
+        return Plan([trial], trial, 10 * GB)
+
+    def chosen(device: str, **changes: Any) -> str:
+        asked.clear()
+        stage = dataclasses.replace(some.stages[1], max_steps=int(plan.COMPILING_PAYS) + 1)
+        changed = dataclasses.replace(some, **changes)
+        planned = plan_stage(changed, stage, model.method, [build_task(TASK)], torch.device(device), "fp32")
+        return planned.chosen.strategy
+
+    monkeypatch.setattr(plan, "make_plan", measured)
+    assert chosen("cuda") == "compile"
+    assert asked == [("unroll", None), ("compile", 3)]
+    assert chosen("cuda", max_minutes=plan.COMPILING_PAYS / 60 - 1) == chosen("cpu") == "unroll"
+    seconds["compile"] = 1.5
+    assert chosen("cuda") == "unroll"
+    assert len(asked) == 2
+    seconds["unroll"] = 0.9  # 18 minutes
+    assert chosen("cuda") == "unroll"
+    assert len(asked) == 1
+
+
+def test_memory_that_is_kept_for_later_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch has freed and kept, which the device calls taken."""
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (3 * GB, 10 * GB))
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: 6 * GB)
+    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: 2 * GB)
+    assert free_memory(torch.device("cuda")) == 7 * GB
+
+
+def test_how_much_at_once_follows_the_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (0, 80 * GB))
+    device = torch.device("cuda", 5)
+    assert room(CPU, 100, 8) == 100
+    assert room(device, 100, 8) == 80 * GB // 4 // 8
+    assert room(device, 10**12, 8) == 10**12  # never less than on a CPU
+
+
+def test_another_kind_of_device_is_planned_anew(tmp_path: Path) -> None:
+    """A run that was begun on a GPU goes on on a CPU with the CPU's choices."""
+    whole = recipe(6, precision="auto", strategy="auto", micro_batch=0)
+    train(dataclasses.replace(whole, stages=whole.stages[:1]), tmp_path / "run")
+    state = states(tmp_path / "run" / "states")[-1] / "progress.json"
+    settled = {"device": "cuda", "precision": "tf32", "micro_batch": 77, "strategy": "compile", "stage": 0}
+    state.write_text(json.dumps(json.loads(state.read_text()) | settled))
+    train(whole, tmp_path / "run")
+    after = json.loads((states(tmp_path / "run" / "states")[-1] / "progress.json").read_text())
+    assert after["device"] == "cpu"
+    assert after["strategy"] != "compile"
+
+
+@pytest.mark.parametrize("part", [0.0, -1.0, 1.5])
+def test_cooldown_is_a_part(part: float) -> None:
+    with pytest.raises(GradmemError, match="cooldown is a part of max_minutes"):
+        recipe(cooldown=part)
