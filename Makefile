@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo serve test test-system load lint bench clean
+.PHONY: demo serve test test-system load lint audit bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/gradmem demo $(if $(PAIRS),--pairs "$(PAIRS)")
@@ -25,8 +25,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Known vulnerabilities of the versions in constraints.txt; needs a network.
+audit: $(INSTALLED)
+	$(BIN)/python tests/system/audit.py
+
 bench: $(INSTALLED)
-	for script in meta_step read serve write kv store; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in startup meta_step read serve write kv store; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # torch first and by its exact version: a range can take a build of several GB for GPUs.
 $(INSTALLED): pyproject.toml constraints.txt
