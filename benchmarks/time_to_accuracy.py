@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from common import Row, machine, parser, report
-from gradmem.evaluation.evaluate import evaluate
 from gradmem.evaluation.report import figure
+from gradmem.evaluation.results import evaluate
 from gradmem.training.loop import Trainer
 from gradmem.training.recipe import Recipe, load_recipe
 

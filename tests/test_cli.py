@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
-from gradmem import MemoryModel
-from gradmem.cli import main
+import gradmem
+from gradmem import GradmemError, Memory, MemoryModel, Written
+from gradmem.cli import FUNCTIONS, main
+from gradmem.console import progress_bar
 from gradmem.evaluation.commands import Ints
+from gradmem.store import Store
+
+load = lru_cache(gradmem.load)
 
 PAIRS = "a7:Qz\nk2:9f\nzz:aa\n"
 
@@ -83,8 +91,17 @@ def test_demo_with_own_pairs(place: Path, tmp_path: Path, capsys: pytest.Capture
         assert key in shown
         assert value in shown
     assert (tmp_path / "out" / "steps.png").exists()
-    told = shown[shown.index("a story") :]
+    story, measured = shown.index("a story"), shown.index("control: unwritten")
+    assert story < measured, "answers come first"
+    told = shown[story:measured]
     assert told.count("Where is") == told.count("✓") == 4
+
+
+def test_demo_measures_only_when_asked_to(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--pairs", f"{place}/pairs.txt", "--output", f"{tmp_path}/out", "--story", "null"]
+    assert main(["demo", f"--checkpoint={place}/checkpoint", *options]) == 0
+    assert "control" not in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["memory.safetensors"]
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +133,7 @@ BAD = {
     "bad method option": (["train", "kv-32", "--method.n_mem", "0", "--output", "{t}/r"], "n_mem must be at least 1"),
     "unknown task": (
         ["train", "kv-32", "--task.name", "kw", "--output", "{t}/r"],
-        "known: babi, kv, plain, squad, text",
+        "known: babi, kv, plain, qa, squad, text",
     ),
     "bad value": (["train", "kv-32", "--precision", "int4"], "int4"),
     "bad stage": (["train", "kv-32", "--stages", "[{{max_steps: 0, write_steps: [1]}}]"], "max_steps"),
@@ -206,6 +223,166 @@ def test_output_into_a_closed_pipe(place: Path) -> None:
     process.stdout.close()
     _, error = process.communicate()
     assert b"Traceback" not in error
+
+
+def run(*arguments: str | bytes, given: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    line = [sys.executable, "-m", "gradmem", *arguments]
+    return subprocess.run(line, input=given, capture_output=True, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "C.UTF-8", "en_US.ISO-8859-1"])
+def test_standard_input_that_is_not_utf8(locale: str, place: Path, tmp_path: Path) -> None:
+    """As from a file; in C and POSIX locales Python lets such bytes pass, as lone surrogates."""
+    text = b"a7:Qz\ncaf\xe9 at ten\n"
+    (tmp_path / "latin.txt").write_bytes(text)
+    for file, name in (("-", "standard input"), (f"{tmp_path}/latin.txt", f"{tmp_path}/latin.txt")):
+        done = run("write", f"{place}/checkpoint", file, "-o", f"{tmp_path}/m", given=text, LC_ALL=locale)
+        assert done.returncode == 2
+        wanted = f"gradmem: error: {name} is not UTF-8 text: invalid continuation byte at byte 9"
+        assert done.stderr.decode().splitlines() == [wanted]
+    assert not (tmp_path / "m").exists()
+
+
+def test_standard_input_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from gradmem.console import *; use_utf8(); print(ascii(read_stdin()))"
+    for locale in ("C", "en_US.ISO-8859-1"):
+        environment = {**os.environ, "LC_ALL": locale, "PYTHONIOENCODING": "latin-1"}
+        given = "é\r\n☃\n".encode()
+        done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, env=environment)
+        assert done.stdout.decode().strip() == ascii("é\r\n☃\n")
+
+
+def test_closed_standard_input(place: Path, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m gradmem write {place}/checkpoint - -o {tmp_path}/m <&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "standard input is closed" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_argument_that_is_not_utf8() -> None:
+    for line in (["keys", "add", b"caf\xe9"], ["ask", b"caf\xe9.safetensors", "a7"], ["list", b"\xff"]):
+        done = run(*line, LC_ALL="C")
+        assert done.returncode == 2
+        (told,) = done.stderr.decode().splitlines()
+        assert f"argument {len(line) - ('a7' in line)} is not UTF-8 text" in told
+
+
+def test_output_is_utf8_in_every_locale() -> None:
+    done = run("keys", "add", "café ☃", LC_ALL="C.UTF-8", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2
+    assert "café ☃" in done.stderr.decode()
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("store", [False, True])
+def test_an_interrupted_write_saves_what_there_is(
+    signal_: signal.Signals,
+    store: bool,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In the store nothing: the next write of the same text would get it for the whole one."""
+    monkeypatch.chdir(tmp_path)
+    before, shown = signal.getsignal(signal_), []
+
+    def loss(written: Written) -> str:
+        shown.append(int(written.taken))
+        if len(shown) == 4:
+            signal.raise_signal(signal_)
+        return ""
+
+    monkeypatch.setattr("gradmem.commands._loss", loss)
+    line = ["write", f"{place}/checkpoint", f"{place}/pairs.txt", "--steps", "50"]
+    assert main([*line, *(["--store", "--name", "n"] if store else [])]) == 130
+    assert shown == [0, 1, 2, 3]
+    said = capfd.readouterr()
+    assert "saved memory.safetensors" in said.out
+    assert "gradmem: interrupted: what was saved is the memory after 3 write steps" in said.err
+    assert gradmem.open("memory.safetensors").records[0].steps == 3
+    assert signal.getsignal(signal_) is before
+    with Store() as keeper:
+        assert list(keeper.list()) == []
+
+
+def test_a_second_interruption_stops_at_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def loss(written: Written) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a launcher may pass it on a second time
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr("gradmem.commands._loss", loss)
+    assert main(["write", f"{place}/checkpoint", f"{place}/pairs.txt"]) == 130
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_any_command_that_is_interrupted_says_so_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradmem.commands.checkpoint_names", interrupted)
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == "gradmem: interrupted\n"
+
+
+def test_a_write_loss_that_was_missed_is_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["write", f"{place}/checkpoint", f"{place}/pairs.txt", "-o", f"{tmp_path}/m", "--max-steps", "2", "--until"]
+    assert main([*line, "1e-6"]) == 0
+    loss = Memory.load(tmp_path / "m").records[0].loss_after
+    assert f"missed --until 1e-06: write loss {loss:.4f} after 2 steps" in capsys.readouterr().out
+    assert main([*line, "100"]) == 0
+    assert "missed" not in capsys.readouterr().out
+
+
+def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradmem.console.EVERY", 0.0)
+    assert list(progress_bar([7, 8], "writing", detail=lambda one: f"loss {one}")) == [7, 8]
+    assert capsys.readouterr().err.splitlines() == ["writing: 1 of 2 loss 7", "writing: 2 of 2 loss 8"]
+    monkeypatch.setattr("gradmem.console.EVERY", 1e9)
+    assert list(progress_bar([7, 8], "writing")) == [7, 8]
+    assert capsys.readouterr().err == ""
+
+
+DOCUMENTS = {
+    "email": "From: Ann <ann@example.org>\nSubject: Door\n\nThe door code is 4711.\n",
+    "CSV": "name,amount\nAnn,12.50\n",
+    "Markdown": "# Notes\n\n- The door code is **4711**.\n",
+    "German": "Die Tür öffnet um zehn.\n",
+}
+
+
+@pytest.mark.parametrize("checkpoint", ["kv-32", "babi"])
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_other_documents_are_told_where_to_go(checkpoint: str, kind: str) -> None:
+    with pytest.raises(GradmemError, match=r"plain language model \(gradmem write MODEL FILE\), which recites it"):
+        load(checkpoint).write(DOCUMENTS[kind])
+
+
+def test_flags_come_from_the_signatures(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every boolean option is a flag with the help of its docstring, in every command."""
+    from gradmem.serving.commands import KEYS
+    from gradmem.store.commands import COMMANDS
+
+    groups = {"store": COMMANDS, "keys": KEYS}
+    lines = {(name,): one for name, one in FUNCTIONS.items()}
+    lines |= {(group, name): one for group, members in groups.items() for name, one in members.items()}
+    flags = 0
+    for line, function in lines.items():
+        with pytest.raises(SystemExit):
+            main([*line, "--help"])
+        shown = capsys.readouterr().out
+        for name, one in inspect.signature(function).parameters.items():
+            if one.annotation == "bool":
+                flags += 1
+                assert f"[--{name}]" in shown, (line, name)
+    assert flags >= 7
 
 
 @pytest.mark.parametrize(

@@ -109,3 +109,12 @@ def test_until_is_the_same_with_gradients() -> None:
 def test_bad_start() -> None:
     with pytest.raises(GradmemError, match="random or mean"):
         cram(start="zeros")
+
+
+def test_asking_warns_and_reciting_does_not(recwarn: pytest.WarningsRecorder) -> None:
+    method, context = cram(), random_tokens([5])
+    memory = method.write(context, 2).memory
+    method.reconstruct(memory, [5])
+    assert not [one for one in recwarn if one.category is UserWarning]
+    with pytest.warns(UserWarning, match="recites its text and does not answer questions"):
+        method.generate(memory, [[1, 2]], max_new_tokens=2, do_sample=False)

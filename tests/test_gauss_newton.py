@@ -16,8 +16,8 @@ from conftest import assert_same_gradients, distance, gradients, make_batch, mak
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
 from gradmem.errors import GradmemError
-from gradmem.evaluation.evaluate import evaluate
 from gradmem.evaluation.report import table
+from gradmem.evaluation.results import evaluate
 from gradmem.inner import descend, gauss_newton
 from gradmem.inner.newton import DAMPING, ITERATIONS, PART
 from gradmem.memory import Memory

@@ -16,6 +16,7 @@ from gradmem.cli import main
 from gradmem.inner.room import room
 from gradmem.model import MemoryModel
 from gradmem.specs import build_task
+from gradmem.tables import plan_table
 from gradmem.training import loop, plan
 from gradmem.training import precision as precision_module
 from gradmem.training.commands import train
@@ -255,6 +256,7 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     assert "recompute" in shown
     assert "chosen" in shown
+    assert all(heading in shown for heading in ("contexts at a time", "hours for max_steps")), "piped: nothing is cut"
     assert not (tmp_path / "runs").exists()
 
 
@@ -321,3 +323,14 @@ def test_another_kind_of_device_is_planned_anew(tmp_path: Path) -> None:
 def test_cooldown_is_a_part(part: float) -> None:
     with pytest.raises(GradmemError, match="cooldown is a part of max_minutes"):
         recipe(cooldown=part)
+
+
+def test_plan_says_what_ends_a_run_early() -> None:
+    """Hours of stages that end at an exact match are no forecast: they are what they could take at most."""
+    row = {"stage": 1, "write_steps": 5, "strategy": "unroll", "micro_batch": 8, "seconds": 3.6, "steps": 10**5}
+    rows = [{**row, "bytes": 1, "budget": 1, "chosen": True, "until": until} for until in (0.9, None)]
+    shown = str(plan_table(rows, max_minutes=90.0).caption)
+    assert "200.0 hours if every stage takes its `max_steps`, which is rare: 1 of 2 stages" in shown
+    assert "`max_minutes` ends the run after 1.5 hours" in shown
+    assert "rare" not in str(plan_table(rows[1:]).caption)
+    assert "max_minutes" not in str(plan_table(rows, max_minutes=1e9).caption)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import gradmem
 from conftest import DATA, needs
 from gradmem import GradmemError, Memory, MemoryModel
-from gradmem.cli import main
+from gradmem.cli import _note, main
 from gradmem.records import written_texts
 
 TEXT = "abc ☃é\r\nxy"
@@ -56,6 +57,23 @@ def place(lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--method=cram", *OPTIONS, "--until=0.05", "--chunk=6", "-o", f"{folder}/m"]
     assert main(["write", str(lm), f"{folder}/t.txt", *arguments]) == 0
     return folder
+
+
+def test_cram_says_that_it_does_not_answer(
+    lm: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the receipt, in the help, and in one line beside the answers."""
+    assert main(["write", str(lm), f"{place}/t.txt", "--steps=1", "-o", f"{tmp_path}/m"]) == 0
+    assert "cram recites its text and does not answer questions" in capsys.readouterr().out
+    for command in ("write", "ask"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "not answer questions" in " ".join(capsys.readouterr().out.split())
+    note = warnings.WarningMessage("it recites", UserWarning, str(Path(gradmem.__file__).parent / "model.py"), 1)
+    _note(note.message, note.category, note.filename, note.lineno)
+    assert capsys.readouterr().err == "gradmem: note: it recites\n"
+    _note("old", DeprecationWarning, "elsewhere.py", 1)
+    assert "elsewhere.py:1: DeprecationWarning: old" in capsys.readouterr().err
 
 
 # --- A plain language model ------------------------------------------------------------------------------

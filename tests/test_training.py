@@ -24,7 +24,7 @@ from gradmem import GradmemError
 from gradmem.evaluation import evaluate
 from gradmem.model import MemoryModel
 from gradmem.tasks.kv import KV
-from gradmem.training import Recipe, Stage
+from gradmem.training import Recipe, Stage, loop
 from gradmem.training.commands import train
 from gradmem.training.optim import build_optimizers
 from gradmem.training.state import load_state, save_state, states, take_weights
@@ -293,6 +293,53 @@ def test_until_ends_a_stage(tmp_path: Path) -> None:
     assert means[-1] >= 0.3 or len(rows) == 300
     assert all(mean < 0.3 for mean in means[:-1])
     assert len(rows) < 300
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_run_that_is_told_to_stop_saves_a_state(
+    signal_: signal.Signals, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the states of every third step, also before the first; then it goes on as if nothing had been."""
+    train(recipe(), tmp_path / "whole")
+    step, before = loop.Trainer._step, signal.getsignal(signal_)
+
+    def told(self: loop.Trainer, *given: object) -> dict:
+        if self.place.step == at:
+            signal.raise_signal(signal_)
+        return step(self, *given)
+
+    monkeypatch.setattr(loop.Trainer, "_step", told)
+    with pytest.raises(KeyboardInterrupt, match=f"continues from .*step-0*{at + 1}$"):
+        train(recipe(), tmp_path / "cut")
+    monkeypatch.setattr(loop.Trainer, "_step", step)
+    assert signal.getsignal(signal_) is before
+    assert len(log(tmp_path / "cut")) == at + 1
+    assert not (tmp_path / "cut" / "checkpoint").exists()
+    train(recipe(), tmp_path / "cut")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_where_no_state_is_none_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the second Ctrl-C comes before the first step is over."""
+
+    def twice(self: loop.Trainer, *given: object) -> dict:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(loop.Trainer, "_step", twice)
+    with pytest.raises(KeyboardInterrupt, match="there is no state"):
+        train(recipe(), tmp_path)
+
+
+def test_minutes_are_those_of_a_clock_on_the_wall() -> None:
+    """Which goes on while the processor has nothing to do."""
+    cpu = torch.device("cpu")
+    wall, processor = loop.clock(cpu), time.process_time()
+    time.sleep(0.2)
+    wall, processor = loop.clock(cpu) - wall, time.process_time() - processor
+    assert wall >= 0.2 > processor
 
 
 def test_a_run_ends_when_its_minutes_are_over(tmp_path: Path) -> None:

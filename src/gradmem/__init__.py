@@ -6,24 +6,27 @@
 'Qz'
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .backbone import Backbone
-from .batch import Batch, Tokens
-from .checkpoints import checkpoint_names, load
-from .checkpoints import open_memory as open
 from .errors import GradmemError
-from .memory import Memory
-from .methods import GradMem, Method, Written
-from .model import MemoryModel
-from .records import Record
-from .trust import Answer
+from .lazy import attach
 
 if TYPE_CHECKING:
+    from .backbone import Backbone
+    from .batch import Batch, Tokens
+    from .checkpoints import load
+    from .checkpoints import open_memory as open  # noqa: F401
+    from .memory import Memory
+    from .methods import GradMem, Method, Written
+    from .model import MemoryModel
+    from .packaged import checkpoint_names
+    from .records import Record
     from .serving.client import Client
+    from .trust import Answer
 
 __version__ = "0.1.0"
 
+# Without `open`: `from gradmem import *` must not hide Python's own.
 __all__ = [
     "Answer",
     "Backbone",
@@ -39,14 +42,26 @@ __all__ = [
     "Written",
     "checkpoint_names",
     "load",
-    "open",
 ]
 
+PLACES = {
+    "Answer": "trust",
+    "Backbone": "backbone",
+    "Batch": "batch",
+    "Client": "serving.client",
+    "GradMem": "methods",
+    "Memory": "memory",
+    "MemoryModel": "model",
+    "Method": "methods",
+    "Record": "records",
+    "Tokens": "batch",
+    "Written": "methods",
+    "checkpoint_names": "packaged",
+    "load": "checkpoints",
+    "open": "checkpoints:open_memory",
+}
+__getattr__ = attach(__name__, PLACES, submodules=True)
 
-def __getattr__(name: str) -> Any:
-    """The client, which with its database types is imported only where it is used."""
-    if name == "Client":
-        from .serving.client import Client
 
-        return Client
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return [*globals(), *(name for name in PLACES if name not in globals())]

@@ -1,4 +1,8 @@
-"""The command line: options, defaults and help come from the signatures in the modules named `commands`."""
+"""The command line: options, defaults and help come from the signatures in the modules named `commands`.
+
+Only the command that was given gets a parser with its options, and nothing here imports what computes: PyTorch and
+transformers take seconds, which `--help`, `list`, `store ls` and the like need not wait for.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,24 @@ import dataclasses
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
 
 from . import __version__, commands
+from .console import use_utf8
 from .demo import demo
 from .errors import GradmemError
 from .evaluation import commands as evaluation_commands
 from .serving import commands as serving_commands
-from .store import commands as store_commands
 from .training import commands as training_commands
 from .training.recipe import Recipe, recipe_names, recipe_values
 
@@ -28,7 +36,7 @@ register_type(evaluation_commands.Ints, lambda numbers: ",".join(map(str, number
 register_type(datetime, datetime.isoformat, datetime.fromisoformat)
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "eval": evaluation_commands.evaluate,
+    "eval": evaluation_commands.measure,
     "sweep": evaluation_commands.sweep,
     "compare": evaluation_commands.compare,
     "calibrate": evaluation_commands.calibrate,
@@ -45,45 +53,48 @@ SYSTEMS_HELP = "recipes, each trained in OUTPUT/NAME where that is not done yet,
 QUERIES_HELP = "queries; without any, one a line from standard input, answered as JSON lines"
 KEYS_HELP = "API keys of `gradmem serve` (GRADMEM_KEYS: the file of their hashes)."
 STORE_HELP = "Memories that are kept, under names and tags (GRADMEM_STORE: file or PostgreSQL URL)."
-GROUPS = {"store": (store_commands.COMMANDS, STORE_HELP), "keys": (serving_commands.KEYS, KEYS_HELP)}
-BY_HAND: dict[Callable[..., Any], dict[str, dict[str, Any]]] = {
-    commands.write: {
-        "--store": {"action": "store_true", "help": "keep the memory in the store; a file only where OUTPUT is given"},
-    },
-    commands.ask: {
+GROUPS = {
+    "store": ("gradmem.store.commands:COMMANDS", STORE_HELP),
+    "keys": ("gradmem.serving.commands:KEYS", KEYS_HELP),
+}
+POSITIONAL: dict[str, dict[str, dict[str, Any]]] = {
+    "ask": {
         "memory": {"type": Path, "help": "memory file, or id or name in the store"},
         "queries": {"nargs": "*", "help": QUERIES_HELP},
-        "--jsonl": {"action": "store_true", "help": "print JSON lines also for queries given as arguments"},
-        "--abstain": {
-            "action": "store_true",
-            "help": "say where the answer is not in the memory, and how sure others are",
-        },
     },
-    serving_commands.serve: {
-        "checkpoints": {"nargs": "*", "help": "checkpoints to serve; default: those in the package"},
-    },
-    evaluation_commands.sweep: {"checkpoints": {"nargs": "+", "help": CHECKPOINTS_HELP}},
-    evaluation_commands.compare: {"systems": {"nargs": "+", "help": SYSTEMS_HELP}},
-    commands.inspect: {"--json": {"action": "store_true", "help": "print the records as JSON"}},
-    store_commands.ls: {"--json": {"action": "store_true", "help": "print them as JSON"}},
-    store_commands.show: {"--json": {"action": "store_true", "help": "print them as JSON"}},
-    store_commands.diff: {"--json": {"action": "store_true", "help": "print it as JSON"}},
-    store_commands.rm: {"refs": {"nargs": "*", "help": "ids or names"}},
-    store_commands.import_files: {"files": {"nargs": "+", "type": Path, "help": "memory files"}},
-    store_commands.rename: {
+    "serve": {"checkpoints": {"nargs": "*", "help": "checkpoints to serve; default: those in the package"}},
+    "sweep": {"checkpoints": {"nargs": "+", "help": CHECKPOINTS_HELP}},
+    "compare": {"systems": {"nargs": "+", "help": SYSTEMS_HELP}},
+    "store rm": {"refs": {"nargs": "*", "help": "ids or names"}},
+    "store import": {"files": {"nargs": "+", "type": Path, "help": "memory files"}},
+    "store rename": {
         "ref": {"help": "id or name"},
         "name": {"nargs": "?", "help": "new name; without one the memory has none"},
     },
-    store_commands.pin: {"--off": {"action": "store_true", "help": "no longer keep it from that"}},
 }
+"""Arguments of commands whose line ends in any number of them, or in one that may be left out: from a signature
+jsonargparse makes arguments of one value each. Everything else, flags too, comes from the signatures."""
 SHORT = {"-o": "--output"}
 INNER = {"eval": "task", "calibrate": "task", "write": "options"}
 """Commands that take any option of a task or a method, and their parameter for these."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; return 0, or 2 after one line that says what was wrong."""
-    arguments = [_long(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    """Run a command line.
+
+    Returns
+    -------
+    int
+        Exit code: 0, 2 after one line that says what was wrong, or 130 after an interruption.
+    """
+    if arguments is None:
+        use_utf8()
+        warnings.showwarning = _note
+        arguments = sys.argv[1:]
+    for number, argument in enumerate(arguments, 1):
+        if not _is_text(argument):
+            return _refuse(f"argument {number} is not UTF-8 text; a file of such a name can be given another, or piped")
+    arguments = [_long(argument) for argument in arguments]
     if arguments and arguments[0] in INNER:
         arguments = [_inner_option(argument, arguments[0]) for argument in arguments]
     try:
@@ -92,6 +103,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse(str(error))
     except ArgumentError as error:
         return _refuse(f"{error} (see gradmem {' '.join(arguments[:1])} --help)")
+    except KeyboardInterrupt as stopped:
+        if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+            print(f"gradmem: interrupted{f': {stopped}' if str(stopped) else ''}", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader of our output has left (as `head` does): nothing more to say, and no traceback at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,6 +116,29 @@ def main(arguments: list[str] | None = None) -> int:
 def _refuse(reason: str) -> int:
     print("gradmem: error: " + " ".join(reason.split()), file=sys.stderr)
     return 2
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning of ours as one line, and others as Python does."""
+    ours = category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent)
+    shown = f"gradmem: note: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(shown)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument was UTF-8: Python passes other bytes on as lone surrogates, which nothing can write."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _long(argument: str) -> str:
@@ -129,19 +167,18 @@ def _run(arguments: list[str]) -> None:
         exit_on_error=False,
     )
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
-    recipe = _given_recipe(arguments)
-    subcommands.add_subcommand("train", _train_parser(recipe), help="train a recipe")
-    subcommands.add_subcommand(
-        "plan", _recipe_parser(training_commands.plan, recipe), help=_summary(training_commands.plan)
-    )
-    for name, function in FUNCTIONS.items():
-        subcommands.add_subcommand(name, _function_parser(function), help=_summary(function))
-    for group, (functions, about) in GROUPS.items():
-        grouped = ArgumentParser(description=about)
-        subcommands.add_subcommand(group, grouped, help=about)
-        members = grouped.add_subcommands(required=True, metavar="COMMAND")
-        for name, function in functions.items():
-            members.add_subcommand(name, _function_parser(function), help=_summary(function))
+    given, recipe = next((one for one in arguments if not one.startswith("-")), None), _given_recipe(arguments)
+    makers: dict[str, tuple[Callable[[], ArgumentParser], str]] = {
+        "train": (lambda: _train_parser(recipe), "train a recipe"),
+        "plan": (lambda: _recipe_parser(training_commands.plan, recipe), _summary(training_commands.plan)),
+        **{name: (partial(_function_parser, name, one), _summary(one)) for name, one in FUNCTIONS.items()},
+        **{name: (partial(ArgumentParser, description=about), about) for name, (_, about) in GROUPS.items()},
+    }
+    for name, (make, about) in makers.items():
+        made = make() if name == given else ArgumentParser()
+        subcommands.add_subcommand(name, made, help=about)
+        if name == given and name in GROUPS:
+            _add_members(made, name)
     parsed = parser.parse_args(arguments)
     chosen = parsed[parsed.subcommand]
     if parsed.subcommand == "train":
@@ -150,26 +187,46 @@ def _run(arguments: list[str]) -> None:
         options = parser.instantiate(parsed)["plan"]
         training_commands.plan(_recipe(options), options.json)
     elif parsed.subcommand in GROUPS:
-        functions, _ = GROUPS[parsed.subcommand]
-        given = chosen[chosen.subcommand]
-        functions[chosen.subcommand](**(given.as_dict() if given else {}))
+        options = chosen[chosen.subcommand]
+        _members(parsed.subcommand)[chosen.subcommand](**(options.as_dict() if options else {}))
     else:
         FUNCTIONS[parsed.subcommand](**chosen.as_dict())
 
 
-def _function_parser(function: Callable[..., Any]) -> ArgumentParser:
-    """Options of a command. Flags and the rest of the line are told by hand: signatures do not know them."""
-    parser = ArgumentParser(description=_summary(function))
-    by_hand = BY_HAND.get(function, {})
+def _members(group: str) -> dict[str, Callable[..., Any]]:
+    module, name = GROUPS[group][0].split(":")
+    found: dict[str, Callable[..., Any]] = getattr(import_module(module), name)
+    return found
+
+
+def _add_members(parser: ArgumentParser, group: str) -> None:
+    members = parser.add_subcommands(required=True, metavar="COMMAND")
+    for name, function in _members(group).items():
+        members.add_subcommand(name, _function_parser(f"{group} {name}", function), help=_summary(function))
+
+
+def _function_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
+    """Options of a command: from the signature of its function, where booleans are flags, and from `POSITIONAL`."""
+    parser = ArgumentParser(description=_described(function))
+    by_hand = POSITIONAL.get(command, {})
     for name, settings in by_hand.items():
         parser.add_argument(name, **settings)
-    skip: set[Any] = {name.lstrip("-") for name in by_hand}
-    parser.add_function_arguments(function, as_positional=True, skip=skip, fail_untyped=True)
+    flags = {name for name, one in inspect.signature(function).parameters.items() if one.annotation == "bool"}
+    texts = {one.arg_name: one.description for one in docstring_parser.parse(function.__doc__ or "").params}
+    for name in sorted(flags):
+        parser.add_argument(f"--{name}", action="store_true", help=texts[name])
+    parser.add_function_arguments(function, as_positional=True, skip={*by_hand, *flags}, fail_untyped=True)
     return parser
 
 
 def _summary(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").splitlines()[0]
+
+
+def _described(function: Callable[..., Any]) -> str:
+    """The docstring of a command without its parameters."""
+    text = inspect.cleandoc(function.__doc__ or "").partition("\nParameters\n")[0]
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 def _given_recipe(arguments: list[str]) -> str | None:
@@ -210,6 +267,7 @@ def _recipe(options: Namespace) -> Recipe:
 def _launch(processes: int, arguments: list[str]) -> None:
     """Run the same command in several processes; two with one thread each beat one with two threads on a CPU."""
     import torch.distributed.run as launcher
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -218,6 +276,8 @@ def _launch(processes: int, arguments: list[str]) -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns once that it need not look for unused parameters
     try:
         launcher.main(["--standalone", f"--nproc-per-node={processes}", "-m", "gradmem", *arguments])
+    except SignalException as signalled:
+        raise KeyboardInterrupt("each process was told to stop, and said what it saved") from signalled
     except ChildFailedError as error:
         raise GradmemError(f"one of {processes} training processes failed: its own message is above") from error
 

@@ -1,25 +1,29 @@
-"""Commands that write and ask memories, as plain functions whose signatures are the options of the command line."""
+"""Commands that write and ask memories, as plain functions whose signatures are the options of the command line.
+
+What computes is imported where it is used, so that `--help` and `list` need not wait for it.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import gradmem
 
-from .checkpoints import checkpoint_names, load, open_memory
-from .console import console, device_named, dumps, progress_bar, read_stdin, read_text
+from .choices import Precision
+from .console import console, device_named, dumps, notes, progress_bar, read_stdin, read_text
 from .errors import GradmemError, Missing
 from .files import write_bytes
-from .memory import Memory, Precision
-from .records import written_texts
-from .store import Store
+from .interruption import Interruptible
+from .packaged import checkpoint_names
+from .records import Record, written_texts
 from .tables import differences, provenance, receipt, receipts, restored, tokens_of
 from .training.recipe import recipe_names
-from .trust import Answer
 
 NOT_HERE = "not in this memory"
 
@@ -39,8 +43,12 @@ def write(
     precision: Precision = "float32",
     device: str = "cpu",
     options: dict[str, Any] | None = None,
-) -> Memory:
+) -> None:
     """Write a text file into a memory file and print the receipt.
+
+    The packaged checkpoints take key:value pairs (kv-32 and the like) and stories in the words of bAbI (babi). A plain
+    language model takes any text: cram makes it recite that text, and does not teach it to answer questions about it.
+    Ctrl-C stops after the step at hand and saves the memory as it is then; a second one saves nothing.
 
     Parameters
     ----------
@@ -57,7 +65,8 @@ def write(
     tags
         Tags in the store, as a,b.
     method
-        For a plain language model: a method that needs no training; default: cram.
+        For a plain language model: a method that needs no training; default: cram, which recites the text, and does not
+        answer questions about it.
     chunk
         Cut the text after so many tokens. GradMem and RMT write the parts into one memory (see --chunks), other
         methods into a memory each; default: as in training, or what the model is for.
@@ -78,33 +87,83 @@ def write(
     if not store and (name is not None or tags):
         raise GradmemError("names and tags are for memories in the store: add --store")
     given = ({"name": method} if method else {}) | (options or {})
-    model = load(checkpoint, given or None).to(device_named(device))
     text = read_text(file)
+    model = gradmem.load(checkpoint, given or None).to(device_named(device))
+    _settle()
     if chunk is not None and model.method.joins:
         model.choose({"chunk": chunk})
     texts = [text] if model.method.chunk is not None else model.chunks(text, chunk)
-    settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps, "progress": progress_bar}
-    if store:
-        with Store() as keeper:
-            entry = keeper.write(model, texts, precision=precision, name=name, tags=tags, **settings)
-            data = keeper.read(entry.id)
-    else:
-        data = model.write(texts, **settings).to_bytes(precision)
-    memory = model.bind(Memory.from_bytes(data))
+    settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps}
+    kept = None
+    with Interruptible() as stopped:
+        settings["progress"] = partial(progress_bar, stop=stopped, detail=_loss)
+        if store:
+            kept, data = _keep(model, texts, precision, name, tags, stopped, settings)
+        else:
+            data = model.write(texts, **settings).to_bytes(precision)
+    memory = model.bind(gradmem.Memory.from_bytes(data))
     records = memory.records
     console.print(receipt(records[0], tokens_of(memory, text)) if len(memory) == 1 else receipts(records))
     size = f"{len(data)} bytes for {len(text.encode())} bytes of text"
-    if store:
-        console.print(f"kept {entry.label} ({entry.id}): {size}", markup=False, highlight=False, soft_wrap=True)
-    if output or not store:
-        console.print(f"saved {write_bytes(output or Path('memory.safetensors'), data)}: {size}")
-    return memory
+    if kept:
+        _say(f"kept {kept.label} ({kept.id}): {size}")
+    if output or not kept:
+        _say(f"saved {write_bytes(output or Path('memory.safetensors'), data)}: {size}")
+    _tell_missed(records, until)
+    if model.method.caution:
+        _say(f"note: {model.method.caution}")
+    if stopped:
+        taken = max(record.steps for record in records)
+        raise KeyboardInterrupt(f"what was saved is the memory after {taken} write steps")
 
 
-def ask(
-    memory: Path, queries: list[str], jsonl: bool = False, abstain: bool = False, device: str = "cpu"
-) -> list[str | None]:
+def _keep(
+    model: gradmem.MemoryModel,
+    texts: list[str],
+    precision: Precision,
+    name: str | None,
+    tags: str,
+    stopped: Interruptible,
+    settings: dict[str, Any],
+) -> tuple[Any, bytes]:
+    """Entry in the store and bytes of the memory of texts; no entry where writing was interrupted."""
+    from .store import Store, content_of
+
+    content = content_of(model, texts, settings["steps"], settings["until"], settings["max_steps"], precision)
+    with Store() as keeper:
+        entry = keeper.known(content, name=name, tags=tags)
+        if entry is None:
+            memory = model.write(texts, **settings)
+            if stopped:
+                return None, memory.to_bytes(precision)  # not what the next write of this text would give
+            entry = keeper.put(memory, name=name, tags=tags, precision=precision, content=content)
+        return entry, keeper.read(entry.id)
+
+
+def _loss(written: gradmem.Written) -> str:
+    return f"write loss {float(written.losses[-1].mean()):.4f}" if len(written.losses) else ""
+
+
+def _tell_missed(records: list[Record], until: float | None) -> None:
+    """Say where the write loss that was asked for was not reached."""
+    missed = [record for record in records if until is not None and record.loss_after > until]
+    if missed:
+        worst = max(missed, key=lambda record: record.loss_after)
+        where = f" in {len(missed)} of {len(records)} chunks" if len(records) > 1 else ""
+        _say(
+            f"missed --until {until:g}{where}: write loss {worst.loss_after:.4f} after {worst.steps} steps; raise "
+            "--max_steps, or give shorter chunks or more memory"
+        )
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def ask(memory: Path, queries: list[str], jsonl: bool = False, abstain: bool = False, device: str = "cpu") -> None:
     """Answer queries from a memory file alone.
+
+    A memory that cram wrote recites its text and does not answer questions: gradmem restore reads the text back.
 
     Parameters
     ----------
@@ -124,6 +183,7 @@ def ask(
         raise GradmemError(f"{memory} holds {len(opened)} memories; ask them from Python")
     model = opened.model.to(device_named(device))
     opened = model.bind(opened)
+    _settle()
     if abstain and model.abstain is None:
         raise GradmemError(f"'{model.name}' was not calibrated: gradmem calibrate CHECKPOINT")
     if abstain and model.abstain and not model.abstain.holds(opened.records[0]):
@@ -142,16 +202,15 @@ def ask(
     for query, row in zip(queries, rows, strict=True):
         shown = NOT_HERE if row["answer"] is None else row["answer"]
         print(json.dumps({"query": query, **row}, ensure_ascii=False) if jsonl else shown)
-    return [row["answer"] for row in rows]
 
 
-def _assessed(answer: Answer) -> dict[str, Any]:
+def _assessed(answer: gradmem.Answer) -> dict[str, Any]:
     """An answer, or none where it is abstained from, with what speaks for it."""
     evidence = {name: round(getattr(answer, name), 4) for name in ("written", "logprob", "near_loss")}
     return {"answer": None if answer.abstained else answer.text, **evidence}
 
 
-def restore(memory: Path, output: Path | None = None, context: Path | None = None, device: str = "cpu") -> str:
+def restore(memory: Path, output: Path | None = None, context: Path | None = None, device: str = "cpu") -> None:
     """Read the text back from a memory file alone, and say how sure that is.
 
     Parameters
@@ -179,15 +238,13 @@ def restore(memory: Path, output: Path | None = None, context: Path | None = Non
         sys.stdout.write(text)
         sys.stdout.flush()
     # Beside the text, not in it.
-    notes = Console(stderr=True)
     notes.print(restored(opened.parts, texts))
     if original is not None:
         wanted = [original.get(record.context_sha256) for record in opened.parts]
         notes.print(differences(model.task, ids, wanted))
-    return text
 
 
-def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Memory:
+def inspect(memory: Path, context: Path | None = None, json: bool = False) -> None:
     """Show where a memory comes from and what it kept.
 
     Parameters
@@ -199,24 +256,30 @@ def inspect(memory: Path, context: Path | None = None, json: bool = False) -> Me
     json
         Print the records as JSON.
     """
-    loaded = Memory.load(memory)
+    loaded = gradmem.Memory.load(memory)
     if json:
         print(dumps([record.row() for record in loaded.records]))
-        return loaded
+        return
     text = read_text(context) if context else None
     texts = {} if text is None else written_texts(text, loaded.parts, str(context))
-    bound = open_memory(memory) if texts else loaded
+    bound = gradmem.open(memory) if texts else loaded
     for record in loaded.parts:
         console.print(provenance(record, loaded, memory))
         written = texts.get(record.context_sha256)
         console.print(receipt(record, None if written is None else tokens_of(bound, written)))
-    return loaded
 
 
-def _open(memory: Path) -> Memory:
+def _settle() -> None:
+    """Tell the garbage collector that what was imported and loaded stays: also at exit it need not search that."""
+    gc.freeze()
+
+
+def _open(memory: Path) -> gradmem.Memory:
     """Open a memory file or, where there is none, what the store keeps under this id or name."""
     if os.path.exists(memory):  # Path.exists raises for names that are too long
-        return open_memory(memory)
+        return gradmem.open(memory)
+    from .store import Store
+
     try:
         with Store(create=False) as store:
             return store.open(str(memory))
@@ -226,5 +289,5 @@ def _open(memory: Path) -> Memory:
 
 def show_list() -> None:
     """List the checkpoints and recipes in the package."""
-    console.print("checkpoints: " + (", ".join(checkpoint_names()) or "none"), highlight=False)
-    console.print("recipes: " + (", ".join(recipe_names()) or "none"), highlight=False)
+    _say("checkpoints: " + (", ".join(checkpoint_names()) or "none"))
+    _say("recipes: " + (", ".join(recipe_names()) or "none"))

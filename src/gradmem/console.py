@@ -4,17 +4,54 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .errors import GradmemError
+from .interruption import Interruptible
 
-console = Console()
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+WIDE = 200
+"""Columns of what is piped, where a program or a file takes whole table cells rather than a screen's width."""
+EVERY = 10.0
+"""Seconds between the lines that show progress where no terminal could show a bar."""
+
+
+def _console(stderr: bool = False) -> Console:
+    """As wide as its terminal, or wide enough for whole cells where it is piped."""
+    found = Console(stderr=stderr)
+    return found if found.is_terminal else Console(stderr=stderr, width=max(found.width, WIDE))
+
+
+console = _console()
+notes = _console(stderr=True)
+"""Standard error: what is not the result."""
+
+
+def use_utf8() -> None:
+    """Take and give text as UTF-8 whatever the locale says, as files are read and written."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is None:
+            continue  # closed
+        errors = "strict" if stream is sys.stdin else "backslashreplace"
+        stream.reconfigure(encoding="utf-8", errors=errors)  # type: ignore[union-attr]
+    if sys.stdin is not None:
+        sys.stdin.reconfigure(newline="")  # type: ignore[union-attr]
 
 
 def read_text(path: Path) -> str:
@@ -36,13 +73,26 @@ def read_text(path: Path) -> str:
 
 
 def read_stdin() -> str:
+    """Read all of standard input.
+
+    Raises
+    ------
+    GradmemError
+        When it is closed, cannot be read or is not UTF-8.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        raise GradmemError("standard input is closed: give a file, or text on standard input")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise GradmemError(f"standard input is not UTF-8 text: {error.reason}") from error
+        raise GradmemError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise GradmemError(f"cannot read standard input: {error.strerror or error}") from error
 
 
 def device_named(name: str) -> torch.device:
+    import torch
+
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -51,9 +101,50 @@ def device_named(name: str) -> torch.device:
     return device
 
 
-def progress_bar(batches: Iterable[Any], title: str, total: int | None = None) -> Iterable[Any]:
-    quiet = Console(stderr=True)
-    return track(batches, title, total, console=quiet, transient=True, disable=not quiet.is_terminal)
+def progress_bar(
+    batches: Iterable[T],
+    title: str = "",
+    total: int | None = None,
+    *,
+    stop: Interruptible | None = None,
+    detail: Callable[[T], str] | None = None,
+) -> Iterator[T]:
+    """Pass on what is done step by step and show how far it is: a bar on a terminal, a line now and then elsewhere.
+
+    Parameters
+    ----------
+    batches : iterable
+    title : str
+    total : int, optional
+    stop : Interruptible, optional
+        End with the step at hand when this was asked to.
+    detail : callable, optional
+        What else to show of a step.
+    """
+    if total is None and isinstance(batches, Sized):
+        total = len(batches)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}")]
+    bar = Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=notes,
+        transient=True,
+        disable=not notes.is_terminal,
+    )
+    said = time.monotonic()
+    with bar:
+        task = bar.add_task(title, total=total, detail="")
+        for done, batch in enumerate(batches, 1):
+            shown = detail(batch) if detail else ""
+            bar.update(task, completed=done, detail=shown)
+            if not notes.is_terminal and time.monotonic() - said >= EVERY:
+                said = time.monotonic()
+                of = "" if total is None else f" of {total}"
+                notes.print(f"{title}: {done}{of} {shown}".rstrip(), highlight=False, soft_wrap=True)
+            yield batch
+            if stop:
+                return
 
 
 def dumps(value: Any) -> str:

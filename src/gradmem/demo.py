@@ -5,17 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import torch
-from rich.console import Console
 from rich.table import Table
 
-from .checkpoints import load, open_memory
-from .errors import GradmemError
-from .evaluation.evaluate import evaluate
-from .evaluation.report import steps_figure, table
-from .model import MemoryModel
+import gradmem
 
-console = Console()
+from .console import console, progress_bar, read_text
+from .errors import GradmemError
+
 STORY = """
 Sandra went to the kitchen. Daniel travelled to the garden. Mary journeyed to the office. Daniel moved to the bedroom.
 John went back to the bathroom. Sandra moved to the hallway. Mary went to the garden. John travelled to the kitchen.
@@ -33,7 +29,7 @@ def demo(
     story: str | None = "babi",
     pairs: Path | None = None,
     output: Path = Path("demo-out"),
-    samples: int = 100,
+    samples: int = 0,
     seed: int = 7,
 ) -> None:
     """Write key-value pairs into a few vectors, delete them, and answer every query; then the same with a story.
@@ -47,13 +43,13 @@ def demo(
     pairs
         File of lines key:value to use instead of drawn ones.
     output
-        Directory for the memory file and the figure.
+        Directory for the memory files and the figure.
     samples
-        Contexts for the table of exact match by write steps.
+        Also measure exact match by write steps on so many fresh contexts, after the answers; 100 take a minute or two.
     seed
         Seed of the drawn pairs.
     """
-    model = load(checkpoint)
+    model = gradmem.load(checkpoint)
     text = _text(model, pairs, seed)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -69,36 +65,41 @@ def demo(
     console.print(f"wrote {len(truth)} pairs into {file} in {written.records[0].steps} steps and deleted them")
     del written
 
-    memory = open_memory(file)
+    memory = gradmem.open(file)
     answers = memory.ask([query for query, _ in truth])
     console.print(_answers(truth, answers))
     right = sum(answer == value for answer, (_, value) in zip(answers, truth, strict=True))
     console.print(f"{right} of {len(truth)} right, from {file} alone\n")
     console.print(_sizes(model, text, memory.nbytes, file.stat().st_size))
+    if story is not None:
+        _tell(gradmem.load(story), output)
+    if samples:
+        _measure(model, samples, seed, output / "steps.png")
+
+
+def _measure(model: gradmem.MemoryModel, samples: int, seed: int, file: Path) -> None:
+    """Table and figure of exact match by write steps."""
+    from .evaluation.report import steps_figure, table
+    from .evaluation.results import evaluate
 
     steps = list(range(model.method.write_steps + 1))
-    results = evaluate(model, steps, samples=samples, seed=seed)
+    results = evaluate(model, steps, samples=samples, seed=seed, progress=progress_bar)
     console.print(table(results))
-    title = f"{checkpoint}: {samples} fresh contexts, seed {seed}"
     try:
-        console.print(f"figure: {steps_figure(results, output / 'steps.png', title)}")
+        console.print(f"figure: {steps_figure(results, file, f'{model.name}: {samples} fresh contexts, seed {seed}')}")
     except GradmemError as error:
         console.print(f"no figure: {error}", markup=False)
-    if story is not None:
-        _tell(load(story), output)
 
 
-def _tell(model: MemoryModel, output: Path) -> None:
+def _tell(model: gradmem.MemoryModel, output: Path) -> None:
     """Tell a story, forget it, and answer from the memory file."""
     file = model.write(STORY).save(output / "story.safetensors")
     console.print(f"\na story: {' '.join(STORY.split())}\nwritten into {file}, and forgotten\n", highlight=False)
-    console.print(_answers(WHERE, open_memory(file).ask([question for question, _ in WHERE])))
+    console.print(_answers(WHERE, gradmem.open(file).ask([question for question, _ in WHERE])))
 
 
-def _text(model: MemoryModel, pairs: Path | None, seed: int) -> str:
+def _text(model: gradmem.MemoryModel, pairs: Path | None, seed: int) -> str:
     if pairs is not None:
-        from .console import read_text
-
         return read_text(pairs)
     if (drawn := model.task.example(seed)) is None:
         raise GradmemError(f"'{model.name}' has no examples of its own: give --pairs")
@@ -122,8 +123,10 @@ def _answers(truth: list[tuple[str, str]], answers: list[str]) -> Table:
     return built
 
 
-def _sizes(model: MemoryModel, text: str, memory: int, file: int) -> Table:
+def _sizes(model: gradmem.MemoryModel, text: str, memory: int, file: int) -> Table:
     """Bytes of the memory beside what it replaces."""
+    import torch
+
     ids = torch.tensor([model.encode(model.task.context_text(text), "context", 10**9)], device=model.device)
     method = model.method
     vectors = f": {method.n_mem} vectors of {method.backbone.width}" if method.n_mem else ""

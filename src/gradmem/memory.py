@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .choices import Precision
 from .errors import GradmemError
 from .files import write_bytes
 from .records import Record, text_digest
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "gradmem-memory", 1
 SCALE = ".scale"
 LENGTHS = "lengths"
-Precision = Literal["float32", "float16", "int8"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 

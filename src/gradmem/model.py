@@ -27,7 +27,7 @@ from .memory import Memory, digest
 from .methods.base import Method
 from .prefix import Prefix, copies
 from .specs import Spec, build_backbone, build_method, build_task
-from .tasks.base import Task
+from .tasks.base import OTHER_TEXTS, Task
 from .trust import FILE as ABSTAIN
 from .trust import Abstain, Answer, assess, claim_losses, token_logprobs
 from .writing import Progress, as_texts, measure_again, write_texts
@@ -225,8 +225,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         if unknown_id is not None and unknown_id in ids:
             pieces = zip(self.task.pieces(text), ids, strict=True)
             alien = sorted({piece.strip() or piece for piece, i in pieces if i == unknown_id})
+            other = f"; {OTHER_TEXTS}" if what == "context" else ""
             kind = "characters" if max(map(len, alien)) == 1 else "words"
-            raise GradmemError(f"the {what} has {kind} that '{self.name}' does not know: {alien[:20]}")
+            raise GradmemError(f"the {what} has {kind} that '{self.name}' does not know: {alien[:20]}{other}")
         return ids
 
     def chunks(self, text: str, size: int | None = None) -> list[str]:

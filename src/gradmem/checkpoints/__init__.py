@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,13 @@ from huggingface_hub import hf_hub_download
 
 from ..data.gguf import pretrained_place
 from ..errors import GradmemError, unknown
+from ..lazy import uncollected
 from ..memory import Memory
 from ..model import CONFIG, MemoryModel
+from ..packaged import FOLDER, checkpoint_names
 
 
-def checkpoint_names() -> list[str]:
-    """Names of the checkpoints in the package."""
-    here = Path(str(resources.files(__name__)))
-    return sorted(path.name for path in here.iterdir() if (path / CONFIG).is_file())
-
-
+@uncollected()
 def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> MemoryModel:
     """Load a checkpoint (a name of the package, a directory, or a hub name `owner/model`) or a plain language model.
 
@@ -49,7 +45,7 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
 
 def _checkpoint(name: str) -> MemoryModel:
     if name in checkpoint_names():
-        model = MemoryModel.from_pretrained(str(resources.files(__name__) / name))
+        model = MemoryModel.from_pretrained(str(FOLDER / name))
         model.name = name
         return model
     if Path(name).is_dir():

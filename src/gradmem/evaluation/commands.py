@@ -1,4 +1,7 @@
-"""Commands that measure: eval, sweep, compare and calibrate, as plain functions like those in `gradmem.commands`."""
+"""Commands that measure: eval, sweep, compare and calibrate, as plain functions like those in `gradmem.commands`.
+
+What computes is imported where it is used, so that `--help` need not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import checkpoint_names, load
+import gradmem
+
+from ..choices import Precision, Split
 from ..console import console, device_named, progress_bar
 from ..errors import GradmemError
-from ..memory import Precision
-from ..model import MemoryModel
-from ..specs import build_task
-from ..tasks.base import Split
+from ..packaged import checkpoint_names
 from ..training.commands import train
 from ..training.recipe import load_recipe, recipe_names
-from . import calibrate as calibration
-from . import compare as comparison
-from .evaluate import Result
-from .evaluate import evaluate as measure
-from .report import save_csv, save_json, steps_figure, table
-from .sweep import Point, bits_figure, pairs_figure
-from .sweep import steps_figure as heatmap_figure
-from .sweep import sweep as run_sweep
-from .sweep import table as sweep_table
 
 
 class Ints(list[int]):
@@ -49,7 +42,7 @@ class Ints(list[int]):
         return cls(numbers)
 
 
-def evaluate(
+def measure(
     checkpoint: str,
     pairs: Ints | None = None,
     steps: Ints | None = None,
@@ -62,7 +55,7 @@ def evaluate(
     figure: Path | None = None,
     task: dict[str, Any] | None = None,
     method: dict[str, Any] | None = None,
-) -> list[Result]:
+) -> None:
     """Measure exact match on fresh contexts, with control rows.
 
     Parameters
@@ -94,7 +87,11 @@ def evaluate(
         How to write, where not as in training: --method.chunk 113 --method.chunks independent, and, with GradMem,
         --method.gauss_newton_after 1: Gauss-Newton steps after the first, each at the cost of some seven others.
     """
-    model = load(checkpoint, method).to(device_named(device))
+    from ..specs import build_task
+    from .report import save_json, steps_figure, table
+    from .results import Result, evaluate
+
+    model = gradmem.load(checkpoint, method).to(device_named(device))
     given = [{**(task or {}), "pairs": n} for n in pairs] if pairs else [task or {}]
     built = [build_task({**model.spec["task"], **options}) for options in given]
     tasks = [{**options, **variant} for options, one in zip(given, built, strict=True) for variant in one.variants()]
@@ -102,7 +99,7 @@ def evaluate(
         raise GradmemError("a figure by step shows one number of pairs, or one task: give one")
     results: list[Result] = []
     for options in tasks:
-        results += measure(
+        results += evaluate(
             model,
             steps,
             samples,
@@ -120,7 +117,6 @@ def evaluate(
         console.print(f"saved {steps_figure(results, figure, title)}")
     for note in dict.fromkeys(note for one in built for note in one.notes(split)):
         console.print(note, markup=False, highlight=False)
-    return results
 
 
 def sweep(
@@ -137,7 +133,7 @@ def sweep(
     heatmap: Path | None = None,
     bits: Path | None = None,
     method: dict[str, Any] | None = None,
-) -> list[Point]:
+) -> None:
     """Measure checkpoints at several numbers of pairs, after every number of steps up to many more than trained.
 
     Parameters
@@ -169,24 +165,27 @@ def sweep(
     method
         How to write, where not as in training; see gradmem eval --help.
     """
+    from .report import save_csv, save_json
+    from .sweep import Point, bits_figure, pairs_figure, steps_figure, table
+    from .sweep import sweep as measure
+
     points: list[Point] = []
     for name in checkpoints:
-        model = load(name, method).to(device_named(device))
+        model = gradmem.load(name, method).to(device_named(device))
         own = getattr(model.task, "pairs", None)
         if own is None:
             raise GradmemError(f"'{name}' was trained on no number of pairs: a sweep is for key-value tasks")
-        points += run_sweep(model, pairs or [own], steps or range(31), samples, valid_samples, seed, progress_bar)
-    console.print(sweep_table(points))
+        points += measure(model, pairs or [own], steps or range(31), samples, valid_samples, seed, progress_bar)
+    console.print(table(points))
     rows = [row for point in points for row in point.rows()]
     saved = [
         json and save_json(rows, json),
         csv and save_csv(rows, csv),
         figure and pairs_figure(points, figure),
-        heatmap and heatmap_figure(points, heatmap),
+        heatmap and steps_figure(points, heatmap),
         bits and bits_figure(points, bits),
     ]
     _tell_saved(saved)
-    return points
 
 
 def compare(
@@ -198,7 +197,7 @@ def compare(
     json: Path | None = None,
     csv: Path | None = None,
     figures: Path | None = None,
-) -> list[comparison.Entry]:
+) -> None:
     """Compare systems on the same contexts: what each stores, in how many bytes, at what cost.
 
     Parameters
@@ -221,6 +220,9 @@ def compare(
         Also draw exact match by pairs, by bytes and by the cost of a write, the time of many queries, and the pairs
         recalled by minutes of training, in this directory.
     """
+    from . import compare as comparison
+    from .report import save_csv, save_json
+
     entries = comparison.compare(
         [_system(name, output) for name in systems],
         pairs or [4, 8, 16, 32, 64, 96],
@@ -236,7 +238,6 @@ def compare(
         *(comparison.figures(entries, figures) if figures else []),
     ]
     _tell_saved(saved)
-    return entries
 
 
 def _tell_saved(paths: Iterable[Path | None]) -> None:
@@ -244,17 +245,19 @@ def _tell_saved(paths: Iterable[Path | None]) -> None:
         console.print(f"saved {path}")
 
 
-def _system(name: str, output: Path) -> tuple[MemoryModel, comparison.Training]:
+def _system(name: str, output: Path) -> tuple[gradmem.MemoryModel, Any]:
     """Load a checkpoint, that of a run, or what a recipe trains."""
+    from .compare import Training
+
     run, packaged = Path(name), name in checkpoint_names()
     if not packaged and (name in recipe_names() or name.endswith((".yaml", ".yml"))):
         run = output / run.stem
         train(load_recipe(name), run)
     elif packaged or not (run / "checkpoint").is_dir():
-        return load(name), comparison.Training()
-    model = load(run / "checkpoint")
+        return gradmem.load(name), Training()
+    model = gradmem.load(run / "checkpoint")
     model.name = run.name
-    return model, comparison.Training.of(run)
+    return model, Training.of(run)
 
 
 def calibrate(
@@ -266,7 +269,7 @@ def calibrate(
     json: Path | None = None,
     figure: Path | None = None,
     task: dict[str, Any] | None = None,
-) -> calibration.Calibration:
+) -> None:
     """Fit when a checkpoint abstains, on queries whose answer was and was not written, and measure it on fresh ones.
 
     Parameters
@@ -291,9 +294,11 @@ def calibrate(
     directory = output or Path(checkpoint)
     if not directory.is_dir():
         raise GradmemError(f"'{directory}' is no directory to save abstain.json in: name one with -o")
-    model = load(checkpoint).to(device_named(device))
+    from . import calibrate as calibration
+    from .report import save_json
+
+    model = gradmem.load(checkpoint).to(device_named(device))
     found = calibration.calibrate(model, samples, seed, task, progress_bar)
     console.print(found.table())
     saved = [found.abstain.save(directory), json and save_json([found.row()], json), figure and found.figure(figure)]
     _tell_saved(saved)
-    return found

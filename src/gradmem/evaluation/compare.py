@@ -19,8 +19,8 @@ from ..model import MemoryModel
 from ..specs import build_task
 from ..training.recipe import Recipe, load_recipe
 from .cost import Cost, break_even, measure
-from .evaluate import Result, evaluate
 from .report import by_pairs, figure, percent_interval
+from .results import Result, evaluate
 
 ASKED = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
 """Numbers of queries in the cost figure."""

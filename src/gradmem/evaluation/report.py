@@ -14,8 +14,8 @@ from rich.table import Table
 
 from ..errors import GradmemError
 from ..files import write_bytes
-from .evaluate import Result
 from .published import BY_PAIRS
+from .results import Result
 
 
 def table(results: Sequence[Result]) -> Table:

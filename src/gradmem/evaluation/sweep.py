@@ -13,9 +13,9 @@ from rich.table import Table
 from ..errors import GradmemError
 from ..model import MemoryModel
 from ..specs import build_task
-from .evaluate import Result, evaluate
 from .published import BEST_OF_30, BY_STEPS
 from .report import by_pairs, chosen_options, figure, percent_interval
+from .results import Result, evaluate
 
 FEW = 5
 """Steps that the paper calls few."""

@@ -86,6 +86,8 @@ class Method(nn.Module, ABC):
     """Attributes that change how it writes, not what its weights are, and may be set at any time."""
     joins: bool = False
     """Whether it can write the chunks of a context into one memory; where not, each takes a memory of its own."""
+    caution: str = ""
+    """What its memories are not good for, for whoever might expect it."""
     chunk: int | None = None
     """Most tokens of a chunk; None where contexts are written whole. Set it by `chunk_by`."""
     chunks: Mode = "sequential"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import require
+from ..memory import Memory
+from ..prefix import Prefix
 from .base import Written
 from .gradmem import GradMem
 
@@ -19,6 +23,9 @@ class Cram(GradMem):
 
     GradMem without meta-training: nothing here is trained, so hundreds of steps do what a few do there. The same text
     always gives the same memory.
+
+    It is for reciting: the model gives the text back, token by token (`restore`). It has not learned to answer
+    questions from such a memory: what it says to one may have nothing to do with the text, and `generate` warns.
 
     Parameters
     ----------
@@ -36,6 +43,10 @@ class Cram(GradMem):
         Seed of the drawn vectors.
     """
 
+    caution = (
+        "cram recites its text and does not answer questions about it: answers may be wrong; `gradmem restore` reads "
+        "the text back"
+    )
     joins = False  # a frozen model has not learned to read several memories together
 
     def __init__(
@@ -69,3 +80,16 @@ class Cram(GradMem):
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
         """Yield the memory before the first write step and after every step; see `Method.trajectory`."""
         yield from super().trajectory(context, steps, until=until)
+
+    def generate(
+        self,
+        memory: Memory | Prefix,
+        queries: list[list[int]],
+        rows: Tensor | None = None,
+        *,
+        pad_id: int = 0,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Continue each query, with a warning: see the class, and `Method.generate`."""
+        warnings.warn(self.caution, stacklevel=2)
+        return super().generate(memory, queries, rows, pad_id=pad_id, **options)

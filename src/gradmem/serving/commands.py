@@ -7,10 +7,9 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from ..checkpoints import checkpoint_names
 from ..console import console
 from ..errors import GradmemError
-from ..store import Store
+from ..packaged import checkpoint_names
 from .keys import Keys
 
 
@@ -42,6 +41,7 @@ def serve(
     try:
         import uvicorn
 
+        from ..store import Store
         from .app import create_app
         from .settings import Settings
         from .watch import LOG, JsonLines

@@ -11,7 +11,6 @@ from typing_extensions import Unpack
 from ..console import console, dumps, progress_bar, read_text
 from ..errors import GradmemError
 from ..files import write_bytes
-from ..memory import read_bytes
 from .entries import Diff, Entry
 from .listing import Filters
 from .store import Store
@@ -118,6 +117,8 @@ def import_files(files: list[Path], name: str | None = None, tags: str = "") -> 
     """
     if name is not None and len(files) > 1:
         raise GradmemError(f"one name for {len(files)} memories: import them one by one, or give tags")
+    from ..memory import read_bytes
+
     with Store() as store:
         return [_said(store.put(read_bytes(file), name=name, tags=tags), "kept") for file in files]
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from itertools import chain
 from typing import Any
 
-from ..memory import Precision
+from ..choices import Precision
 from ..records import Record
 
 CURSOR = "%Y%m%dT%H%M%S.%f"

@@ -14,21 +14,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from typing_extensions import Unpack
 
-from ..checkpoints import bind_memory
+from ..choices import Precision
 from ..errors import Conflict, GradmemError, Missing, Unavailable, require
-from ..memory import Memory, Precision, identity, stored_precision
-from ..model import MemoryModel
 from ..records import text_digest
 from . import database as db
 from .entries import Diff, Entry, Version
 from .listing import Filters, labels, matching
+
+if TYPE_CHECKING:
+    from ..memory import Memory
+    from ..model import MemoryModel
 
 LARGEST = 10**9
 """Bytes that a database takes in one value."""
@@ -175,6 +177,8 @@ class Store:
         GradmemError
             When the bytes are no memory file, the memory does not say who wrote it, or its name is taken.
         """
+        from ..memory import Memory, identity
+
         data = memory if isinstance(memory, bytes) else memory.to_bytes(precision)
         loaded = Memory.from_bytes(data) if isinstance(memory, bytes) else memory
         content = content or identity(data)
@@ -294,10 +298,14 @@ class Store:
 
     def load(self, ref: str, version: int | None = None) -> Memory:
         """A memory, bound to no model; see `read`."""
+        from ..memory import Memory
+
         return Memory.from_bytes(self.read(ref, version), f"memory '{ref}'")
 
     def open(self, ref: str, version: int | None = None) -> Memory:
         """A memory bound to the checkpoint that wrote it, ready to be asked; see `gradmem.open`."""
+        from ..checkpoints import bind_memory
+
         return bind_memory(self.load(ref, version), f"memory '{ref}'")
 
     def list(self, *, limit: int = 50, after: str | None = None, **filters: Unpack[Filters]) -> Sequence[Entry]:
@@ -554,6 +562,8 @@ def _check_name(name: str) -> None:
 
 def _version(memory: Memory, data: bytes) -> Version:
     """What a version says of itself; its number is the database's to give."""
+    from ..memory import stored_precision
+
     written = memory.parts
     if not written or len({record.checkpoint for record in written}) != 1:
         raise GradmemError("a store keeps memories of text, written by one checkpoint")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch
+from ..choices import Split
 from ..data import Samples, collate, places
 
-Split = Literal["train", "valid", "test"]
+OTHER_TEXTS = (
+    "for any other text, as a letter or a table, write with a plain language model (gradmem write MODEL FILE), which "
+    "recites it and does not answer questions about it"
+)
+"""What to do with a text that a checkpoint was not trained on, for the end of an error message."""
 
 
 class Task(ABC):

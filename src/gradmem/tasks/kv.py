@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch, Tokens
 from ..errors import GradmemError
-from .base import Split, Task
+from .base import OTHER_TEXTS, Split, Task
 
 ALPHANUMERIC = string.ascii_letters + string.digits
 # Latin, Greek and Cyrillic letters that have a code point of their own: none is built by combining others.
@@ -214,7 +214,7 @@ class KV(Task):
             if not good or not set(key + value) <= set(self.letters):
                 raise GradmemError(
                     f"line {number} {line.strip()[:40]!r} is no pair: write key:value with {self.key_length} and "
-                    f"{self.value_length} letters or digits, as 'a7:Qz'"
+                    f"{self.value_length} letters or digits, as 'a7:Qz'; {OTHER_TEXTS}"
                 )
             if key in pairs:
                 raise GradmemError(f"line {number}: the key '{key}' stands twice")

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 
 from ..console import console, progress_bar
 from ..errors import GradmemError
-from ..evaluation.report import save_json
 from ..tables import plan_table
 from .recipe import Recipe
 
@@ -27,17 +26,20 @@ def train(recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto
     output
         Directory of the run: recipe, log (CSV and TensorBoard), resumable states, checkpoint.
     resume
-        auto: continue from the newest state where there is one; never: refuse to.
+        auto: continue from the newest state where there is one; never: refuse to. Ctrl-C and SIGTERM save one.
     """
     with _training_packages():
         from .loop import Trainer
+        from .state import states
     try:
         trainer = Trainer(recipe, output, resume)
         trainer.run()
     except (OSError, SafetensorError) as error:
         raise GradmemError(f"cannot write to {output}: {error}; the last state is kept") from error
     except KeyboardInterrupt:
-        raise GradmemError(f"interrupted; the same command continues from the last state in {output}") from None
+        kept = states(output / "states")
+        told = f"the same command continues from {kept[-1]}" if kept else f"there is no state in {output} to go on from"
+        raise KeyboardInterrupt(told) from None
     if trainer.main:
         console.print(f"checkpoint: {output / 'checkpoint'}")
 
@@ -57,10 +59,18 @@ def plan(recipe: Recipe, json: Path | None = None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     plans = plan_recipe(recipe)
     for number, (stage, made) in enumerate(progress_bar(plans, "measuring", len(recipe.stages)), 1):
-        about = {"stage": number, "tasks": stage.tasks, "write_steps": max(stage.write_steps), "steps": stage.max_steps}
+        about = {
+            "stage": number,
+            "tasks": stage.tasks,
+            "write_steps": max(stage.write_steps),
+            "steps": stage.max_steps,
+            "until": stage.until,
+        }
         rows += [about | asdict(t) | {"chosen": t is made.chosen, "budget": made.budget} for t in made.trials]
-    console.print(plan_table(rows))
+    console.print(plan_table(rows, recipe.max_minutes))
     if json:
+        from ..evaluation.report import save_json
+
         console.print(f"saved {save_json(rows, json)}")
     return rows
 

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +23,14 @@ from torch import Tensor
 from ..batch import Batch
 from ..checkpoints import load
 from ..errors import GradmemError
-from ..evaluation.evaluate import evaluate
 from ..evaluation.report import save_json
+from ..evaluation.results import evaluate
+from ..interruption import Interruptible
 from ..model import MemoryModel
 from ..specs import build_task
 from ..tasks.base import Task
 from .optim import build_optimizers
-from .plan import choose_device, clock, gigabytes, plan_stage, stage_precision
+from .plan import choose_device, gigabytes, plan_stage, stage_precision
 from .precision import matmul_precision
 from .recipe import Recipe, Stage
 from .state import Place, load_state, replace, save_state, states, take_weights
@@ -65,6 +67,13 @@ class Draw(NamedTuple):
     queries: int
     tokens: int
     """Target tokens."""
+
+
+def clock(device: torch.device) -> float:
+    """Seconds of a clock on the wall, when the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 class Trainer:
@@ -122,6 +131,8 @@ class Trainer:
         self.step_module = self.accelerator.prepare(self.meta_step)
         self.parameters = [p for p in self.model.method.parameters() if p.requires_grad]
         self.coming: tuple[int, Draw] | None = None
+        self.stopped = Interruptible()
+        self.stop = False
 
     def run(self) -> MemoryModel:
         """Train to the end of the last stage and return the model; its checkpoint is in `output/checkpoint`.
@@ -130,11 +141,13 @@ class Trainer:
         ------
         GradmemError
             When loss or gradient are not finite; the newest state and checkpoint stay as they are.
+        KeyboardInterrupt
+            After Ctrl-C or SIGTERM, when the state after the step at hand is saved.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         if self.main:
             (self.output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False))
-        with self._log() as log, self._progress() as progress:
+        with self._log() as log, self._progress() as progress, self.stopped:
             while self.place.stage < len(self.recipe.stages) and not self._time_is_over():
                 self._run_stage(self.recipe.stages[self.place.stage], log, progress)
         return self.model
@@ -160,7 +173,7 @@ class Trainer:
     ) -> None:
         place = self.place
         self._plan(stage, tasks, progress)
-        while not (finished := self._finished(stage)) and not self._time_is_over():
+        while not (finished := self._finished(stage)) and not self._time_is_over() and not self.stop:
             started = clock(self.accelerator.device)
             try:
                 row = self._step(stage, tasks)
@@ -177,6 +190,9 @@ class Trainer:
             progress.show(row, place)
             if place.step % self.recipe.save_every == 0:
                 self._save()
+        if self.stop and not finished:
+            self._save()
+            raise KeyboardInterrupt
         progress.end(place)
         # The checkpoint first: a run that is killed between the two repeats some steps and saves it again.
         if self.main:
@@ -307,10 +323,14 @@ class Trainer:
         shown = self._backward(draw, self.recipe.weight_of(stage))
         norm = self.accelerator.clip_grad_norm_(self.parameters, recipe.clip_norm)
         factor = self._lr(stage)
+        # A process that was told to stop stops all: each would wait for the others.
+        told = torch.tensor([float(bool(self.stopped))]).to(shown, non_blocking=True)
         if self.accelerator.device.type != "cpu":  # which has much to do before it can say how it went
             self.coming = place.step + 1, self._draw(stage, tasks, place.step + 1, place.samples + stage.batch_size)
-        numbers = torch.cat([self.accelerator.reduce(shown, "mean"), norm.detach().to(shown)[None]])
-        mean_loss, mean_write_loss, match, grad_norm = numbers.tolist()
+        means = self.accelerator.reduce(torch.cat([shown, told]), "mean")
+        numbers = torch.cat([means, norm.detach().to(shown)[None]])
+        mean_loss, mean_write_loss, match, stop, grad_norm = numbers.tolist()
+        self.stop = stop > 0
         if not (math.isfinite(grad_norm) and math.isfinite(mean_loss)):
             raise GradmemError(
                 f"training diverged at step {place.step} (loss {mean_loss}, gradient norm {grad_norm}); the last "

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import GradmemError, unknown
-from ..specs import default_write_steps
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
@@ -98,8 +97,8 @@ class Recipe:
     micro_batch: int = 0
     """Contexts of one forward and backward pass, of which the gradients add up; 0: measured at each stage."""
     max_minutes: float | None = None
-    """Training time (on a CPU its processor time) after which the run ends where it is, for comparisons at equal time;
-    the learning rates fall to zero in the last part of it, `cooldown`."""
+    """Minutes of training steps after which the run ends where it is: by a clock on the wall, over all resumed parts,
+    validation not counted. The learning rates fall to zero in the last part of it, `cooldown`."""
     cooldown: float = 0.15
     """Part of `max_minutes` at its end in which the learning rates fall to zero: a constant rate hides what was
     learned."""
@@ -119,6 +118,8 @@ class Recipe:
             if "name" not in getattr(self, part):
                 raise GradmemError(f"a recipe's {part} needs a name")
         if not all(stage.write_steps for stage in self.stages):
+            from ..specs import default_write_steps
+
             own = [default_write_steps(self.method)]
             self.stages = [replace(stage, write_steps=stage.write_steps or own) for stage in self.stages]
 

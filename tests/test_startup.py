@@ -1,0 +1,137 @@
+"""Nothing waits for PyTorch or transformers that does not compute; seconds are in `benchmarks/startup.py`."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradmem
+from gradmem import MemoryModel
+from gradmem.store import Store
+
+HEAVY = {"torch", "transformers", "numpy", "tokenizers", "huggingface_hub", "fastapi", "matplotlib", "accelerate"}
+LISTED = "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)), file=sys.stderr)\n"
+RUN = (
+    """
+import sys
+from gradmem.cli import main
+for line in sys.argv[1:]:
+    try:
+        main(line.split())
+    except SystemExit:
+        pass
+"""
+    + LISTED
+)
+TRANSFORMERS = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+shape = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
+model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2, do_sample=False, pad_token_id=0)
+PreTrainedTokenizerFast
+"""
+
+
+def imported(code: str, *arguments: str) -> set[str]:
+    """Modules that a fresh process has imported at the end."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+def roots(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+@pytest.fixture
+def kept(tiny: MemoryModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A store with a memory, a file of keys, and the memory's file."""
+    monkeypatch.setenv("GRADMEM_KEYS", str(tmp_path / "keys.json"))
+    tiny.save_pretrained(tmp_path / "checkpoint")
+    written = gradmem.load(tmp_path / "checkpoint").write("a7:Qz")
+    with Store() as store:
+        store.put(written, name="notes", tags="work")
+    return written.save(tmp_path / "m.safetensors")
+
+
+COMMANDS = ["train", "train kv-32", "plan", "eval", "sweep", "compare", "calibrate", "write", "ask", "restore"]
+OTHERS = ["inspect", "serve", "demo", "list", "keys", "keys add"]
+LIGHT = ["list", "--help", "--version", "remember", "keys add me", "keys ls", "keys rm me"]
+IN_STORE = [
+    "ls",
+    "ls --json --tags work",
+    "show notes",
+    "show none",
+    "tag notes b",
+    "pin notes",
+    "rm notes",
+    "append -h",
+]
+
+
+def test_light_commands(kept: Path) -> None:
+    """All in one process: none of them imports anything large."""
+    helps = [f"{command} --help" for command in COMMANDS + OTHERS]
+    assert not roots(imported(RUN, *LIGHT, *helps)) & {*HEAVY, "sqlalchemy"}
+
+
+def test_the_store_without_models(kept: Path) -> None:
+    assert not roots(imported(RUN, *[f"store {line}" for line in IN_STORE])) & HEAVY
+
+
+def test_inspect_needs_no_model(kept: Path) -> None:
+    assert "transformers" not in roots(imported(RUN, f"inspect {kept}"))
+
+
+def test_ask_imports_little_but_what_transformers_itself_does(kept: Path) -> None:
+    """Of packages that answer nothing: the command line's own, small ones."""
+    ours, theirs = imported(RUN, f"ask {kept} a7"), imported(TRANSFORMERS + LISTED)
+    assert "transformers" in roots(ours)
+    more = roots(ours) - roots(theirs) - set(sys.stdlib_module_names)
+    small = {"gradmem", "rich", "jsonargparse", "docstring_parser", "typeshed_client", "platformdirs", "pygments"}
+    assert not {name for name in more if not name.startswith("_")} - small
+    parts = (
+        "torch.distributed",
+        "torch._dynamo",
+        "torch._inductor",
+        "transformers.generation",
+        "transformers.quantizers",
+    )
+    assert not {name for name in ours - theirs if name.startswith(parts)}
+
+
+def test_import_is_lazy() -> None:
+    code = "import gradmem\nassert gradmem.GradmemError and gradmem.checkpoint_names()" + LISTED
+    assert not roots(imported(code)) & HEAVY
+
+
+def test_public_names() -> None:
+    found = {name: getattr(gradmem, name) for name in gradmem.__all__}
+    assert found["load"].__module__ == "gradmem.checkpoints"
+    assert found["Memory"] is gradmem.memory.Memory
+    assert set(gradmem.__all__) | {"open"} <= set(dir(gradmem))
+    assert gradmem.inner.descend  # submodules are there as if they had been imported
+    with pytest.raises(AttributeError, match="no attribute 'remember'"):
+        _ = gradmem.remember
+
+
+def test_importing_everything_hides_no_builtin() -> None:
+    names: dict[str, object] = {}
+    exec("from gradmem import *", names)
+    assert "load" in names
+    assert not [name for name in names if hasattr(builtins, name) and not name.startswith("__")]
+    assert gradmem.open is not builtins.open
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_as_before(enabled: bool) -> None:
+    code = f"import gc, gradmem\ngc.{'enable' if enabled else 'disable'}()\nassert gradmem.load\nprint(gc.isenabled())"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == str(enabled)
