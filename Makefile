@@ -11,8 +11,9 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/gradmem serve $(ARGS)
 
+# One process a core and one thread each: threads of several processes wait for one another.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-system: $(INSTALLED)
 	$(BIN)/python -m pytest tests/system $(ARGS)
