@@ -37,7 +37,7 @@ from gradmem.training.optim import build_optimizers
 from gradmem.training.recipe import Recipe, Stage, load_recipe
 from gradmem.training.step import MetaStep, outer_loss
 
-from .samples import load_samples
+from .samples import load_samples, tasks_of
 
 SHOW = 5.0
 """Seconds between lines."""
@@ -124,8 +124,9 @@ class Training:
 
     def __init__(self, model: MemoryModel, recipe: Recipe, tasks: list[QA], given: argparse.Namespace) -> None:
         self.model, self.recipe, self.tasks, self.given = model, recipe, tasks, given
-        self.size = given.batch or recipe.stages[0].batch_size
-        self.micro = given.micro or recipe.micro_batch or self.size
+        self.sizes = [given.batch or stage.batch_size for stage in recipe.stages]
+        self.micro: dict[int, int] = {}
+        self.contexts = 0
         self.module = MetaStep(model.method, recipe.precision)
         self.optimizers = build_optimizers(model.method, recipe)
         self.rates = [[group["lr"] for group in one.param_groups] for one in self.optimizers]
@@ -141,7 +142,7 @@ class Training:
         shown, stage, losses = 0.0, -1, deque[float](maxlen=20)
         best = math.inf
         with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self._draw, clock.now()[0], 0)
+            coming = pool.submit(self._draw, 0, 0)
             while clock.done < 1:
                 number, factor = clock.now()
                 if number != stage:
@@ -149,11 +150,12 @@ class Training:
                     losses.clear()
                     say(f"stage {stage + 1}: K {self.recipe.stages[stage].write_steps}")
                 batch = coming.result()
-                coming = pool.submit(self._draw, number, clock.step + 1)
+                coming = pool.submit(self._draw, number, self.contexts + len(batch.context))
                 warm = min(1.0, (clock.step + 1) / self.recipe.stages[0].warmup)
                 row = self._step(batch, number, clock.step, factor * warm * self.given.lr * self.halved)
                 clock.step += 1
-                row |= {"step": clock.step, "seconds": clock.elapsed, "contexts": clock.step * self.size}
+                self.contexts += len(batch.context)
+                row |= {"step": clock.step, "seconds": clock.elapsed, "contexts": self.contexts}
                 self.rows.append(row)
                 window.append(row)
                 losses.append(row["loss"])
@@ -170,16 +172,18 @@ class Training:
         return {
             "seconds": clock.elapsed,
             "steps": clock.step,
-            "contexts": clock.step * self.size,
-            "contexts_per_second": clock.step * self.size / clock.elapsed,
+            "contexts": self.contexts,
+            "contexts_per_second": self.contexts / clock.elapsed,
             "micro_batch": self.micro,
             "skipped": self.skipped,
             "halved": self.halved,
             "peak_bytes": torch.cuda.max_memory_allocated() if self.given.device == "cuda" else None,
         }
 
-    def _draw(self, stage: int, step: int) -> Batch:
-        return self.tasks[stage].batch("train", step * self.size, self.size, self.recipe.seed)
+    def _draw(self, stage: int, start: int) -> Batch:
+        size = self.sizes[stage]
+        # A whole number of batches on: only those have contexts of about one length.
+        return self.tasks[stage].batch("train", -(-start // size) * size, size, self.recipe.seed)
 
     def _show(self, window: Sequence[dict[str, Any]]) -> None:
         last = window[-1]
@@ -199,17 +203,18 @@ class Training:
         stage = self.recipe.stages[number]
         steps = random.Random(f"{self.recipe.seed} {step}").choice(stage.write_steps)
         weight = self.recipe.weight_of(stage)
+        micro = min(self.micro.setdefault(steps, self.given.micro or len(batch.context)), len(batch.context))
         while True:
             try:
-                shown = self._backward(batch, self.tasks[number], steps, weight)
+                shown = self._backward(batch, self.tasks[number], steps, weight, micro)
                 break
             except torch.OutOfMemoryError:
-                if self.micro == 1:
+                if micro == 1:
                     raise
-            self.micro = -(-self.micro // 2)
+            self.micro[steps] = micro = -(-micro // 2)
             self.model.method.zero_grad()
             torch.cuda.empty_cache()
-            say(f"out of memory: {self.micro} contexts at a time from here on")
+            say(f"out of memory with K = {steps}: {micro} contexts at a time from here on")
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm))
         if math.isfinite(norm):
             self.bad = 0
@@ -228,12 +233,12 @@ class Training:
         about["length"] = batch.context.ids.shape[1]
         return {"loss": loss, "write_loss": write_loss, "exact_match": match, **about}
 
-    def _backward(self, batch: Batch, task: QA, steps: int, weight: float) -> Tensor:
+    def _backward(self, batch: Batch, task: QA, steps: int, weight: float, micro: int) -> Tensor:
         """Add up the gradients of the parts of a batch; return its loss, write loss and exact match."""
         tokens = len(batch.targets)
         shown = torch.zeros(3, device=self.given.device)
         # Split where they were made: to look at them on a GPU would wait for it.
-        for part in [part.to(self.given.device) for part in batch.split(self.micro)]:
+        for part in [part.to(self.given.device) for part in batch.split(micro)]:
             loss, write_loss, correct = self.module(part, steps, task.scored(part.labels), weight > 0)
             loss, write_loss = loss / tokens, write_loss * len(part.context) / len(batch.context)
             outer_loss(loss, write_loss, weight).backward()
@@ -320,25 +325,16 @@ def round_weights(model: MemoryModel, pretrained: str) -> float:
 
 def build(given: argparse.Namespace) -> tuple[MemoryModel, Recipe, list[QA]]:
     """Model, recipe and the task of each stage."""
-    recipe = load_recipe(given.recipe)
-    data = given.data
-    spec = {**recipe.task, "tokenizer": given.model, "data": str(data)}
+    recipe, data = load_recipe(given.recipe), given.data
     carried = (data / "samples.xz").is_file()
-    torch.manual_seed(recipe.seed)
-    # Not compared with other checkpoints by where this machine has its files.
-    model = MemoryModel.from_spec(spec, {"pretrained": given.model}, recipe.method)
-    tasks: list[QA] = []
-    for stage in recipe.stages:
-        task = build_task({**spec, **(stage.tasks[0])})
-        assert isinstance(task, QA)
-        if tasks:
-            task.parts, task._loaded = tasks[0].parts, tasks[0]._loaded
-        elif carried:
-            load_samples(task, data / "samples.xz")
-        tasks.append(task)
+    tasks = tasks_of(recipe, given.model, data)
+    if carried:
+        load_samples(tasks, data / "samples.xz")
+    spec = {**recipe.task, "tokenizer": given.model}
     dev = data / "dev.jsonl" if carried else data / "squad_subset/dev.jsonl"
-    test = build_task({**spec, "data": str(dev), "max_words": 100})
-    tasks[0]._loaded["test"] = test.samples("test")
+    tasks[-1]._loaded["test"] = build_task({**spec, "data": str(dev), "max_words": 100}).samples("test")
+    torch.manual_seed(recipe.seed)
+    model = MemoryModel.from_spec(spec, {"pretrained": given.model}, recipe.method)
     return model.to(given.device), recipe, tasks
 
 
@@ -375,7 +371,7 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
     results: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "recipe": given.recipe}
     results["setup seconds"] = time.perf_counter() - started
-    say(f"{machine}, torch {torch.__version__}; ready after {results['setup seconds']:.0f} s;", end_of(tasks[0]))
+    say(f"{machine}, torch {torch.__version__}; ready after {results['setup seconds']:.0f} s;", end_of(tasks[-1]))
     if given.resume:
         load_model(model.method, str(given.state))
     else:
@@ -403,7 +399,7 @@ def main() -> None:
     results["bytes"] = {file.name: file.stat().st_size for file in files}
     say("saved", json.dumps(results["bytes"]))
     try:
-        report(model, tasks[0], given, results)
+        report(model, tasks[-1], given, results)
     except BaseException:
         traceback.print_exc()
         results["measuring failed"] = traceback.format_exc()

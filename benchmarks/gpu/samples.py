@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 from gradmem.data import Samples
 from gradmem.specs import build_task
 from gradmem.tasks.qa import QA
-from gradmem.training.recipe import load_recipe
+from gradmem.training.recipe import Recipe, load_recipe
 
 MOST = 12_000
 """Contexts of an entry that travel: more than a short run draws."""
@@ -50,28 +50,45 @@ def some(samples: Samples, most: int) -> Samples:
     return Samples.build(samples[int(i)] for i in np.sort(chosen))
 
 
-def save_samples(task: QA, file: Path) -> None:
-    """Write the samples of training and validation."""
-    arrays = {}
-    for number, part in enumerate(task.parts):
-        arrays |= {f"{number}.{name}": array for name, array in narrow(some(part, MOST)).items()}
-    valid = task.samples("valid")
+def tasks_of(recipe: Recipe, model: str, data: Path) -> list[QA]:
+    """The task of each stage."""
+    tasks = []
+    for stage in recipe.stages:
+        task = build_task({**recipe.task, "tokenizer": model, "data": str(data), **stage.tasks[0]})
+        assert isinstance(task, QA)
+        tasks.append(task)
+    return tasks
+
+
+def save_samples(tasks: list[QA], file: Path) -> None:
+    """Write the training samples of all stages, and the validation samples of the last one."""
+    arrays: dict[str, np.ndarray] = {}
+    sets: list[list[Any]] = []
+    for task in tasks:
+        for pattern, part in zip(task.mix, task.parts, strict=True):
+            if [task.longest, pattern] not in sets:
+                arrays |= {f"{len(sets)}.{name}": array for name, array in narrow(some(part, MOST)).items()}
+                sets.append([task.longest, pattern])
+    valid = tasks[-1].samples("valid")
     arrays |= {f"valid.{name}": array for name, array in narrow(valid).items()}
-    about = json.dumps({"mix": list(task.mix), "references": valid.references})
+    about = json.dumps({"sets": sets, "references": valid.references})
     arrays["about"] = np.frombuffer(about.encode(), np.uint8)
     file.write_bytes(lzma.compress(save(arrays), preset=6))
 
 
-def load_samples(task: QA, file: Path) -> None:
-    """Give a task the samples of a file in place of its texts."""
+def load_samples(tasks: list[QA], file: Path) -> None:
+    """Give the tasks the samples of a file in place of their texts."""
     arrays = load(lzma.decompress(file.read_bytes()))
     about: dict[str, Any] = json.loads(arrays.pop("about").tobytes())
-    sets: dict[str, dict[str, np.ndarray]] = {}
+    small: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
         owner, name = key.split(".")
-        sets.setdefault(owner, {})[name] = array
-    task.parts = [widen(sets[str(about["mix"].index(pattern))], []) for pattern in task.mix]
-    task._loaded["valid"] = widen(sets["valid"], about["references"])
+        small.setdefault(owner, {})[name] = array
+    valid = widen(small.pop("valid"), about["references"])
+    whole = {tuple(key): widen(small[str(number)], []) for number, key in enumerate(about["sets"])}
+    for task in tasks:
+        task.parts = [whole[task.longest, pattern] for pattern in task.mix]
+        task._loaded["valid"] = valid
 
 
 def main() -> None:
@@ -82,11 +99,10 @@ def main() -> None:
     parser.add_argument("--recipe", default="english")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    task = build_task({**load_recipe(given.recipe).task, "tokenizer": given.model, "data": str(given.data)})
-    assert isinstance(task, QA)
+    tasks = tasks_of(load_recipe(given.recipe), given.model, given.data)
     given.out.mkdir(parents=True, exist_ok=True)
-    save_samples(task, given.out / "samples.xz")
-    for pattern, part in zip(task.mix, task.parts, strict=True):
+    save_samples(tasks, given.out / "samples.xz")
+    for pattern, part in zip(tasks[-1].mix, tasks[-1].parts, strict=True):
         print(pattern, len(part), *part.notes, sep="; ")
     lines = (given.data / "squad_subset/dev.jsonl").read_text(encoding="utf-8").splitlines()
     short = [line for line in lines if len(json.loads(line)["context"].split()) <= WORDS]
