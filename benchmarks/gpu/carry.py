@@ -13,6 +13,7 @@ import argparse
 import lzma
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def plain_name(name: str) -> str:
     return f"model.layers.{parts[1]}.{LAYER[parts[2]]}.weight" if parts[0] == "blk" else f"{OUTSIDE[parts[0]]}.weight"
 
 
-def planes(name: str, tensor: object, heads: dict[str, int]) -> dict[str, np.ndarray]:
+def planes(name: str, tensor: Any, heads: dict[str, int]) -> dict[str, np.ndarray]:
     """Codes and scales of a tensor; rows of queries and keys in transformers' order."""
     kind, data, plain = tensor.tensor_type.name, np.asarray(tensor.data), plain_name(name)
     if kind == "F32":
