@@ -332,7 +332,9 @@ def build(given: argparse.Namespace) -> tuple[MemoryModel, Recipe, list[QA]]:
         load_samples(tasks, data / "samples.xz")
     spec = {**recipe.task, "tokenizer": given.model}
     dev = data / "dev.jsonl" if carried else data / "squad_subset/dev.jsonl"
-    tasks[-1]._loaded["test"] = build_task({**spec, "data": str(dev), "max_words": 100}).samples("test")
+    test = build_task({**spec, "data": str(dev), "max_words": 100})
+    assert isinstance(test, QA)
+    tasks[-1]._loaded["test"] = test.samples("test")
     torch.manual_seed(recipe.seed)
     model = MemoryModel.from_spec(spec, {"pretrained": given.model}, recipe.method)
     return model.to(given.device), recipe, tasks

@@ -146,19 +146,25 @@ class QA(Squad):
         turn, begin = divmod(number * POOL, SLOTS)
         count = -(-(begin + POOL) // SLOTS)
         order = np.concatenate([slots[_shuffled(SLOTS, seed, turn + more)] for more in range(count)])
-        entries, chosen = order[begin : begin + POOL], []
+        entries, chosen = order[begin : begin + POOL], list[tuple[int, int, int]]()
         for entry, part in enumerate(parts):
             mine = np.flatnonzero(entries == entry)
             before = turn * int((slots == entry).sum()) + int((order[:begin] == entry).sum())
-            indices = places("train", before, len(mine), len(part), seed + entry) if len(mine) else []
-            chosen += [(entry, int(i), number * POOL + int(place)) for i, place in zip(indices, mine, strict=True)]
+            if len(mine):
+                found = places("train", before, len(mine), len(part), seed + entry).tolist()
+                chosen += [(entry, i, number * POOL + int(place)) for i, place in zip(found, mine, strict=True)]
         chosen.sort(key=lambda one: (len(parts[one[0]].tokens("context", one[1])), one))
         batches = [chosen[at : at + size] for at in range(0, POOL, size)]
         full = POOL // size
         return [one for i in [*_shuffled(full, seed, number), *range(full, len(batches))] for one in batches[i]]
 
     def _tests(self, file: Path) -> Samples:
-        about = {"task": "squad", "split": "test", "tokenizer": digest_tokenizer(self.tokenizer), "prompt": PROMPT}
+        about: dict[str, Any] = {
+            "task": "squad",
+            "split": "test",
+            "tokenizer": digest_tokenizer(self.tokenizer),
+            "prompt": PROMPT,
+        }
         about |= {"limits": [self.max_words, None, self.answer_length], "files": digest_files([file])}
         return cached(about, lambda: self._make(read_rows(file), "test"))
 
