@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
+from sqlalchemy import event
 
 from gradmem import Client, GradmemError, Memory, MemoryModel, load
 from gradmem.errors import Missing
@@ -201,6 +202,26 @@ def test_change_renames_tags_and_pins(client: TestClient, served: str) -> None:
     taken = client.post("/v1/memories", json={"text": "b1:c2", "checkpoint": served, "name": "taken"})
     assert taken.status_code == 201
     refused(client.patch(f"/v1/memories/{ref}", json={"name": "taken"}), 409, "taken")
+
+
+def test_a_change_that_is_ended_in_the_middle_has_not_happened(client: TestClient, served: str) -> None:
+    written(client, served, name="notes", tags=["a"])
+    before, left = client.get("/v1/memories").json(), 0
+
+    def end(_: object, cursor: object, statement: str, *rest: object) -> None:
+        nonlocal left
+        if statement.startswith(("UPDATE", "INSERT", "DELETE")):
+            left -= 1
+            if left < 0:
+                raise RuntimeError
+
+    event.listen(client.app.state.store._engine, "before_cursor_execute", end)
+    wanted, changes = {"name": "other", "tags": ["b"], "pinned": True}, 0
+    while client.patch("/v1/memories/notes", json=wanted).status_code == 500 and changes < 20:
+        assert client.get("/v1/memories").json() == before
+        left = changes = changes + 1
+    (entry,) = client.get("/v1/memories").json()["memories"]
+    assert (entry["name"], entry["tags"], entry["pinned"]) == ("other", ["b"], True)
 
 
 def test_checkpoints_say_what_they_are_for(client: TestClient, served: str) -> None:

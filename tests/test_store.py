@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 import torch
+from sqlalchemy import Connection, event, text
 
 from gradmem import GradmemError, Memory, MemoryModel
-from gradmem.errors import Missing
+from gradmem.errors import Missing, QuotaExceeded
+from gradmem.memory import identity
 from gradmem.store import Store
 from stored import made
 
+EAST, WEST = (timezone(timedelta(hours=hours)) for hours in (14, -12))
 TEXT = "a7:Qz\nk2:9f"
 
 
@@ -209,7 +214,7 @@ def test_pages_go_on_after_a_memory_that_is_gone(many: Store) -> None:
 
 def test_memories_of_one_moment_are_each_listed_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     moment = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
-    monkeypatch.setattr("gradmem.store.store._now", lambda: moment)
+    monkeypatch.setattr("gradmem.store.transaction.now", lambda: moment)
     ids = [store.put(made(seed), tags="t").id for seed in range(7)]
     for filters in ({}, {"tags": "t"}):
         found, after = [], None
@@ -353,6 +358,228 @@ def test_versions_are_by_one_checkpoint(store: Store) -> None:
             store.load("notes", version)
 
 
+# One transaction for each change
+
+
+class AppendingModel:
+    """Appends without a model."""
+
+    def bind(self, memory: Memory, what: str) -> Memory:
+        return memory
+
+    def append(self, memory: Memory, text: str) -> Memory:
+        return made(5)
+
+
+OPERATIONS = {
+    "roll back": lambda store: store.rollback("notes", 2),
+    "change": lambda store: store.change("notes", name="new", tags="a,b", pinned=True),
+    "tag": lambda store: store.tag("notes", "a,b"),
+    "pin": lambda store: store.pin("notes"),
+    "update": lambda store: store.update("notes", made(4)),
+    "append": lambda store: store.append("notes", "more", AppendingModel()),
+    "delete": lambda store: store.delete("notes"),
+    "delete two": lambda store: store.delete("notes", "third"),
+    "prune": lambda store: store.prune(name="notes"),
+    "put": lambda store: store.put(made(6), name="sixth", tags="a,b"),
+    "put what is kept": lambda store: store.put(made(3), tags="a,b"),
+    "known": lambda store: store.known(identity(made(7).to_bytes()), name="seventh"),
+    "diff": lambda store: store.diff("notes", 1, 2),
+}
+
+
+@pytest.fixture
+def three(store: Store) -> Store:
+    """Memories `notes`, with two versions of which the first is current, `other` and `third`, with one each."""
+    store.put(made(0), name="notes", tags="t")
+    store.update("notes", made(1))
+    store.rollback("notes", 1)
+    store.put(made(2), name="other")
+    store.put(made(3), name="third")
+    return store
+
+
+def state(store: Store) -> dict:
+    """All that a store says."""
+    return {entry.id: (entry, tuple(store.versions(entry.id))) for entry in store.list()}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("turn", [2, 3])
+def test_an_operation_is_about_one_memory_while_names_move(
+    operation: str, turn: int, three: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process gives the name to another memory before a second, or a third, transaction of the operation."""
+    before, ids = state(three), {entry.name: entry.id for entry in three.list()}
+    elsewhere, connect, begun = Store(three._url.render_as_string(False)), three._engine.connect, []
+
+    def connect_late() -> Connection:
+        begun.append(1)
+        if len(begun) == turn:
+            elsewhere.rename(ids["notes"], "moved")
+            elsewhere.rename(ids["other"], "notes")
+        return connect()
+
+    with monkeypatch.context() as patched, suppress(GradmemError):
+        patched.setattr(three._engine, "connect", connect_late)
+        OPERATIONS[operation](three)
+    after = state(three)
+    assert ids["other"] in after, "a memory is lost"
+    (entry, versions), (was, had) = after[ids["other"]], before[ids["other"]]
+    assert versions == had
+    assert (entry.current, entry.tags, entry.pinned) == (was.current, was.tags, was.pinned)
+
+
+class Killed(BaseException):
+    """What ends an operation anywhere."""
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_ended_in_the_middle_has_not_happened(operation: str, three: Store) -> None:
+    before, left = state(three), 0
+
+    def end(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+
+    event.listen(three._engine, "before_cursor_execute", end)
+    for statements in range(100):
+        left = statements
+        try:
+            OPERATIONS[operation](three)
+        except Killed:
+            left = 10**6
+            assert state(three) == before, f"ended before statement {statements}"
+        else:
+            break
+    assert 0 < statements < 99
+
+
+def test_a_change_is_all_or_nothing(three: Store) -> None:
+    entry = three.change("notes", name="new", tags=["b", "a"], pinned=True)
+    assert (entry.name, entry.tags, entry.pinned) == ("new", ("a", "b"), True)
+    assert three.get("new") == entry
+    before = state(three)
+    for wrong in ({"name": "other"}, {"name": "a*"}, {"tags": ["a,b"]}):
+        with pytest.raises(GradmemError):
+            three.change("new", **{"name": "newer", "tags": "c", "pinned": False, **wrong})
+        assert state(three) == before
+    for refs in (("other", "new"), ("other", "none"), ("third", "0" * 32)):
+        with pytest.raises(GradmemError, match=r"pinned|no memory"):
+            three.delete(*refs)
+        assert state(three) == before
+    assert three.delete("other", "third", "other") == 2
+    assert three.change("new", name=None).name is None
+    assert three.change(entry.id) == three.get(entry.id)
+
+
+# Quotas
+
+
+def test_an_owner_keeps_as_many_memories_as_the_quota_says(place: str) -> None:
+    with Store(place, max_memories=2) as store:
+        store.put(made(1), name="one")
+        store.put(made(2))
+        for refused in (lambda: store.put(made(3)), lambda: store.known(identity(made(3).to_bytes()))):
+            with pytest.raises(QuotaExceeded, match="at most 2 memories may be kept, and 2 are: delete"):
+                refused()
+        assert store.put(made(1), tags="t").name == "one"
+        store.update("one", made(4))
+        assert store.owned_by("other").put(made(3))
+        store.delete("one")
+        assert store.put(made(3))
+        assert len(store.list()) == 2
+
+
+def test_an_owner_keeps_as_many_bytes_as_the_quota_says(place: str) -> None:
+    size = len(made(1).to_bytes())
+    with Store(place, max_bytes=3 * size + 10) as store:
+        store.put(made(1), name="one")
+        store.update("one", made(2))
+        store.put(made(3))
+        before = state(store)
+        for refused in (lambda: store.put(made(4)), lambda: store.update("one", made(4))):
+            with pytest.raises(QuotaExceeded, match=f"at most {3 * size + 10:,} bytes .* do not fit: delete"):
+                refused()
+        assert state(store) == before
+        store.rollback("one", 1)
+        assert store.owned_by("other").put(made(4))
+        store.delete("one")
+        store.put(made(4))
+    for wrong in ({"max_bytes": 0}, {"max_memories": -1}):
+        with pytest.raises(GradmemError, match="must be above 0"):
+            Store(place, **wrong)
+
+
+def test_a_store_of_version_1_is_brought_up_to_date(store: Store) -> None:
+    """Its tables did not say how much a memory takes."""
+    size, url = len(made(1).to_bytes()), store._url.render_as_string(False)
+    store.put(made(1), name="one", tags="t")
+    store.update("one", made(2))
+    store.put(made(3))
+    before = state(store)
+    with store._engine.begin() as connection:
+        for statement in (
+            "DROP INDEX gradmem_memories_quota",
+            "ALTER TABLE gradmem_memories DROP COLUMN bytes",
+            "UPDATE gradmem_schema SET version = 1",
+        ):
+            connection.execute(text(statement))
+    with Store(url, create=False, max_bytes=3 * size + 10) as old:
+        assert state(old) == before
+        with pytest.raises(QuotaExceeded, match=f"and {3 * size:,} are"):
+            old.put(made(4))
+    with Store(url) as again:
+        assert again.put(made(4))
+
+
+def test_threads_do_not_exceed_a_quota(store: Store) -> None:
+    limited, refused = Store(store._url.render_as_string(False), max_memories=5), []
+
+    def fill(number: int) -> None:
+        for seed in range(4):
+            try:
+                limited.put(made(10 * number + seed))
+            except QuotaExceeded:
+                refused.append(seed)
+
+    threads = [threading.Thread(target=fill, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(store.list()), len(refused)) == (5, 11)
+
+
+def test_no_memory_has_more_tags_than_a_hundred(store: Store) -> None:
+    hundred = [f"t{number}" for number in range(100)]
+    store.put(made(1), name="notes", tags=hundred)
+    for use in (
+        lambda: store.put(made(1), tags="more"),
+        lambda: store.put(made(2), tags=[*hundred, "more"]),
+        lambda: store.tag("notes", ",".join([*hundred, "more"])),
+        lambda: store.list(tags=[*hundred, "more"]),
+    ):
+        with pytest.raises(GradmemError, match="number of tags must be at most 100, not 101"):
+            use()
+    assert len(store.get("notes").tags) == 100
+    assert names(store.list(tags=hundred)) == ["notes"]
+
+
+def test_no_version_has_a_number_that_no_database_takes(store: Store) -> None:
+    store.put(made(1), name="notes")
+    for number in (-1, 0, 2, 2**31, 2**63, 10**30):
+        for look in (
+            lambda number=number: store.read("notes", number),
+            lambda number=number: store.rollback("notes", number),
+            lambda number=number: store.diff("notes", 1, number),
+        ):
+            with pytest.raises(Missing, match=f"no version {number} of memory"):
+                look()
+
+
 # Refusals
 
 
@@ -385,6 +612,8 @@ REFUSED = {
     "cursor": lambda store: store.list(after="x"),
     "cursor with a NUL": lambda store: store.list(after="20260101T000000.000000_\0"),
     "owner": lambda store: store.owned_by(""),
+    "a time before all times": lambda store: store.list(since=datetime.min.replace(tzinfo=EAST)),
+    "a time after all times": lambda store: store.list(until=datetime.max.replace(tzinfo=WEST), tags="t"),
 }
 
 
@@ -420,6 +649,35 @@ def test_the_environment_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Store(f"sqlite:///{tmp_path}/new/mine.db").get("notes")
 
 
+@pytest.mark.parametrize("mode", [None, 0o644, 0o660])
+def test_only_its_user_reads_the_file(tmp_path: Path, mode: int | None) -> None:
+    """One that was open to everybody is closed, and one that was opened to a group stays so."""
+    file = tmp_path / "new" / "store.db"
+    umask = os.umask(0)
+    try:
+        if mode is not None:
+            Store(file).close()
+            file.chmod(mode)
+        with Store(file) as store:
+            store.put(made(1))
+            beside = sorted(path.name for path in file.parent.iterdir())
+            modes = {path.stat().st_mode & 0o777 for path in file.parent.iterdir()}
+    finally:
+        os.umask(umask)
+    assert beside == ["store.db", "store.db-shm", "store.db-wal"]
+    assert modes == {0o660 if mode == 0o660 else 0o600}
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_file_that_is_no_store_keeps_its_mode(tmp_path: Path) -> None:
+    file = tmp_path / "text.db"
+    file.write_text("hello, this is no database" * 100)
+    file.chmod(0o644)
+    with pytest.raises(GradmemError):
+        Store(file)
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -438,7 +696,7 @@ def test_bad_urls(url: str, message: str) -> None:
 @pytest.mark.parametrize("how", ["text", "foreign", "newer", "folder", "no version"])
 def test_files_that_are_no_store(tmp_path: Path, how: str) -> None:
     file = tmp_path / "store.db"
-    messages = {"foreign": "another program", "newer": "version 2.*update gradmem", "no version": "damaged"}
+    messages = {"foreign": "another program", "newer": "version 3.*update gradmem", "no version": "damaged"}
     if how == "text":
         file.write_text("hello, this is no database" * 100)
     elif how == "folder":
@@ -449,7 +707,7 @@ def test_files_that_are_no_store(tmp_path: Path, how: str) -> None:
         with sqlite3.connect(file) as connection:
             change = {
                 "foreign": "CREATE TABLE theirs (x)",
-                "newer": "UPDATE gradmem_schema SET version = 2",
+                "newer": "UPDATE gradmem_schema SET version = 3",
                 "no version": "DELETE FROM gradmem_schema",
             }
             connection.execute(change[how])

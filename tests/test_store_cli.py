@@ -78,6 +78,17 @@ def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert "current" in run(capsys, "store", "show", "notes")
 
 
+def test_rm_deletes_all_that_is_named_or_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Store() as store:
+        for seed in range(3):
+            store.put(made(seed), name=f"m{seed}")
+        store.pin("m2")
+        assert main(["store", "rm", "m0", "m1", "m2"]) == main(["store", "rm", "m0", "none"]) == 2
+        assert len(store.list()) == 3
+        assert "deleted 2" in run(capsys, "store", "rm", "m0", "m1", "m0")
+        assert [entry.name for entry in store.list()] == ["m2"]
+
+
 def test_listing_in_pages(capsys: pytest.CaptureFixture[str]) -> None:
     with Store() as store:
         for seed in range(5):

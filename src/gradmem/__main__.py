@@ -3,7 +3,11 @@
 import os
 import sys
 
-from .cli import main
+from .plugins import installed
+
+sys.path[:] = installed(sys.path)  # before anything else is imported
+
+from .cli import main  # noqa: E402
 
 code = main()
 if "RANK" in os.environ:

@@ -30,6 +30,7 @@ from .evaluation import commands as evaluation_commands
 from .serving import commands as serving_commands
 from .training import commands as training_commands
 from .training.recipe import Recipe, recipe_names, recipe_values
+from .visible import visible
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_type(evaluation_commands.Ints, lambda numbers: ",".join(map(str, numbers)), evaluation_commands.Ints.parse)
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _refuse(reason: str) -> int:
-    print("gradmem: error: " + " ".join(reason.split()), file=sys.stderr)
+    print("gradmem: error: " + visible(" ".join(reason.split())), file=sys.stderr)
     return 2
 
 

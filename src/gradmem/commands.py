@@ -24,6 +24,7 @@ from .packaged import checkpoint_names
 from .records import Record, written_texts
 from .tables import differences, provenance, receipt, receipts, restored, tokens_of
 from .training.recipe import recipe_names
+from .visible import shown_on
 
 NOT_HERE = "not in this memory"
 
@@ -201,7 +202,8 @@ def ask(memory: Path, queries: list[str], jsonl: bool = False, abstain: bool = F
     )
     for query, row in zip(queries, rows, strict=True):
         shown = NOT_HERE if row["answer"] is None else row["answer"]
-        print(json.dumps({"query": query, **row}, ensure_ascii=False) if jsonl else shown)
+        line = json.dumps({"query": query, **row}, ensure_ascii=False) if jsonl else shown
+        print(shown_on(sys.stdout, line))
 
 
 def _assessed(answer: gradmem.Answer) -> dict[str, Any]:
@@ -235,7 +237,7 @@ def restore(memory: Path, output: Path | None = None, context: Path | None = Non
     if output:
         write_bytes(output, text.encode())
     else:
-        sys.stdout.write(text)
+        sys.stdout.write(shown_on(sys.stdout, text))
         sys.stdout.flush()
     # Beside the text, not in it.
     notes.print(restored(opened.parts, texts))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.console import Console
+from rich import console as rich
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,9 +18,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 
 from .errors import GradmemError
 from .interruption import Interruptible
+from .visible import visible
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,18 @@ WIDE = 200
 """Columns of what is piped, where a program or a file takes whole table cells rather than a screen's width."""
 EVERY = 10.0
 """Seconds between the lines that show progress where no terminal could show a bar."""
+
+
+class Console(rich.Console):
+    """A console of rich that shows text as it is: nothing in it is markup, an emoji's name or what a terminal obeys."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render(self, renderable: rich.RenderableType, options: rich.ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does, what it renders being visible; what moves the cursor is rich's own."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 def _console(stderr: bool = False) -> Console:

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 import gradmem
 
@@ -112,8 +113,8 @@ def _answers(truth: list[tuple[str, str]], answers: list[str]) -> Table:
     for _ in range(columns):
         for heading in ("query", "answer", "truth", ""):
             built.add_column(heading)
-    rows = [
-        (query, answer, value, "[green]✓[/]" if answer == value else "[red]✗[/]")
+    rows: list[tuple[str | Text, ...]] = [
+        (query, answer, value, Text("✓", "green") if answer == value else Text("✗", "red"))
         for (query, value), answer in zip(truth, answers, strict=True)
     ]
     half = -(-len(rows) // columns)

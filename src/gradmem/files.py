@@ -3,38 +3,63 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import GradmemError
 
+PRIVATE = 0o600
+"""Mode of files that only their user reads."""
 
-def write_bytes(path: Path, data: bytes) -> Path:
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> Path:
     """Write a file under a temporary name beside it, then rename it into place; directories on its way are made.
+
+    Parameters
+    ----------
+    path : Path
+    data : bytes
+    mode : int
+        Who may read and write it, less what the process's umask takes away.
 
     Raises
     ------
     GradmemError
         When it cannot be written; an existing file is then untouched.
     """
-    temporary = None
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         raise GradmemError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def make_private(file: Path) -> None:
+    """Make an empty file that only its user reads, and directories on its way; one that is there is left alone.
+
+    Raises
+    ------
+    OSError
+        When it cannot be made.
+    """
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE))
+
+
+def close_to_others(file: Path) -> None:
+    """Take a file that everybody may read from all but its user; one that was opened to a group only stays so."""
+    with suppress(OSError):  # it is not there, or another user's
+        if file.stat().st_mode & 0o007:
+            file.chmod(PRIVATE)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "gradmem-memory", 1
 SCALE = ".scale"
 LENGTHS = "lengths"
+LONGEST_NAME = 200
+"""Characters of a tensor's name in a file."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
@@ -178,6 +180,8 @@ class Memory:
         """
         try:
             stored = load(data)
+            if not all(name.isprintable() and len(name) <= LONGEST_NAME for name in stored):
+                raise ValueError(f"names of tensors are printable, up to {LONGEST_NAME} characters")
             about = _header(data).get("__metadata__", {})
             if about.get("format") != FORMAT:
                 raise GradmemError(f"{what} is no memory file")

@@ -15,8 +15,13 @@ def _anything(value: object) -> bool:
     return True
 
 
+LONGEST = 4096
+"""Characters of a string in a record, the longest of which may be the path of a model."""
+Digest = str
+"""A SHA-256 in hexadecimal digits."""
 _KINDS: dict[str, Callable[[Any], bool]] = {
-    "str": lambda value: isinstance(value, str) and value.isprintable(),
+    "str": lambda value: isinstance(value, str) and value.isprintable() and len(value) <= LONGEST,
+    "Digest": lambda value: isinstance(value, str) and value.isprintable() and len(value) <= 64,
     "int": lambda value: type(value) is int,
     "list[int]": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
     "list[float]": lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
@@ -61,10 +66,10 @@ class Record:
 
     method: str
     model: str
-    backbone: str
-    checkpoint: str
-    tokenizer: str
-    context_sha256: str
+    backbone: Digest
+    checkpoint: Digest
+    tokenizer: Digest
+    context_sha256: Digest
     context_tokens: int
     steps: int
     inner_lr: list[float]

@@ -20,6 +20,8 @@ from sqlalchemy import create_engine, text
 PROGRAMS = ("initdb", "pg_ctl")
 # Debian's packages keep them out of the way of its own commands.
 PATH = os.pathsep.join([os.environ.get("PATH", ""), *sorted(glob("/usr/lib/postgresql/*/bin"), reverse=True)])
+WAIT = ("--wait", "--timeout", "300")
+"""A server that crashed goes through all of its files first, which a slow disk makes long."""
 DURABLE = "-c fsync=on -c listen_addresses='' -c max_connections=60"
 
 
@@ -65,7 +67,19 @@ def postgres_server() -> Iterator[Path]:
             os.chown(folder, who["user"], who["group"])
         data, log = f"{folder}/data", f"{folder}/log"
         run("initdb", "--pgdata", data, "--auth", "trust", "--username", "gradmem", "--encoding", "UTF8", "--no-locale")
-        run("pg_ctl", "start", "--wait", "--pgdata", data, "--log", log, "--options", f"{DURABLE} -k {folder}")
+        run(
+            "pg_ctl",
+            "start",
+            "--wait",
+            "--timeout",
+            "300",
+            "--pgdata",
+            data,
+            "--log",
+            log,
+            "--options",
+            f"{DURABLE} -k {folder}",
+        )
         try:
             yield Path(folder)
         finally:
@@ -75,7 +89,18 @@ def postgres_server() -> Iterator[Path]:
 @pytest.fixture
 def crash(postgres_server: Path) -> Callable[[], None]:
     """Stop the server as a crash would, and start it again."""
-    return partial(run, "pg_ctl", "restart", "--wait", "--pgdata", f"{postgres_server}/data", "--mode", "immediate")
+    return partial(
+        run,
+        "pg_ctl",
+        "restart",
+        "--wait",
+        "--timeout",
+        "300",
+        "--pgdata",
+        f"{postgres_server}/data",
+        "--mode",
+        "immediate",
+    )
 
 
 @pytest.fixture

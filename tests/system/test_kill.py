@@ -8,9 +8,11 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
+from gradmem.errors import GradmemError, QuotaExceeded
 from gradmem.store import Store
 from stored import made
 
@@ -36,6 +38,9 @@ def write_for_ever(place: str, log: Path, seed: int) -> None:
         if kind < 0.6 or not last:
             last = store.put(made(number), name=f"n{number}", tags=f"process{seed % PROCESSES},all").id
             acknowledge(log, "put", last, number, 1)
+        elif kind < 0.7:
+            # Name and tags change together or not at all.
+            store.change(last, name=f"m{number}", tags=f"process{seed % PROCESSES},m{number},all")
         elif kind < 0.8:
             version = store.update(last, made(number)).current.number
             acknowledge(log, "put", last, number, version)
@@ -94,7 +99,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_half_written_is_listed(databas
         for entry in listed:
             assert len(store.load(entry.id)) == 1
             assert [version.number for version in store.versions(entry.id)] == list(range(1, entry.current.number + 1))
-            assert len(entry.tags) == 2
+            assert [tag for tag in entry.tags if tag[0] == "m"] == [entry.name] * (entry.name[0] == "m")
         assert {one for one, _, _ in kept} <= {entry.id for entry in listed}
         assert not gone & {entry.id for entry in listed}
         assert [entry.id for entry in everything(store, tags="all")] == [entry.id for entry in listed]
@@ -137,6 +142,56 @@ def test_versions_of_many_processes_are_all_kept(database: str, tmp_path: Path) 
     with Store(database) as store:
         assert len(store.versions("shared")) == 1 + 10 * PROCESSES
         assert store.get("shared").tags == ()
+
+
+def move_names(place: str, log: Path, seed: int) -> None:
+    """Give the name to the memory of two versions and take it away, while others roll it back and change it."""
+    store = Store(place)
+    several, single = (entry.id for entry in reversed(store.list()))
+    for number in range(40):
+        with suppress(GradmemError):
+            if seed == 0:
+                store.rename(several, None)
+                store.rename(single, "notes")
+                store.rename(single, None)
+                store.rename(several, "notes")
+            elif seed == 1:
+                store.change("notes", tags=f"t{number}", pinned=True)
+            else:
+                store.rollback("notes", 1 + number % 2)
+
+
+def test_names_that_move_lose_no_memory(database: str, tmp_path: Path) -> None:
+    with Store(database) as store:
+        store.put(made(1), name="notes")
+        store.update("notes", made(2))
+        store.put(made(3))
+    for process in start(move_names, database, tmp_path / "log", seeds=range(4)):
+        process.join()
+        assert process.exitcode == 0
+    with Store(database) as store:
+        single, several = store.list()
+        assert store.load(single.id).records == made(3).records
+        assert store.load(several.id).records == made(several.current.number).records
+
+
+def fill(place: str, log: Path, seed: int) -> None:
+    """Put memories until there may be no more."""
+    with Store(place, max_memories=20) as store:
+        for number in range(10):
+            try:
+                acknowledge(log, store.put(made(100 * seed + number)).id)
+            except QuotaExceeded:
+                continue
+
+
+def test_processes_do_not_exceed_a_quota_together(database: str, tmp_path: Path) -> None:
+    for process in start(fill, database, tmp_path / "log"):
+        process.join()
+        assert process.exitcode == 0
+    with Store(database) as store:
+        assert sorted([entry.id] for entry in store.list()) == sorted(lines(tmp_path / "log"))
+        assert len(store.list()) == 20
 
 
 def test_a_server_that_crashes_loses_nothing(postgres: str, crash: Callable[[], None]) -> None:

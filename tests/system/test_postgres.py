@@ -9,13 +9,14 @@ from gradmem import GradmemError
 from gradmem.store import Store
 from stored import made
 
-OF_FILES = ("file", "makes_no_store", "environment", "changed_byte", "urls")
+OF_FILES = ("the_file", "a_file", "files", "damaged_file", "makes_no_store", "environment", "changed_byte", "urls")
 """Tests of SQLite's file."""
+FIXTURES = ("store", "many", "three")
 globals().update(
     {
         name: value
         for name, value in vars(test_store).items()
-        if name in ("store", "many") or (name.startswith("test_") and not any(word in name for word in OF_FILES))
+        if name in FIXTURES or (name.startswith("test_") and not any(word in name for word in OF_FILES))
     }
 )
 
@@ -37,8 +38,8 @@ def test_a_newer_store_is_refused(postgres: str) -> None:
     from sqlalchemy import text
 
     with Store(postgres) as store, store._engine.begin() as connection:
-        connection.execute(text("UPDATE gradmem_schema SET version = 2"))
-    with pytest.raises(GradmemError, match=r"version 2.*update gradmem"):
+        connection.execute(text("UPDATE gradmem_schema SET version = 3"))
+    with pytest.raises(GradmemError, match=r"version 3.*update gradmem"):
         Store(postgres)
 
 

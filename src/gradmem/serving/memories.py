@@ -283,17 +283,7 @@ async def inspect(ref: str, store: Owned) -> Any:
 @router.patch("/{ref}")
 async def change(ref: str, wanted: Change, store: Owned) -> Entry:
     """Rename a memory, tag it, or pin it, which keeps it from being deleted."""
-    given = wanted.model_dump(exclude_unset=True)
-    labels(wanted.tags)  # refused before anything is changed
-
-    def changed() -> Entry:
-        entry = store.get(ref)
-        for name, act in (("name", store.rename), ("tags", store.tag), ("pinned", store.pin)):
-            if name in given:
-                entry = act(entry.id, given[name])
-        return entry
-
-    return await asyncio.to_thread(changed)
+    return await asyncio.to_thread(store.change, ref, **wanted.model_dump(exclude_unset=True))
 
 
 @router.delete("/{ref}", status_code=204)

@@ -76,10 +76,7 @@ def rm(refs: list[str], **filters: Unpack[Filters]) -> int:
     if bool(refs) == any(filters.values()):  # an empty filter would delete everything
         raise GradmemError("say which memories: ids or names, or filters")
     with _store() as store:
-        deleted = 0 if refs else store.prune(**filters)
-        for entry in [store.get(ref) for ref in refs]:
-            store.delete(entry.id)
-            deleted += 1
+        deleted = store.delete(*refs) if refs else store.prune(**filters)
     console.print(f"deleted {deleted}")
     return deleted
 
@@ -182,10 +179,11 @@ def append(ref: str, file: Path, before: Path | None = None, steps: int | None =
     more = read_text(file)
     given = {} if before is None else {"before": read_text(before)}
     with _store() as store:
-        model = store.open(ref).model
+        found = store.get(ref)  # by its id from here on: the name may move
+        last = found.current.number
+        model = store.open(found.id, last).model
         assert model is not None  # open binds
-        last = store.get(ref).current.number
-        entry = store.append(ref, more, model, steps=steps, progress=progress_bar, **given)
+        entry = store.append(found.id, more, model, steps=steps, progress=progress_bar, **given)
         changes = store.diff(entry.id, last, entry.current.number)
     console.print(diff_table(changes))
     return _said(entry, "appended to")

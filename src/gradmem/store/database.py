@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sqlite3
 import time
@@ -29,20 +30,26 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    func,
     insert,
     inspect,
     select,
     text,
+    update,
 )
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.schema import CreateColumn
 
 from ..errors import GradmemError, Missing
+from ..files import close_to_others, make_private
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the tables. A store with a higher one was made by a newer gradmem, and is refused."""
 BUSY_SECONDS = 60
 """How long a process waits for others that write to the same SQLite file."""
+WRITER = "writer"
+"""Execution option of a connection: the owner for whom it writes, or None where it only reads."""
 _LOCK = 0x67726164
 """Key of the PostgreSQL lock under which one process makes the tables while the others wait."""
 
@@ -84,6 +91,7 @@ memories = Table(
     Column("method", String, nullable=False),
     Column("pinned", Boolean, nullable=False),
     Column("version", Integer, nullable=False),  # the current one
+    Column("bytes", BigInteger, nullable=False, server_default="0"),  # of the files of all versions
     Column("created", Moment, nullable=False),
     Column("updated", Moment, nullable=False),
     UniqueConstraint("owner", "name"),
@@ -94,6 +102,8 @@ memories = Table(
     Index("gradmem_memories_checkpoint", "owner", "checkpoint", "created", "id"),
     Index("gradmem_memories_model", "owner", "model", "created", "id"),
 )
+quota = Index("gradmem_memories_quota", memories.c.owner, memories.c.bytes)
+"""How much an owner keeps, without reading any memory."""
 versions = Table(
     "gradmem_versions",
     metadata,
@@ -120,6 +130,8 @@ tags = Table(
     Index("gradmem_tags_created", "owner", "tag", "created", "memory"),
     sqlite_with_rowid=False,
 )
+ADDED = (memories.c.bytes,)
+"""Columns that came with version 2 of the tables."""
 
 
 def locate(place: str | os.PathLike[str] | None) -> URL:
@@ -163,23 +175,27 @@ def connect(url: URL, create: bool) -> Engine:
         file = Path(url.database or "")
         if not create and not file.exists():
             raise Missing(f"no store at {file}: `gradmem write --store` makes one (GRADMEM_STORE says where)")
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(file)  # SQLite gives the files beside it the same mode
         engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     else:
         try:
-            engine = create_engine(url, pool_pre_ping=True)
+            # So that a statement sees what was committed before its turn came, whatever the server's own setting.
+            engine = create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED")
         except (ModuleNotFoundError, NoSuchModuleError) as error:
             raise GradmemError("PostgreSQL needs one more package: pip install 'gradmem[postgres]'") from error
         event.listen(engine, "begin", _begin_postgres)
     with engine.begin() as connection:
         found = _schema(connection, name)
-    if found is None:
-        if not create:
-            raise Missing(f"no store in {name}: `gradmem write --store` makes one")
-        with engine.connect().execution_options(writes=True) as connection, connection.begin():
+    if found is None and not create:
+        raise Missing(f"no store in {name}: `gradmem write --store` makes one")
+    if found != SCHEMA:
+        with engine.connect().execution_options(**{WRITER: ""}) as connection, connection.begin():
             _make_tables(connection, name)
+    if url.get_backend_name() == "sqlite":
+        for suffix in ("", "-wal", "-shm"):
+            close_to_others(Path(f"{url.database}{suffix}"))
     return engine
 
 
@@ -199,12 +215,26 @@ def _schema(connection: Connection, name: str) -> int | None:
 
 
 def _make_tables(connection: Connection, name: str) -> None:
-    """Make the tables, unless another process has done so since."""
+    """Make the tables or bring them up to date, unless another process has done so since."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-    if _schema(connection, name) is None:
+    found = _schema(connection, name)
+    if found is None:
         metadata.create_all(connection)
         connection.execute(insert(schema).values(version=SCHEMA))
+    elif found < SCHEMA:
+        _upgrade(connection)
+
+
+def _upgrade(connection: Connection) -> None:
+    """Give tables of version 1 what came with version 2."""
+    for column in ADDED:
+        lacking = CreateColumn(column).compile(dialect=connection.dialect)
+        connection.execute(text(f"ALTER TABLE {column.table.name} ADD COLUMN {lacking}"))
+    sizes = select(func.coalesce(func.sum(versions.c.size), 0)).where(versions.c.memory == memories.c.id)
+    connection.execute(update(memories).values(bytes=sizes.scalar_subquery()))
+    quota.create(connection)
+    connection.execute(update(schema).values(version=SCHEMA))
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
@@ -225,11 +255,17 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     """Writers take their turn when they begin: a reader that later wants to write cannot always be let."""
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    reads = connection.get_execution_options().get(WRITER) is None
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
 def _begin_postgres(connection: Connection) -> None:
-    """What is acknowledged is on the disk, whatever the server's own setting."""
-    if connection.get_execution_options().get("writes", False):
+    """Writers for one owner take turns too, so that what one has found still holds when it changes something.
+
+    What is acknowledged is on the disk, whatever the server's own setting.
+    """
+    writer = connection.get_execution_options().get(WRITER)
+    if writer is not None:
         connection.exec_driver_sql("SET LOCAL synchronous_commit = on")
+        key = int.from_bytes(hashlib.sha256(writer.encode()).digest()[:8], "big", signed=True)
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (key,))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from itertools import chain
-from typing import Any
+from typing import Any, TypedDict
 
 from ..choices import Precision
 from ..records import Record
@@ -111,6 +111,14 @@ class Entry:
         times = {name: _moment(row[name]) for name in ("created", "updated")}
         current = Version(**{**row["current"], "created": _moment(row["current"]["created"])})
         return cls(**{**about, **times, "tags": tuple(row["tags"]), "current": current})
+
+
+class Changes(TypedDict, total=False):
+    """What is to be another of a memory; what is not given stays."""
+
+    name: str | None
+    tags: str | Sequence[str]
+    pinned: bool
 
 
 @dataclass(frozen=True)

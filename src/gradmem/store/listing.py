@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, select, tuple_
 
@@ -13,6 +13,8 @@ from ..errors import GradmemError, require
 from .database import Moment, memories, tags, utc
 from .entries import CURSOR
 
+TAGS = 100
+"""Most tags of one memory, and of one filter."""
 COUNTED = 1000
 """A tag of so many memories is as good as any other to go through."""
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
@@ -54,9 +56,9 @@ def matching(connection: Connection, owner: str, filters: Filters, after: str | 
     for tag in wanted[1:]:
         other = tags.alias()
         conditions.append(select(other.c.tag).where(other.c.memory == which, other.c.tag == tag).exists())
-    if (since := filters.get("since")) is not None:
+    if (since := _time(filters, "since")) is not None:
         conditions.append(table.c.created >= since)
-    if (until := filters.get("until")) is not None:
+    if (until := _time(filters, "until")) is not None:
         conditions.append(table.c.created < until)
     if after is not None:
         created, last = _parse_cursor(after)
@@ -96,10 +98,20 @@ def _about(filters: Filters) -> Iterator[ColumnElement[bool]]:
             yield memories.c.name == name
 
 
+def _time(filters: Filters, which: Literal["since", "until"]) -> datetime | None:
+    """A time to compare with those of creation."""
+    given = filters.get(which)
+    try:
+        return None if given is None else utc(given)
+    except OverflowError as error:  # the first and the last day, seen from UTC
+        raise GradmemError(f"the filter {which} must be a time from year 1 to 9999 in UTC") from error
+
+
 def labels(tags: str | Iterable[str]) -> list[str]:
     """Tags, each once and in order; of a string, those between its commas."""
     given = (tags.split(",") if tags else []) if isinstance(tags, str) else tags
     found = sorted({tag.strip() for tag in given})
+    require("the number of tags", len(found), len(found) <= TAGS, f"at most {TAGS}")
     for tag in found:
         good = 0 < len(tag) <= 100 and tag.isprintable() and "," not in tag
         require("a tag", tag, good, "printable, up to 100 characters, without commas")

@@ -5,51 +5,30 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import os
-import re
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
-from datetime import datetime, timezone
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, or_, select, update
-from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy import delete
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from typing_extensions import Unpack
 
 from ..choices import Precision
-from ..errors import Conflict, GradmemError, Missing, Unavailable, require
+from ..errors import Conflict, Unavailable, require
 from ..records import text_digest
 from . import database as db
-from .entries import Diff, Entry, Version
+from .entries import Changes, Diff, Entry, Version
 from .listing import Filters, labels, matching
+from .rows import check_name, version_of
+from .transaction import Quota, Transaction
 
 if TYPE_CHECKING:
     from ..memory import Memory
     from ..model import MemoryModel
 
-LARGEST = 10**9
-"""Bytes that a database takes in one value."""
 PAGE = 1000
 """Most memories of one page of a listing."""
-_ID = re.compile("[0-9a-f]{32}")
-_VERSION = [db.versions.c[field.name] for field in fields(Version)]
-_ENTRY = [db.memories.c[field.name] for field in fields(Entry) if field.name not in ("tags", "current")]
-_TAGS = select(func.aggregate_strings(db.tags.c.tag, ",")).where(db.tags.c.memory == db.memories.c.id).scalar_subquery()
-_ENTRIES = (
-    select(*_ENTRY, *_VERSION, _TAGS)
-    .join_from(
-        db.memories,
-        db.versions,
-        and_(db.versions.c.memory == db.memories.c.id, db.versions.c.number == db.memories.c.version),
-    )
-    .order_by(db.memories.c.created.desc(), db.memories.c.id.desc())
-)
-"""Memories with their current versions and tags, the newest first."""
 
 
 class Store:
@@ -67,6 +46,9 @@ class Store:
         Whose memories it shows and keeps: another owner's do not exist for it. By default the local user's.
     create : bool
         Make the store where there is none.
+    max_memories, max_bytes : int, optional
+        Most memories that each owner may keep, and most bytes of their files, versions among them. By default as many
+        as there is room for.
 
     Raises
     ------
@@ -76,10 +58,19 @@ class Store:
     """
 
     def __init__(
-        self, place: str | os.PathLike[str] | None = None, owner: str | None = None, *, create: bool = True
+        self,
+        place: str | os.PathLike[str] | None = None,
+        owner: str | None = None,
+        *,
+        create: bool = True,
+        max_memories: int | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         require("owner", owner, owner != "", "a name, or None for the local user")
+        for what, most in (("max_memories", max_memories), ("max_bytes", max_bytes)):
+            require(what, most, most is None or most > 0, "above 0")
         self._owner = owner or ""
+        self._quota = Quota(max_memories, max_bytes)
         self._url = db.locate(place)
         with self._told():
             self._engine = db.connect(self._url, create)
@@ -182,10 +173,13 @@ class Store:
         data = memory if isinstance(memory, bytes) else memory.to_bytes(precision)
         loaded = Memory.from_bytes(data) if isinstance(memory, bytes) else memory
         content = content or identity(data)
-        return self.known(content, name=name, tags=tags) or self._keep(loaded, data, content, name, tags)
+        check_name(name)
+        wanted = labels(tags)
+        with self._transaction(writes=True) as its:
+            return its.kept(content, name, wanted) or its.insert(loaded, data, content, name, wanted)
 
     def known(self, content: str, *, name: str | None = None, tags: str | Sequence[str] = ()) -> Entry | None:
-        """Find what is kept already and give it name and tags, as `write`; or make sure that the name is free.
+        """Find what is kept already and give it name and tags, as `write`; or make sure that there is room for it.
 
         Parameters
         ----------
@@ -197,64 +191,13 @@ class Store:
         GradmemError
             As `write`.
         """
+        check_name(name)
         wanted = labels(tags)
-        same = db.memories.c.content == content
-        if name is not None:
-            _check_name(name)
-            same = or_(same, db.memories.c.name == name)
-        with self._connection() as connection:
-            query = select(db.memories.c.content, db.memories.c.id).where(self._mine, same)
-            found = {row.content: row.id for row in connection.execute(query)}
-        if content not in found:
-            if found:
-                raise _taken(name)
+        with self._transaction(writes=True) as its:
+            if entry := its.kept(content, name, wanted):
+                return entry
+            its.check_room(size=1, memories=1)
             return None
-        return self._described(found[content], name, wanted)
-
-    def _described(self, id: str, name: str | None, tags: Sequence[str]) -> Entry:
-        """Give a memory a name, where it has none, and tags besides those it has."""
-        entry = self.get(id)
-        if name in (None, entry.name) and set(tags) <= set(entry.tags):
-            return entry
-        try:
-            with self._connection(writes=True) as connection:
-                row = self._locked(connection, id)
-                if row.name is not None and name not in (None, row.name):
-                    raise Conflict(f"this memory is kept already, as '{row.name}': rename it, or give no other name")
-                present = connection.scalars(select(db.tags.c.tag).where(db.tags.c.memory == id)).all()
-                _insert_tags(connection, row._asdict(), [tag for tag in tags if tag not in present])
-                change = update(db.memories).where(db.memories.c.id == id)
-                connection.execute(change.values(name=name or row.name, updated=_now()))
-        except IntegrityError as error:
-            raise _taken(name) from error
-        return self.get(id)
-
-    def _keep(self, memory: Memory, data: bytes, content: str, name: str | None, tags: str | Sequence[str]) -> Entry:
-        """Insert a memory, unless another process has done so since."""
-        version, record, now = _version(memory, data), memory.records[0], _now()
-        values: dict[str, Any] = {
-            "id": secrets.token_hex(16),
-            "owner": self._owner,
-            "name": name,
-            "content": content,
-            "checkpoint": record.checkpoint,
-            "model": record.model,
-            "method": record.method,
-            "pinned": False,
-            "version": 1,
-            "created": now,
-            "updated": now,
-        }
-        try:
-            with self._connection(writes=True) as connection:
-                connection.execute(insert(db.memories).values(**values))
-                _insert_version(connection, values, version, data)
-                _insert_tags(connection, values, labels(tags))
-        except IntegrityError as error:
-            if known := self.known(content, name=name, tags=tags):
-                return known
-            raise GradmemError(f"cannot keep the memory: {_reason(error)}") from error
-        return self.get(values["id"])
 
     # Reading
 
@@ -271,11 +214,8 @@ class Store:
         Missing
             When there is none; so do all methods.
         """
-        with self._connection() as connection:
-            found = self._entries(connection, self._is(ref))
-        if not found:
-            raise self._missing(ref)
-        return found[0]
+        with self._transaction() as its:
+            return its.entry(ref)
 
     def read(self, ref: str, version: int | None = None) -> bytes:
         """The bytes of a memory file, by default of the current version; their checksum has been verified.
@@ -285,16 +225,8 @@ class Store:
         GradmemError
             When there is no such memory or version, or its bytes are not those that were stored.
         """
-        wanted = db.memories.c.version if version is None else version
-        query = select(db.versions.c.data, db.versions.c.sha256).join(db.memories)
-        with self._connection() as connection:
-            found = connection.execute(query.where(self._is(ref), db.versions.c.number == wanted)).first()
-        if found is None:
-            raise self._missing(ref, version)
-        data, sha256 = found
-        if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != sha256:
-            raise Unavailable(f"memory '{ref}' is damaged in {self._place}: it does not match its checksum")
-        return data
+        with self._transaction() as its:
+            return its.stored(ref, version)[1]
 
     def load(self, ref: str, version: int | None = None) -> Memory:
         """A memory, bound to no model; see `read`."""
@@ -327,68 +259,72 @@ class Store:
             When a limit or a cursor is none.
         """
         require("limit", limit, 1 <= limit <= PAGE, f"from 1 to {PAGE}")
-        with self._connection() as connection:
-            page = matching(connection, self._owner, filters, after).limit(limit)
-            return self._entries(connection, db.memories.c.id.in_(page))
+        with self._transaction() as its:
+            page = matching(its.connection, self._owner, filters, after).limit(limit)
+            return its.entries(db.memories.c.id.in_(page))
 
     # Changing
 
-    def rename(self, ref: str, name: str | None) -> Entry:
-        """Give a memory another name, or none.
+    def change(self, ref: str, **changes: Unpack[Changes]) -> Entry:
+        """Change what is said of a memory: all that is given or, where one thing is refused, nothing.
+
+        Parameters
+        ----------
+        ref : str
+        changes
+            `name` (None takes it away), `tags` in place of those it has, and `pinned`, which keeps it from being
+            deleted. What is not given stays.
 
         Raises
         ------
         GradmemError
-            When there is no such memory, the name is taken or none.
+            When there is no such memory, the name is taken or none, or a tag is none.
         """
-        if name is not None:
-            _check_name(name)
-        try:
-            return self._change(ref, name=name)
-        except IntegrityError as error:
-            raise _taken(name) from error
+        name, wanted = changes.get("name"), labels(changes.get("tags", ()))
+        check_name(name)
+        with self._transaction(writes=True) as its:
+            row = its.row(ref)
+            its.check_free(name, row.id)
+            if "tags" in changes:
+                its.retag(row, wanted)
+            if changes:
+                its.set(row.id, **{what: changes[what] for what in ("name", "pinned") if what in changes})
+            return its.entry(row.id)
+
+    def rename(self, ref: str, name: str | None) -> Entry:
+        """Give a memory another name, or none; see `change`."""
+        return self.change(ref, name=name)
 
     def pin(self, ref: str, pinned: bool = True) -> Entry:
         """Keep a memory from being deleted, or no longer do."""
-        return self._change(ref, pinned=pinned)
+        return self.change(ref, pinned=pinned)
 
     def tag(self, ref: str, tags: str | Sequence[str]) -> Entry:
         """Give a memory these tags in place of those it has."""
-        wanted = labels(tags)
-        with self._connection(writes=True) as connection:
-            row = self._locked(connection, ref)
-            connection.execute(delete(db.tags).where(db.tags.c.memory == row.id))
-            _insert_tags(connection, row._asdict(), wanted)
-            connection.execute(update(db.memories).where(db.memories.c.id == row.id).values(updated=_now()))
-        return self.get(row.id)
+        return self.change(ref, tags=tags)
 
-    def delete(self, ref: str) -> None:
-        """Delete a memory with all its versions.
+    def delete(self, *refs: str) -> int:
+        """Delete memories with all their versions, all of them or, where one is refused, none; return how many.
 
         Raises
         ------
         GradmemError
-            When there is none, or it is pinned.
+            When there is no such memory, or one is pinned.
         """
-        with self._connection(writes=True) as connection:
-            row = self._locked(connection, ref)
-            if row.pinned:
-                raise Conflict(f"memory '{ref}' is pinned: unpin it first")
-            connection.execute(delete(db.memories).where(db.memories.c.id == row.id))
+        with self._transaction(writes=True) as its:
+            rows = {row.id: row for row in map(its.row, refs)}
+            for row in rows.values():
+                if row.pinned:
+                    raise Conflict(f"memory '{row.name or row.id}' is pinned: unpin it first")
+            its.connection.execute(delete(db.memories).where(db.memories.c.id.in_(rows)))
+        return len(rows)
 
     def prune(self, **filters: Unpack[Filters]) -> int:
         """Delete all memories that match all filters, but for pinned ones; return how many. See `list`."""
-        with self._connection(writes=True) as connection:
-            ids = db.memories.c.id.in_(matching(connection, self._owner, filters).order_by(None))
-            done = connection.execute(delete(db.memories).where(ids, db.memories.c.pinned.is_(False)))
+        with self._transaction(writes=True) as its:
+            ids = db.memories.c.id.in_(matching(its.connection, self._owner, filters).order_by(None))
+            done = its.connection.execute(delete(db.memories).where(ids, db.memories.c.pinned.is_(False)))
         return done.rowcount
-
-    def _change(self, ref: str, **values: Any) -> Entry:
-        with self._connection(writes=True) as connection:
-            row = self._locked(connection, ref)
-            change = update(db.memories).where(db.memories.c.id == row.id)
-            connection.execute(change.values(**values, updated=_now()))
-        return self.get(row.id)
 
     # Versions
 
@@ -412,20 +348,16 @@ class Store:
         GradmemError
             When there is no such memory, another checkpoint wrote it, or another version is current.
         """
-        data = memory.to_bytes(precision or self.get(ref).current.precision)
-        version = _version(memory, data)
-        with self._connection(writes=True) as connection:
-            row = self._locked(connection, ref)
+        with self._transaction(writes=True) as its:
+            row = its.row(ref)
+            data = memory.to_bytes(precision or its.entry(row.id).current.precision)
+            version = version_of(memory, data)
             if row.checkpoint != memory.records[0].checkpoint:
                 raise Conflict(f"all versions of a memory are by one checkpoint; '{ref}' is by '{row.model}'")
             if expected not in (None, row.version):
                 raise Conflict(f"'{ref}' has changed meanwhile: version {row.version} is current, not {expected}")
-            last = connection.scalar(select(func.max(db.versions.c.number)).where(db.versions.c.memory == row.id))
-            # No longer what was once written: that text would be written anew.
-            values = {"version": (last or 0) + 1, "content": None, "updated": _now()}
-            _insert_version(connection, {"id": row.id, **values}, version, data)
-            connection.execute(update(db.memories).where(db.memories.c.id == row.id).values(**values))
-        return self.get(row.id)
+            its.add_version(row, version, data)
+            return its.entry(row.id)
 
     def append(self, ref: str, text: str | Sequence[str], model: MemoryModel, **options: Any) -> Entry:
         """Write more text into a memory, as its next version.
@@ -452,26 +384,25 @@ class Store:
 
     def versions(self, ref: str) -> Sequence[Version]:
         """All versions of a memory, the first one first."""
-        query = select(*_VERSION).join(db.memories).where(self._is(ref)).order_by(db.versions.c.number)
-        with self._connection() as connection:
-            found = connection.execute(query).all()
-        if not found:
-            raise self._missing(ref)
-        return [_make_version(row) for row in found]
+        with self._transaction() as its:
+            return its.versions(ref)
 
     def rollback(self, ref: str, version: int) -> Entry:
         """Make another version the current one. None is deleted: a later one can come back in the same way."""
-        if version not in (one.number for one in self.versions(ref)):
-            raise self._missing(ref, version)
-        return self._change(ref, version=version, content=None)
+        with self._transaction(writes=True) as its:
+            row = its.row(ref)
+            its.make_current(row, version)
+            return its.entry(row.id)
 
     def diff(self, ref: str, a: int, b: int) -> Diff:
         """What became of version a's tokens in version b, by their receipts."""
-        numbered = {version.number: version for version in self.versions(ref)}
-        for number in (a, b):
-            if number not in numbered:
-                raise self._missing(ref, number)
-        return Diff.of(numbered[a], numbered[b], (self.load(ref, a).records, self.load(ref, b).records))
+        from ..memory import Memory
+
+        with self._transaction() as its:
+            id = its.row(ref).id
+            (before, old), (after, new) = (its.stored(id, number) for number in (a, b))
+        records = [Memory.from_bytes(data, f"memory '{ref}'").records for data in (old, new)]
+        return Diff.of(before, after, (records[0], records[1]))
 
     # The database
 
@@ -479,45 +410,18 @@ class Store:
     def _place(self) -> str:
         return self._url.render_as_string() if self._url.host else str(self._url.database)
 
-    @property
-    def _mine(self) -> ColumnElement[bool]:
-        return db.memories.c.owner == self._owner
-
-    def _is(self, ref: str) -> ColumnElement[bool]:
-        """The memory of this id or name: no name looks like an id, and databases differ in what else they refuse."""
-        if not ref.isprintable():
-            raise self._missing(ref)
-        return and_(self._mine, (db.memories.c.id if _ID.fullmatch(ref) else db.memories.c.name) == ref)
-
-    def _missing(self, ref: str, version: int | None = None) -> Missing:
-        which = "" if version is None else f"version {version} of "
-        shown = ref if ref.isprintable() else ascii(ref)[1:-1]
-        return Missing(f"no {which}memory '{shown}' in {self._place}")
-
-    def _locked(self, connection: Connection, ref: str) -> Row[Any]:
-        """The row of a memory, which no other process changes before this transaction ends."""
-        row = connection.execute(select(db.memories).where(self._is(ref)).with_for_update()).first()
-        if row is None:
-            raise self._missing(ref)
-        return row
-
-    def _entries(self, connection: Connection, condition: ColumnElement[bool]) -> Sequence[Entry]:
-        """Memories with their current versions and tags, the newest first."""
-        return [_make_entry(row) for row in connection.execute(_ENTRIES.where(condition))]
-
     @contextmanager
-    def _connection(self, writes: bool = False) -> Iterator[Connection]:
-        """A transaction, which takes place as a whole or not at all."""
-        with self._told(), self._engine.connect().execution_options(writes=writes) as connection, connection.begin():
-            yield connection
+    def _transaction(self, writes: bool = False) -> Iterator[Transaction]:
+        """A transaction, which takes place as a whole or not at all; those that write for one owner take turns."""
+        options = {db.WRITER: self._owner if writes else None}
+        with self._told(), self._engine.connect().execution_options(**options) as connection, connection.begin():
+            yield Transaction(connection, self._owner, self._place, self._quota)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Say in one line what is wrong with the database; constraints are the caller's to explain."""
+        """Say in one line what is wrong with the database."""
         try:
             yield
-        except IntegrityError:
-            raise
         except (SQLAlchemyError, OSError, ValueError) as error:
             raise Unavailable(f"cannot use the store {self._place}: {_reason(error)}") from error
 
@@ -536,10 +440,6 @@ def content_of(
     return _hash([model.fingerprints["checkpoint"], [text_digest(one) for one in texts], *settings])
 
 
-def _now() -> datetime:
-    return datetime.now(timezone.utc)
-
-
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
@@ -548,65 +448,3 @@ def _reason(error: Exception) -> str:
     """First line of what a database said."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     return (str(cause).splitlines() or [type(cause).__name__])[0]
-
-
-def _taken(name: str | None) -> Conflict:
-    return Conflict(f"the name '{name}' is taken by another memory: update that one, or take another name")
-
-
-def _check_name(name: str) -> None:
-    """Refuse names that could be mistaken for an id, a filter or an option."""
-    good = 0 < len(name) <= 200 and name.isprintable() and name == name.strip() and "*" not in name and name[0] != "-"
-    require("a name", name, good and not _ID.fullmatch(name), "printable, up to 200 characters, without *, and no id")
-
-
-def _version(memory: Memory, data: bytes) -> Version:
-    """What a version says of itself; its number is the database's to give."""
-    from ..memory import stored_precision
-
-    written = memory.parts
-    if not written or len({record.checkpoint for record in written}) != 1:
-        raise GradmemError("a store keeps memories of text, written by one checkpoint")
-    require("the size of a memory", len(data), len(data) <= LARGEST, f"at most {LARGEST:,} bytes")
-    losses = [loss for record in written for loss in (record.loss_before, record.loss_after)]
-    if any(map(math.isnan, losses)):  # SQLite would keep it as NULL
-        raise GradmemError("the memory's write losses are no numbers (NaN): it was not written well")
-    tokens = [len(record.token_losses) for record in written]
-    mean = partial(_mean, weights=tokens)
-    return Version(
-        number=0,
-        created=_now(),
-        precision=stored_precision(data),
-        rows=len(memory),
-        tokens=sum(tokens),
-        kept=sum(tokens) - sum(len(record.lost) for record in written),
-        loss_before=mean([record.loss_before for record in written]),
-        loss_after=mean([record.loss_after for record in written]),
-        size=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-    )
-
-
-def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
-    return round(sum(value * weight for value, weight in zip(values, weights, strict=True)) / max(1, sum(weights)), 6)
-
-
-def _make_version(values: Sequence[Any]) -> Version:
-    return Version(**{column.name: value for column, value in zip(_VERSION, values, strict=True)})
-
-
-def _make_entry(row: Sequence[Any]) -> Entry:
-    about = {column.name: value for column, value in zip(_ENTRY, row[: len(_ENTRY)], strict=True)}
-    *version, tags = row[len(_ENTRY) :]
-    return Entry(**about, tags=tuple(labels(tags or "")), current=_make_version(version))
-
-
-def _insert_version(connection: Connection, memory: Mapping[str, Any], version: Version, data: bytes) -> None:
-    about = {**asdict(version), "memory": memory["id"], "number": memory["version"]}
-    connection.execute(insert(db.versions).values(**about, data=data))
-
-
-def _insert_tags(connection: Connection, memory: Mapping[str, Any], tags: Sequence[str]) -> None:
-    about = {"memory": memory["id"], "owner": memory["owner"], "created": memory["created"]}
-    if tags:
-        connection.execute(insert(db.tags), [{**about, "tag": tag} for tag in tags])

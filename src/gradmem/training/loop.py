@@ -430,8 +430,7 @@ class Trainer:
         if self.report is not None:
             yield self.report
             return
-        from rich.console import Console
-
+        from ..console import Console
         from .progress import Report
 
         with Report(Console(stderr=True, quiet=not self.main), len(self.recipe.stages)) as report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import GradmemError, unknown
+from ..visible import visible
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
 
@@ -175,8 +177,10 @@ def recipe_values(name: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]
     path = recipe_path(name)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise GradmemError(f"cannot read the recipe {path}: {error}") from error
+    if any(text != visible(text) for text in _texts(values)):
+        raise GradmemError(f"cannot read the recipe {path}: there are control characters in its text")
     if path in extending:
         raise GradmemError(f"{path} extends itself")
     if isinstance(values, dict) and "extends" in values:
@@ -188,6 +192,18 @@ def recipe_values(name: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]
         extra = sorted(set(values) - known) if isinstance(values, dict) else []
         raise GradmemError(f"{path} is no recipe: unknown {extra}; known: {', '.join(sorted(known))}")
     return values
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text in plain data, in which YAML may have one thing in many places."""
+    waiting, seen = [value], set()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict | list) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += [*one, *one.values()] if isinstance(one, dict) else one
 
 
 def _extended(other: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

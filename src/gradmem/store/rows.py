@@ -1,0 +1,114 @@
+"""Rows of the tables: what an entry and a version are read from, and what is kept of a memory."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from datetime import datetime, timezone
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import and_, func, insert, select
+from sqlalchemy.engine import Connection
+
+from ..errors import GradmemError, require
+from . import database as db
+from .entries import Entry, Version
+
+if TYPE_CHECKING:
+    from ..memory import Memory
+
+LARGEST = 10**9
+"""Bytes that a database takes in one value."""
+ID = re.compile("[0-9a-f]{32}")
+VERSION = [db.versions.c[field.name] for field in fields(Version)]
+_ENTRY = [db.memories.c[field.name] for field in fields(Entry) if field.name not in ("tags", "current")]
+_TAGS = select(func.aggregate_strings(db.tags.c.tag, ",")).where(db.tags.c.memory == db.memories.c.id).scalar_subquery()
+ENTRIES = (
+    select(*_ENTRY, *VERSION, _TAGS)
+    .join_from(
+        db.memories,
+        db.versions,
+        and_(db.versions.c.memory == db.memories.c.id, db.versions.c.number == db.memories.c.version),
+    )
+    .order_by(db.memories.c.created.desc(), db.memories.c.id.desc())
+)
+"""Memories with their current versions and tags, the newest first."""
+
+
+def now() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(timezone.utc)
+
+
+def check_name(name: str | None) -> None:
+    """Refuse names that could be mistaken for an id, a filter or an option; None is no name."""
+    if name is None:
+        return
+    good = 0 < len(name) <= 200 and name.isprintable() and name == name.strip() and "*" not in name and name[0] != "-"
+    require("a name", name, good and not ID.fullmatch(name), "printable, up to 200 characters, without *, and no id")
+
+
+def version_of(memory: Memory, data: bytes) -> Version:
+    """What a version says of itself; its number is the database's to give.
+
+    Raises
+    ------
+    GradmemError
+        When the memory is none that a store keeps.
+    """
+    from ..memory import stored_precision
+
+    written = memory.parts
+    if not written or len({record.checkpoint for record in written}) != 1:
+        raise GradmemError("a store keeps memories of text, written by one checkpoint")
+    require("the size of a memory", len(data), len(data) <= LARGEST, f"at most {LARGEST:,} bytes")
+    losses = [loss for record in written for loss in (record.loss_before, record.loss_after)]
+    if any(map(math.isnan, losses)):  # SQLite would keep it as NULL
+        raise GradmemError("the memory's write losses are no numbers (NaN): it was not written well")
+    tokens = [len(record.token_losses) for record in written]
+    mean = partial(_mean, weights=tokens)
+    return Version(
+        number=0,
+        created=now(),
+        precision=stored_precision(data),
+        rows=len(memory),
+        tokens=sum(tokens),
+        kept=sum(tokens) - sum(len(record.lost) for record in written),
+        loss_before=mean([record.loss_before for record in written]),
+        loss_after=mean([record.loss_after for record in written]),
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
+    return round(sum(value * weight for value, weight in zip(values, weights, strict=True)) / max(1, sum(weights)), 6)
+
+
+def make_version(values: Sequence[Any]) -> Version:
+    """A version from the columns `VERSION`."""
+    return Version(**{column.name: value for column, value in zip(VERSION, values, strict=True)})
+
+
+def make_entry(row: Sequence[Any]) -> Entry:
+    """An entry from a row of `ENTRIES`."""
+    about = {column.name: value for column, value in zip(_ENTRY, row[: len(_ENTRY)], strict=True)}
+    *version, tags = row[len(_ENTRY) :]
+    return Entry(**about, tags=tuple(sorted(tags.split(","))) if tags else (), current=make_version(version))
+
+
+def insert_version(connection: Connection, memory: Mapping[str, Any], version: Version, data: bytes) -> None:
+    """Keep a version, under the number that the memory's row has."""
+    about = {**asdict(version), "memory": memory["id"], "number": memory["version"]}
+    connection.execute(insert(db.versions).values(**about, data=data))
+
+
+def insert_tags(connection: Connection, memory: Mapping[str, Any], tags: Sequence[str]) -> None:
+    """Give a memory tags besides those it has."""
+    about = {"memory": memory["id"], "owner": memory["owner"], "created": memory["created"]}
+    if tags:
+        connection.execute(insert(db.tags), [{**about, "tag": tag} for tag in tags])
