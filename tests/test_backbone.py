@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,7 @@ import gradmem
 from gradmem import GradmemError, MemoryModel
 from gradmem.backbone import Backbone
 from gradmem.data import gguf as conversion
-from gradmem.data.gguf import pretrained_place
-from gradmem.data.pretrained import pretrained_tokenizer
+from gradmem.data.pretrained import pretrained_place, pretrained_tokenizer
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "Ġ", "ab", "Ġc"]
 FIELDS: dict[str, Any] = {
@@ -56,10 +56,14 @@ def llama() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a BPE tokenizer, as llama.cpp's own writer lays it out."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def write_gguf(path: Path, keep: Callable[[str], bool] = lambda name: True, blocks: int = 2) -> Path:
+    """Write it, or those of its tensors that are to be kept."""
     gguf = pytest.importorskip("gguf")
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(2)
+    writer.add_block_count(blocks)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(64)
@@ -83,7 +87,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             weight = weight.view(heads, 2, 4, 32).transpose(1, 2).reshape(weight.shape)
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
-        writer.add_tensor(name, weight.contiguous().numpy())
+        if keep(name):
+            writer.add_tensor(name, weight.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -173,8 +178,12 @@ def test_weights_are_float32_unless_asked_for(directory: str) -> None:
 def test_tokenizers_of_other_models_are_refused(directory: str, vocabulary: int) -> None:
     with pytest.raises(GradmemError, match=rf"knows 9 tokens and the task's tokenizer has {vocabulary}.*do not belong"):
         Backbone.from_pretrained(directory, vocabulary)
-    for fitting in (9, 10):
-        assert Backbone.from_pretrained(directory, fitting).head.weight.shape[0] == fitting
+    assert Backbone.from_pretrained(directory, 9).head.weight.shape[0] == 9
+    grown = Backbone.from_pretrained(directory, 10, unspoken=1).head.weight
+    assert grown.shape[0] == 10
+    assert torch.equal(grown[9], grown[:9].mean(0))
+    with pytest.raises(GradmemError, match="do not belong together"):
+        Backbone.from_pretrained(directory, 10)
 
 
 def test_fields_of_a_pretrained_backbone_cannot_be_changed(directory: str) -> None:

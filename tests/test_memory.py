@@ -247,7 +247,8 @@ def test_reads_in_a_new_process_from_the_file_alone(tiny: MemoryModel, tmp_path:
     model = gradmem.load(tmp_path / "checkpoint")
     memory = model.write(TEXT)
     path = memory.save(tmp_path / "m.safetensors")
-    code = f"import gradmem; print(gradmem.open({str(path)!r}).ask(['a7', 'k2', 'zz']))"
+    named = f"{str(path)!r}, {str(tmp_path / 'checkpoint')!r}"
+    code = f"import gradmem; print(gradmem.open({named}).ask(['a7', 'k2', 'zz']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(memory.ask(["a7", "k2", "zz"]))
 

@@ -109,7 +109,7 @@ BAD = {
     "unknown in a store": (["store", "show", "other"], "no memory 'other' in"),
     "ask what is not kept": (["ask", "other", "a7"], "no memory file at other, and no memory 'other' in"),
     "taken": (["write", "checkpoint", "pairs.txt", "--store", "--name", "notes"], "'notes' is taken"),
-    "checkpoint is gone": (["ask", "notes", "a7"], "unknown checkpoint 'model-c'"),
+    "checkpoint is gone": (["ask", "notes", "a7"], "'model-c' wrote it, .*--checkpoint model-c"),
     "bad name": (["store", "rename", "notes", "a*"], "a name must be"),
     "bad date": (["store", "ls", "--since", "soon"], "soon"),
     "bad limit": (["store", "ls", "--limit", "0"], "limit must be"),

@@ -200,7 +200,7 @@ def test_abstain_belongs_to_its_weights(calibrated: Path, other: MemoryModel, tm
     assert not (tmp_path / "again" / "abstain.json").exists()
     assert model.abstain is not None
     model.abstain.save(tmp_path / "again")
-    with pytest.raises(GradmemError, match="for other weights"):
+    with pytest.raises(GradmemError, match="for another model"):
         gradmem.load(tmp_path / "again")
     for damage in ("{", "[]", '{"format": 2}', '{"format": 1, "weights": {}, "bias": 0, "checkpoint": "abc"}'):
         (tmp_path / "again" / "abstain.json").write_text(damage)

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.cache_utils import Cache, DynamicCache
 
-from .data.gguf import pretrained_place
-from .errors import GradmemError
+from .data.checked import Stored
+from .data.language_model import built_model, loaded_model
+from .data.pretrained import pretrained_place
+from .errors import GradmemError, refused
 from .inner import attention
 from .inner.closed_form import closed_forms, replaced
 from .inner.room import room
@@ -100,24 +102,27 @@ class Backbone(nn.Module):
         return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Backbone:
+    def from_config(cls, config: dict[str, Any], stored: Stored | None = None) -> Backbone:
         """Build a randomly initialised model from the fields of its Hugging Face config, `model_type` among them.
+
+        Parameters
+        ----------
+        config : dict
+        stored : Stored, optional
+            Weights that are to be loaded into it: the model may not be larger.
 
         Raises
         ------
         GradmemError
-            When transformers does not know the model type or refuses a field.
+            When transformers does not know the model type or refuses a field, or the model is too large.
         """
-        fields = dict(config)
-        try:
-            built = AutoConfig.for_model(fields.pop("model_type"), **fields)
-            model = AutoModelForCausalLM.from_config(built)
-        except (KeyError, ValueError, TypeError) as error:
-            raise GradmemError(f"cannot build a backbone from {config}: {error}") from error
-        return cls(model)
+        with refused("cannot build a backbone from these fields"):
+            return cls(built_model(config, stored))
 
     @classmethod
-    def from_pretrained(cls, name: str, vocabulary: int | None = None, dtype: str = "float32") -> Backbone:
+    def from_pretrained(
+        cls, name: str, vocabulary: int | None = None, unspoken: int = 0, dtype: str = "float32"
+    ) -> Backbone:
         """Load pretrained weights.
 
         Parameters
@@ -125,24 +130,25 @@ class Backbone(nn.Module):
         name : str
             Hub name, local directory, GGUF file, or the short name of a model that comes as a Python package.
         vocabulary : int, optional
-            Tokens of the tokenizer it is to be used with. The embeddings grow where the tokenizer has got a pad token.
+            Tokens of the tokenizer it is to be used with.
+        unspoken : int
+            The last ones of these that stand in no text, as one to pad with: the embeddings may grow by them.
         dtype : str
             Type of the weights, as PyTorch names it.
 
         Raises
         ------
         GradmemError
-            When the weights cannot be loaded, or the tokenizer is not that of the model.
+            When the weights cannot be loaded or are not all there, or the tokenizer is not that of the model.
         """
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise GradmemError(f"the backbone's dtype is a type of weights like 'float32' or 'bfloat16', not '{dtype}'")
-        try:
-            model = AutoModelForCausalLM.from_pretrained(pretrained_place(name), dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise GradmemError(f"cannot load the backbone '{name}': {error}") from error
-        if vocabulary is not None:
-            _fit(model, vocabulary, name)
-        return cls(model)
+        place = pretrained_place(name)
+        with refused(f"cannot load the backbone '{name}'"):
+            model = loaded_model(place, getattr(torch, dtype))
+            if vocabulary is not None:
+                _fit(model, vocabulary, unspoken, name)
+            return cls(model)
 
     @property
     def width(self) -> int:
@@ -274,14 +280,17 @@ class Backbone(nn.Module):
             config._attn_implementation = before
 
 
-def _fit(model: PreTrainedModel, vocabulary: int, name: str) -> None:
+def _fit(model: PreTrainedModel, vocabulary: int, unspoken: int, name: str) -> None:
     """Let the embeddings grow by a pad token or so; refuse a tokenizer that is not the model's."""
     known = model.get_input_embeddings().num_embeddings
     # Many models have a few more embeddings than tokens, for round sizes.
-    if not SPARE * known <= vocabulary <= known + ADDED:
+    if not SPARE * known <= vocabulary <= known + min(unspoken, ADDED):
         raise GradmemError(
             f"the backbone '{name}' knows {known} tokens and the task's tokenizer has {vocabulary}: they do not belong "
             f"together; give the task `tokenizer: {name}`"
         )
     if vocabulary > known:
-        model.resize_token_embeddings(vocabulary)
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.weight[known:] = layer.weight[:known].mean(0)  # always the same, like no other token

@@ -161,7 +161,14 @@ def _say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def ask(memory: Path, queries: list[str], jsonl: bool = False, abstain: bool = False, device: str = "cpu") -> None:
+def ask(
+    memory: Path,
+    queries: list[str],
+    checkpoint: str | None = None,
+    jsonl: bool = False,
+    abstain: bool = False,
+    device: str = "cpu",
+) -> None:
     """Answer queries from a memory file alone.
 
     A memory that cram wrote recites its text and does not answer questions: gradmem restore reads the text back.
@@ -172,6 +179,8 @@ def ask(memory: Path, queries: list[str], jsonl: bool = False, abstain: bool = F
         Memory file, or id or name in the store.
     queries
         Queries; without any, one a line from standard input, answered as JSON lines.
+    checkpoint
+        The model that wrote the memory; not needed where that is a checkpoint of the package.
     jsonl
         Print JSON lines also for queries given as arguments.
     abstain
@@ -179,7 +188,7 @@ def ask(memory: Path, queries: list[str], jsonl: bool = False, abstain: bool = F
     device
         Device to run on.
     """
-    opened = _open(memory)
+    opened = _open(memory, checkpoint)
     if opened.model is None or len(opened) != 1:
         raise GradmemError(f"{memory} holds {len(opened)} memories; ask them from Python")
     model = opened.model.to(device_named(device))
@@ -212,13 +221,21 @@ def _assessed(answer: gradmem.Answer) -> dict[str, Any]:
     return {"answer": None if answer.abstained else answer.text, **evidence}
 
 
-def restore(memory: Path, output: Path | None = None, context: Path | None = None, device: str = "cpu") -> None:
+def restore(
+    memory: Path,
+    checkpoint: str | None = None,
+    output: Path | None = None,
+    context: Path | None = None,
+    device: str = "cpu",
+) -> None:
     """Read the text back from a memory file alone, and say how sure that is.
 
     Parameters
     ----------
     memory
         Memory file, or id or name in the store.
+    checkpoint
+        The model that wrote the memory; not needed where that is a checkpoint of the package.
     output
         File for the text (short: -o); default: standard output.
     context
@@ -226,7 +243,7 @@ def restore(memory: Path, output: Path | None = None, context: Path | None = Non
     device
         Device to run on.
     """
-    opened = _open(memory)
+    opened = _open(memory, checkpoint)
     if opened.model is None:
         raise GradmemError(f"{memory} is bound to no model")
     model = opened.model.to(device_named(device))
@@ -246,13 +263,15 @@ def restore(memory: Path, output: Path | None = None, context: Path | None = Non
         notes.print(differences(model.task, ids, wanted))
 
 
-def inspect(memory: Path, context: Path | None = None, json: bool = False) -> None:
+def inspect(memory: Path, checkpoint: str | None = None, context: Path | None = None, json: bool = False) -> None:
     """Show where a memory comes from and what it kept.
 
     Parameters
     ----------
     memory
         Memory file.
+    checkpoint
+        With a text: the model that wrote the memory; not needed where that is a checkpoint of the package.
     context
         The text that was written: shows which of its tokens were lost. The memory itself holds no text.
     json
@@ -264,7 +283,7 @@ def inspect(memory: Path, context: Path | None = None, json: bool = False) -> No
         return
     text = read_text(context) if context else None
     texts = {} if text is None else written_texts(text, loaded.parts, str(context))
-    bound = gradmem.open(memory) if texts else loaded
+    bound = gradmem.open(memory, checkpoint) if texts else loaded
     for record in loaded.parts:
         console.print(provenance(record, loaded, memory))
         written = texts.get(record.context_sha256)
@@ -276,15 +295,15 @@ def _settle() -> None:
     gc.freeze()
 
 
-def _open(memory: Path) -> gradmem.Memory:
+def _open(memory: Path, checkpoint: str | None) -> gradmem.Memory:
     """Open a memory file or, where there is none, what the store keeps under this id or name."""
     if os.path.exists(memory):  # Path.exists raises for names that are too long
-        return gradmem.open(memory)
+        return gradmem.open(memory, checkpoint)
     from .store import Store
 
     try:
         with Store(create=False) as store:
-            return store.open(str(memory))
+            return store.open(str(memory), checkpoint=checkpoint)
     except Missing as error:
         raise GradmemError(f"no memory file at {memory}, and {error}") from error
 

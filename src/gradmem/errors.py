@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from .visible import visible
 
@@ -11,6 +12,8 @@ LONGEST = 2000
 """Characters of a message: what files and requests hold may stand in it, and they may be of any length."""
 QUOTED = 100
 """Characters of a wrong value or name that a message repeats."""
+SHOWN = 300
+"""Characters of another library's message that are shown."""
 
 
 class GradmemError(Exception):
@@ -55,3 +58,22 @@ def require(name: str, value: object, good: bool, wanted: str) -> None:
 
 def _clipped(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def reason(error: BaseException) -> str:
+    """First line of what an error says, not too long."""
+    return _clipped((str(error).strip().splitlines() or [type(error).__name__])[0], SHOWN)
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Raise `GradmemError` for every error inside: libraries raise errors of any kind over files that others made."""
+    try:
+        yield
+    except GradmemError:
+        raise
+    except BaseException as error:
+        # A panic of a library in Rust, as `tokenizers`, is a BaseException without a class to import.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise GradmemError(f"{what}: {reason(error)}") from error

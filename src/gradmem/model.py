@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import inspect
 import json
 import os
 import tempfile
@@ -17,13 +15,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 
 from .batch import Tokens
+from .data.checked import WEIGHTS, Stored, check_counts, read_json, within
+from .data.language_model import CONFIG, load_weights
 from .data.pretrained import digest_tokenizer
-from .errors import GradmemError
-from .memory import Memory, digest
+from .errors import GradmemError, refused
+from .identity import digest_of, model_config, options_of
+from .memory import Memory
 from .methods.base import Method
 from .prefix import Prefix, copies
 from .specs import Spec, build_backbone, build_method, build_task
@@ -33,9 +33,12 @@ from .trust import Abstain, Answer, assess, claim_losses, token_logprobs
 from .writing import Progress, as_texts, measure_again, write_texts
 
 FORMAT = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FILES = [CONFIG, WEIGHTS, ABSTAIN, "tokenizer*.json", "special_tokens_map.json"]
+"""Files of a checkpoint."""
 HERE = "."
 """In a checkpoint's config: the directory of the checkpoint itself."""
+NAMED: set[str] = set()
+"""Models that this process was told to load: memories may name these, as no file decides what is loaded."""
 
 
 CUTTING = ("chunk", "chunks")
@@ -70,10 +73,26 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         """When to abstain, where the checkpoint was calibrated."""
 
     @classmethod
-    def from_spec(cls, task: Spec, backbone: Spec, method: Spec, *, trusted: bool = True) -> MemoryModel:
-        """Build a model with fresh (or pretrained) weights."""
+    def from_spec(
+        cls, task: Spec, backbone: Spec, method: Spec, *, trusted: bool = True, stored: Stored | None = None
+    ) -> MemoryModel:
+        """Build a model with fresh (or pretrained) weights.
+
+        Parameters
+        ----------
+        task, backbone, method : dict
+        trusted : bool
+            Whether they may name a module that is not imported yet.
+        stored : Stored, optional
+            Weights that are to be loaded into it: it may not be larger than they are.
+
+        Raises
+        ------
+        GradmemError
+            When a part is not known, refuses an option, or is too large.
+        """
         built_task = build_task(task, trusted=trusted)
-        built = build_backbone(backbone, built_task)
+        built = build_backbone(backbone, built_task, stored)
         config = built.model.config
         fields = {**config.to_diff_dict(), "model_type": config.model_type}
         fields.pop("_name_or_path", None)  # a place on this machine, perhaps
@@ -82,7 +101,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             "backbone": fields,
             "method": dict(method),
         }
-        return cls(build_method(method, built, trusted=trusted), built_task, copy.deepcopy(spec))
+        with within(None if stored is None else stored.limit):
+            built_method = build_method(method, built, trusted=trusted)
+        return cls(built_method, built_task, copy.deepcopy(spec))
 
     @classmethod
     def from_language_model(cls, name: str, method: Spec) -> MemoryModel:
@@ -100,10 +121,11 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         GradmemError
             When model or tokenizer cannot be loaded, or the method does not know an option.
         """
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), refused(f"cannot load '{name}'"):
             torch.manual_seed(0)
             model = cls.from_spec({"name": "plain", "tokenizer": name}, {"pretrained": name}, method, trusted=False)
         model.method.requires_grad_(False)
+        NAMED.add(name)
         model.name, model.options = name, {key: value for key, value in method.items() if key != "name"}
         model.method.eval()
         return model
@@ -151,47 +173,63 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
                 os.replace(file, save_directory / file.name)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **download: Any) -> MemoryModel:
-        """Load from a directory or, by its hub name, from the hub. Executes nothing that the files contain."""
-        directory = Path(model_id)
-        if not directory.is_dir():
-            directory = Path(snapshot_download(model_id, **_known(snapshot_download, download)))
-        try:
-            config = json.loads((directory / CONFIG).read_text())
-            if config["format"] != FORMAT:
-                raise GradmemError(f"{model_id} has format {config['format']}, this gradmem reads {FORMAT}")
-            task = _beside(config["task"], str(directory))
-            model = cls.from_spec(task, config["backbone"], config["method"], trusted=False)
-            load_model(model.method, str(directory / WEIGHTS))
-        except FileNotFoundError as error:
-            raise GradmemError(f"{model_id} is no checkpoint: it has no {Path(error.filename).name}") from error
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise GradmemError(f"{model_id} is damaged or no checkpoint: {reason}") from error
-        model.name = model_id
-        model.method.eval()
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **download: Any) -> MemoryModel:
+        """Load from a directory or, by its hub name, from the hub. Executes nothing that the files contain.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path : str or path
+        download
+            For the hub: arguments of `huggingface_hub.snapshot_download`, as `revision`.
+
+        Raises
+        ------
+        GradmemError
+            When a file is missing or damaged, the weights do not fit the config, or the config asks for more than the
+            weights hold, or names a model or code.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        NAMED.add(name)
+        directory = Path(name)
+        with refused(f"{name} is damaged or no checkpoint"):
+            if not directory.is_dir():
+                directory = Path(snapshot_download(name, allow_patterns=FILES, **download))
+            model = cls._from_directory(directory)
+        model.name = name
         model.abstain = Abstain.load(directory)
         if model.abstain and model.abstain.checkpoint != model.fingerprints["checkpoint"]:
-            raise GradmemError(f"{ABSTAIN} of {model_id} is for other weights: remove it, or calibrate again")
+            raise GradmemError(f"{ABSTAIN} of {name} is for another model: remove it, or calibrate again")
+        return model
+
+    @classmethod
+    def _from_directory(cls, directory: Path) -> MemoryModel:
+        if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+            raise GradmemError(f"{directory} is no checkpoint: it needs {CONFIG} and {WEIGHTS}")
+        config = read_json(directory / CONFIG)
+        if config.get("format") != FORMAT:
+            raise GradmemError(f"{directory} has format {config.get('format')!r}, this gradmem reads {FORMAT}")
+        stored = Stored([directory / WEIGHTS])
+        for part in ("task", "method"):
+            check_counts(config[part], stored.largest)
+        task = {name: value for name, value in _beside(config["task"], str(directory)).items() if name != "data"}
+        model = cls.from_spec(task, config["backbone"], config["method"], trusted=False, stored=stored)
+        load_weights(model.method, directory / WEIGHTS)
+        model.method.eval()
         return model
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of the `backbone` weights, the whole `checkpoint` (weights and settings) and the `tokenizer`."""
+        """SHA-256 of the `backbone`, the whole `checkpoint` and the `tokenizer`: weights, and all settings that count.
+
+        The config of the backbone is among these, and the options of method and task; see `gradmem.identity`.
+        """
         tokenizer = digest_tokenizer(self.task.tokenizer)
-        settings = json.dumps(self.spec["method"], sort_keys=True) + tokenizer
-        weights = digest(self.method.state_dict())
+        backbone = {"config": model_config(self.method.backbone.model.config)}
+        method, task = options_of(self.method, self.spec["method"]), options_of(self.task, self.spec["task"])
+        whole = {**backbone, "method": method, "task": task, "tokenizer": tokenizer}
         return {
-            "backbone": digest(self.method.backbone.state_dict()),
-            "checkpoint": hashlib.sha256((settings + weights).encode()).hexdigest(),
+            "backbone": digest_of(backbone, self.method.backbone.state_dict()),
+            "checkpoint": digest_of(whole, self.method.state_dict()),
             "tokenizer": tokenizer,
         }
 
@@ -585,16 +623,10 @@ def _in_shape(memory: Memory, query: Any, answer: Callable[[list[int], list[str]
 
 
 def _portable(task: Spec) -> Spec:
-    """A task without places on this machine: its tokenizer goes along, and who wants its data says where it is."""
-    local = task.get("data") is not None and Path(task["data"]).exists()
-    return _beside({name: value for name, value in task.items() if not (local and name == "data")}, HERE)
+    """A task without places: its tokenizer goes along, and who wants its data says where it is."""
+    return _beside({name: value for name, value in task.items() if name != "data"}, HERE)
 
 
 def _beside(task: Spec, directory: str) -> Spec:
     """A task whose tokenizer, where that is an option, is the one in the checkpoint's directory."""
-    return {**task, "tokenizer": directory} if task.get("tokenizer") else task
-
-
-def _known(function: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that a function takes."""
-    return {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
+    return {**task, "tokenizer": directory} if task.get("tokenizer") is not None else task

@@ -42,7 +42,7 @@ class Record:
     method, model : str
         Name of the method, and name or path of the checkpoint or the plain language model.
     backbone, checkpoint, tokenizer : str
-        SHA-256 of the backbone's weights, of all weights and settings, and of the tokenizer.
+        SHA-256 of the backbone (its weights and config), of all weights and settings, and of the tokenizer.
     context_sha256 : str
         SHA-256 of the context text, UTF-8.
     context_tokens : int

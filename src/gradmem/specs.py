@@ -7,7 +7,9 @@ from typing import Any
 
 from . import methods, tasks
 from .backbone import Backbone
-from .errors import GradmemError
+from .data.checked import Stored
+from .data.pretrained import unspoken
+from .errors import GradmemError, reason
 from .methods.base import Method
 from .plugins import check_options, find
 from .tasks.base import Task
@@ -36,15 +38,26 @@ def default_write_steps(spec: Spec) -> int:
     return int(spec.get("write_steps", option.default if option else cls.write_steps))
 
 
-def build_backbone(spec: Spec, task: Task) -> Backbone:
-    """Build a backbone from `pretrained: NAME` (and `dtype`) or the fields of a config, for the task's tokenizer."""
+def build_backbone(spec: Spec, task: Task, stored: Stored | None = None) -> Backbone:
+    """Build a backbone from `pretrained: NAME` (and `dtype`) or the fields of a config, for the task's tokenizer.
+
+    Parameters
+    ----------
+    spec : dict
+    task : Task
+    stored : Stored, optional
+        Of a checkpoint: its weights, which say how large the model is. A checkpoint names no pretrained model.
+    """
     if "pretrained" in spec:
         options = {key: value for key, value in spec.items() if key != "pretrained"}
         if extra := sorted(options.keys() - {"dtype"}):
             raise GradmemError(f"a pretrained backbone is what it is: leave out {', '.join(extra)}")
-        return Backbone.from_pretrained(spec["pretrained"], len(task.tokenizer), **options)
+        if stored is not None:
+            raise GradmemError("its config names a pretrained model: a checkpoint has its weights with it")
+        size, spare = len(task.tokenizer), unspoken(task.tokenizer)
+        return Backbone.from_pretrained(spec["pretrained"], size, spare, **options)
     fields = {"vocab_size": len(task.tokenizer), "pad_token_id": task.pad_id, "eos_token_id": task.end_id}
-    return Backbone.from_config({**fields, **spec})
+    return Backbone.from_config({**fields, **spec}, stored)
 
 
 def _construct(cls: type, kind: str, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -53,4 +66,4 @@ def _construct(cls: type, kind: str, given: tuple[Any, ...], options: dict[str, 
         inspect.signature(cls).bind(*given, **options)  # whose errors name options and not our functions
         return cls(*given, **options)
     except TypeError as error:
-        raise GradmemError(f"{kind}: {error}") from error
+        raise GradmemError(f"{kind}: {reason(error)}") from error

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import Tokens
+from .data.checked import read_json
 from .errors import GradmemError
 from .files import write_bytes
 from .memory import LENGTHS
@@ -213,8 +214,10 @@ class Abstain:
         GradmemError
             When the file is damaged or of another format.
         """
+        if not (directory / FILE).exists():
+            return None
         try:
-            found = json.loads((directory / FILE).read_text())
+            found = read_json(directory / FILE)
             if found.pop("format") != FORMAT:
                 raise ValueError("another format")
             shortest, longest = found.pop("context_tokens")
@@ -222,9 +225,7 @@ class Abstain:
             if loaded.weights.keys() != features(Answer("", -1, -1, 0, 0)).keys():
                 raise ValueError("other features")
             loaded.judge(Answer("", -1, -1, 0, 0))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (GradmemError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise GradmemError(f"{directory / FILE} is damaged: {error}; run `gradmem calibrate` again") from error
         return loaded
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ..data.gguf import pretrained_place
+from ..data.checked import check_counts, read_json
+from ..data.gguf import PACKAGED, is_gguf
+from ..data.language_model import CONFIG
+from ..data.pretrained import HUB_NAME
 from ..errors import GradmemError, unknown
 from ..lazy import uncollected
 from ..memory import Memory
-from ..model import CONFIG, MemoryModel
+from ..model import NAMED, MemoryModel
 from ..packaged import FOLDER, checkpoint_names
 
 
@@ -48,7 +51,7 @@ def _checkpoint(name: str) -> MemoryModel:
         model = MemoryModel.from_pretrained(str(FOLDER / name))
         model.name = name
         return model
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # Path.is_dir raises for names that are too long
         return MemoryModel.from_pretrained(name)
     if not _is_hub_name(name):
         raise unknown("checkpoint", name, checkpoint_names())
@@ -61,46 +64,66 @@ def _checkpoint(name: str) -> MemoryModel:
 
 
 def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).exists()
+    return name.count("/") == 1 and bool(HUB_NAME.fullmatch(name)) and not os.path.exists(name)
 
 
 def _is_language_model(name: str) -> bool:
     """Whether a name stands for a plain language model, whose config is without our format."""
-    file = str(Path(pretrained_place(name)) / CONFIG)
+    if is_gguf(name):
+        return True
+    file = Path(name) / CONFIG
     if _is_hub_name(name):
         try:
-            file = hf_hub_download(name, CONFIG)
+            file = Path(hf_hub_download(name, CONFIG))
         except Exception:  # whatever is wrong, loading says so
             return False
     try:
-        config = json.loads(Path(file).read_text())
-    except (OSError, ValueError):
+        config = read_json(file)
+    except GradmemError:
         return False
-    return isinstance(config, dict) and "format" not in config and "model_type" in config
+    return "format" not in config and "model_type" in config
 
 
-def open_memory(path: str | os.PathLike[str]) -> Memory:
+def open_memory(path: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> Memory:
     """Load a memory file together with the checkpoint that wrote it.
 
+    The file says which that is, but only checkpoints of the package are loaded because a file says so: name any other.
+
+    Parameters
+    ----------
+    path : str or path
+    checkpoint : str or path, optional
+        Checkpoint or language model that wrote the memory, as for `load`; not needed for those of the package, and
+        those that this process has loaded before.
+
     Raises
     ------
     GradmemError
-        When the file is damaged, or its checkpoint is not found or has changed.
+        When the file is damaged, or its checkpoint is not found, not named or another one.
     """
-    return bind_memory(Memory.load(path), str(path))
+    return bind_memory(Memory.load(path), str(path), checkpoint)
 
 
-def bind_memory(memory: Memory, what: str) -> Memory:
-    """Bind a loaded memory to the checkpoint that wrote it, which is loaded too.
+def bind_memory(memory: Memory, what: str, checkpoint: str | os.PathLike[str] | None = None) -> Memory:
+    """Bind a loaded memory to the checkpoint that wrote it, which is loaded too; see `open_memory`.
 
     Raises
     ------
     GradmemError
-        When the checkpoint is not found or has changed.
+        When the checkpoint is not found, not named or another one.
     """
     if not memory.records:
         raise GradmemError(f"{what} does not say which model wrote it")
     record = memory.records[0]
+    name = record.model if checkpoint is None else os.fspath(checkpoint)
+    if checkpoint is None and name not in {*checkpoint_names(), *PACKAGED, *NAMED}:
+        raise GradmemError(
+            f"{what} says that '{name}' wrote it, and a file does not decide what is loaded: name the model if you "
+            f"trust it, as --checkpoint {shlex.quote(name)} (in Python: checkpoint={name!r})"
+        )
+    if name in checkpoint_names() or not _is_language_model(name):
+        return load(name).bind(memory, what)
     # Only a plain language model needs to be told the method: a checkpoint knows.
-    method = {"name": record.method, **record.options} if _is_language_model(record.model) else None
-    return load(record.model, method).bind(memory, what)
+    largest = max(size for tensor in memory.tensors.values() for size in tensor.shape)
+    check_counts(record.options, largest)
+    return load(name, {"name": record.method, **record.options}).bind(memory, what)

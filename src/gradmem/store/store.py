@@ -234,11 +234,11 @@ class Store:
 
         return Memory.from_bytes(self.read(ref, version), f"memory '{ref}'")
 
-    def open(self, ref: str, version: int | None = None) -> Memory:
+    def open(self, ref: str, version: int | None = None, checkpoint: str | None = None) -> Memory:
         """A memory bound to the checkpoint that wrote it, ready to be asked; see `gradmem.open`."""
         from ..checkpoints import bind_memory
 
-        return bind_memory(self.load(ref, version), f"memory '{ref}'")
+        return bind_memory(self.load(ref, version), f"memory '{ref}'", checkpoint)
 
     def list(self, *, limit: int = 50, after: str | None = None, **filters: Unpack[Filters]) -> Sequence[Entry]:
         """One page of the memories that match all filters, the newest first.

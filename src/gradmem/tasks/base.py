@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ..batch import Batch
 from ..choices import Split
 from ..data import Samples, collate, places
+from ..errors import refused
 
 OTHER_TEXTS = (
     "for any other text, as a letter or a table, write with a plain language model (gradmem write MODEL FILE), which "
@@ -59,7 +60,8 @@ class Task(ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, in which the names of special tokens mean nothing special."""
         options = {"add_special_tokens": False, "split_special_tokens": True}
-        ids: list[int] = self.tokenizer(text, **options, verbose=False).input_ids  # limits are the memory's to know
+        with refused("the tokenizer cannot read this text"):
+            ids: list[int] = self.tokenizer(text, **options, verbose=False).input_ids  # limits are the memory's to know
         return ids
 
     def encode_pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -73,7 +75,9 @@ class Task(ABC):
 
     def pieces(self, text: str) -> list[str]:
         """The part of a text that each of its tokens stands for, up to where the next one begins."""
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+        with refused("the tokenizer cannot read this text"):
+            encoded = self.tokenizer(text, **options)
         starts = [start for start, _ in encoded.offset_mapping]
         return [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
 

@@ -115,6 +115,11 @@ class Trainer:
                     "train that first, or say --init_from WHERE"
                 ) from error
             self.fresh = take_weights(self.model.method, start.method)
+            if len(self.fresh) == len(self.model.method.state_dict()):
+                raise GradmemError(
+                    f"cannot start from `init_from: {recipe.init_from}`: none of its weights has the name and shape of "
+                    f"one of this recipe, as {self.fresh[0]}"
+                )
         self.model.name = str(output / "checkpoint")
         self.model.to(self.accelerator.device)
         self.optimizers = build_optimizers(self.model.method, recipe)
