@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conftest import DATA, needs
 from gradmem.delta import load_delta, packed, save_delta, unpacked
@@ -209,15 +209,17 @@ def test_real_files_share_nothing_with_the_dev_file(tokenizer: str, data: Path) 
 
 
 @pytest.fixture
-def pretrained(tokenizer: str, tmp_path: Path) -> str:
-    """A tiny language model with tied embeddings, and a tokenizer that pads with its own token."""
-    place = tmp_path / "model"
+def pretrained(tmp_path: Path) -> str:
+    """A tiny language model with tied embeddings, and a tokenizer that pads with a token more."""
+    place, words = tmp_path / "model", byte_tokenizer()
+    words.add_special_tokens({"pad_token": "[MORE]"})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-        words = len(build_task({"name": "qa", "tokenizer": tokenizer}).tokenizer)
-        LlamaForCausalLM(LlamaConfig(vocab_size=words - 1, tie_word_embeddings=True, **size)).save_pretrained(place)
-    byte_tokenizer().save_pretrained(place)
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(words) - 1, tie_word_embeddings=True, **size)).save_pretrained(
+            place
+        )
+    words.save_pretrained(place)
     return str(place)
 
 
@@ -241,7 +243,9 @@ def test_a_difference_comes_back(pretrained: str, tmp_path: Path) -> None:
     """Matrices to about a tenth of how far they moved, everything else exactly; the files are small."""
     model = trained(pretrained)
     files = save_delta(model, pretrained, tmp_path / "delta")
-    back = load_delta(tmp_path / "delta")
+    with pytest.raises(GradmemError, match="a file does not decide what is loaded"):
+        load_delta(tmp_path / "delta")
+    back = load_delta(tmp_path / "delta", pretrained)
     start = trained(pretrained).method.state_dict() | LlamaForCausalLM.from_pretrained(pretrained).state_dict()
     matrices = 0
     for name, weight in model.method.state_dict().items():
@@ -263,7 +267,7 @@ def test_a_difference_is_of_one_model(pretrained: str, tmp_path: Path) -> None:
     with torch.no_grad():
         other.model.norm.weight[0] += 1
     other.save_pretrained(tmp_path / "other")
-    byte_tokenizer().save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(pretrained).save_pretrained(tmp_path / "other")
     with pytest.raises(GradmemError, match="difference to another model"):
         load_delta(tmp_path / "delta", str(tmp_path / "other"))
     (tmp_path / "delta/delta-1.safetensors").unlink()

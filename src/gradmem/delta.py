@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from .data.gguf import pretrained_place
-from .errors import GradmemError
+from .data.checked import check_counts, read_json
+from .data.gguf import PACKAGED
+from .data.language_model import loaded_model
+from .data.pretrained import pretrained_place
+from .errors import GradmemError, refused
 from .memory import digest
 from .model import MemoryModel
 
@@ -77,15 +78,17 @@ def load_delta(directory: Path, pretrained: str | None = None) -> MemoryModel:
     ----------
     directory : Path
     pretrained : str, optional
-        Another name or place of the same pretrained model.
+        Name or place of the pretrained model; not needed where it comes as a Python package.
 
     Raises
     ------
     GradmemError
         When files are missing or damaged, or the pretrained model is another one.
     """
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    with refused(f"{directory} is damaged"):
+        if not (directory / CONFIG).is_file():
+            raise GradmemError(f"{directory} holds no whole difference: it has no {CONFIG}")
+        config = read_json(directory / CONFIG)
         if config["format"] != FORMAT:
             raise GradmemError(f"{directory} has format {config['format']}, this gradmem reads {FORMAT}")
         pieces: dict[str, Tensor] = {}
@@ -95,10 +98,12 @@ def load_delta(directory: Path, pretrained: str | None = None) -> MemoryModel:
             pieces |= load_file(file)
         name = pretrained or config["pretrained"]
         task, method = {**config["task"], "tokenizer": name}, config["method"]
-    except FileNotFoundError as error:
-        raise GradmemError(f"{directory} holds no whole difference: it has no {CONFIG}") from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise GradmemError(f"{directory} is damaged: {str(error).splitlines()[0]}") from error
+        task.pop("data", None)
+        if pretrained is None and name not in PACKAGED:
+            raise GradmemError(
+                f"{directory} says it is of '{name}', and a file does not decide what is loaded: name it"
+            )
+        check_counts(method, max((size for piece in pieces.values() for size in piece.shape), default=0))
     base = base_weights(name)
     if digest(base) != config["digest"]:
         raise GradmemError(f"{directory} is the difference to another model than {name}")
@@ -113,7 +118,7 @@ def load_delta(directory: Path, pretrained: str | None = None) -> MemoryModel:
 
 def base_weights(pretrained: str) -> dict[str, Tensor]:
     """Weights of a pretrained model, under the names that they have in a method."""
-    weights = AutoModelForCausalLM.from_pretrained(pretrained_place(pretrained), dtype=torch.float32).state_dict()
+    weights = loaded_model(pretrained_place(pretrained), torch.float32).state_dict()
     return {BACKBONE + key: weight for key, weight in weights.items()}
 
 
