@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from conftest import distance
 from gradmem.inner import cross_entropy as module
 from gradmem.inner.cross_entropy import cross_entropy
+from gradmem.inner.head import Head, ScaledHead
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 7, 5, 11
 
@@ -30,8 +31,9 @@ def make(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor, nn.Lin
     return hidden.to(dtype).requires_grad_(), head.to(dtype), ids
 
 
-def write_and_read(function: Callable[..., Tensor], hidden: Tensor, head: nn.Linear, ids: Tensor) -> list[Tensor]:
+def write_and_read(function: Callable[..., Tensor], hidden: Tensor, head: Head, ids: Tensor) -> list[Tensor]:
     """Losses, their gradient, and the gradients through a gradient step as WRITE takes it."""
+    layer = head.layer if isinstance(head, ScaledHead) else head
     losses = function(hidden, head, ids)
     weights = torch.linspace(0.5, 2, ids.numel(), dtype=losses.dtype).view(ids.shape)
     (grad,) = torch.autograd.grad((losses * weights).sum(), hidden, create_graph=True)
@@ -39,7 +41,7 @@ def write_and_read(function: Callable[..., Tensor], hidden: Tensor, head: nn.Lin
     return [
         losses,
         grad,
-        *torch.autograd.grad((after * weights).sum() + 0.3 * losses.sum(), [hidden, *head.parameters()]),
+        *torch.autograd.grad((after * weights).sum() + 0.3 * losses.sum(), [hidden, *layer.parameters()]),
     ]
 
 
@@ -54,6 +56,25 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 def test_equals_plain(bias: bool, chunk: int) -> None:
     given = make(bias)
     for got, wanted in zip(write_and_read(cross_entropy, *given), write_and_read(plain, *given), strict=True):
+        assert distance(got, wanted) < 1e-13
+
+
+def plain_scaled(hidden: Tensor, head: ScaledHead, ids: Tensor) -> Tensor:
+    logits = head.scale * head.layer(hidden)
+    logits = logits if head.cap is None else head.cap * (logits / head.cap).tanh()
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("scale", "cap"), [(0.3, None), (2.0, 0.7), (1.0, 0.5)])
+def test_scaled_and_capped_logits(scale: float, cap: float | None, bias: bool, chunk: int) -> None:
+    """Values, gradients and gradients through a gradient step, with logits well into the cap."""
+    hidden, layer, ids = make(bias)
+    head = ScaledHead(layer, scale, cap)
+    reference = head.finish(layer(hidden))
+    assert cap is None or bool((reference.abs() > 0.8 * cap).any())
+    found = write_and_read(cross_entropy, hidden, head, ids)
+    for got, wanted in zip(found, write_and_read(plain_scaled, hidden, head, ids), strict=True):
         assert distance(got, wanted) < 1e-13
 
 

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import (
-    COMMON,
-    CONFIGS,
     KINDS,
     TOLERANCE,
     VOCABULARY,
@@ -28,7 +26,6 @@ from conftest import (
     random_tokens,
     real,
 )
-from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
 from gradmem.errors import GradmemError
 from gradmem.inner import Strategy
@@ -451,13 +448,3 @@ def test_bad_options_are_refused(options: dict) -> None:
 def test_negative_steps_are_refused() -> None:
     with pytest.raises(GradmemError, match="steps"):
         make_gradmem().write(make_batch().context, -1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "scaled"),
-    [("cohere", {"logit_scale": 0.25}), ("gemma2", {"final_logit_softcapping": 0.1, "head_dim": 8})],
-)
-def test_backbones_that_change_their_logits_are_refused(kind: str, scaled: dict[str, float]) -> None:
-    config = {"model_type": kind} | COMMON | CONFIGS["llama"] | scaled
-    with pytest.raises(GradmemError, match="changes its logits"):
-        Backbone.from_config(config)

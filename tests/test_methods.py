@@ -189,7 +189,7 @@ def test_joined_prefixes_are_those_of_joined_memories(method: Method) -> None:
         with torch.no_grad():
             wanted = method.read_hidden(method.prefix(part), ids)[0]
         assert close(hidden[row, 1 : len(wanted)], wanted[1:])
-    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": 2}
     got = method.generate(joined, QUERIES, torch.tensor(ROWS), **settings)
     for query, row, answer in zip(QUERIES, ROWS, got, strict=True):
         assert answer == method.generate(parts[row], [query], **settings)[0]
@@ -275,7 +275,7 @@ def next_logits(model: MemoryModel, memory: Memory, query: list[int]) -> Tensor:
 def test_generate_is_greedy_reading(model: MemoryModel) -> None:
     """Queries of different lengths, several for one memory."""
     memory = write(model.method, make_batch().context)
-    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": 2}
     got = model.method.generate(memory, QUERIES, torch.tensor(ROWS), **settings)
     for query, row, answer in zip(QUERIES, ROWS, got, strict=True):
         ids = list(query)
@@ -288,7 +288,7 @@ def test_generate_is_greedy_reading(model: MemoryModel) -> None:
 def test_beams_find_the_best(model: MemoryModel) -> None:
     """As many beams as there are tokens miss no sequence of two."""
     memory, vocabulary = write(model.method, make_batch().context), len(model.task.tokenizer)
-    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "num_beams": vocabulary, "do_sample": False}
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "num_beams": vocabulary, "eos_token_id": model.task.end_id}
     got = model.method.generate(memory, QUERIES, torch.tensor(ROWS), num_return_sequences=2, **settings)
     assert len(got) == 2 * len(QUERIES)
     end = model.task.end_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -11,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import GenerationConfig, PreTrainedModel, masking_utils
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .data.checked import Stored
 from .data.language_model import built_model, loaded_model
@@ -20,8 +21,10 @@ from .data.pretrained import pretrained_place
 from .errors import GradmemError, refused
 from .inner import attention
 from .inner.closed_form import closed_forms, replaced
+from .inner.head import Head, ScaledHead
 from .inner.room import room
 from .prefix import Prefix
+from .probing import FAILURES, check_reading, find_head, hides_pads, obeys_masks, other_layers
 
 SPARE = 0.95
 """Smallest part of a pretrained model's embeddings that its tokenizer has tokens for."""
@@ -33,6 +36,12 @@ ACTIVATIONS = 2**28
 """Activations that these tokens may have, so that larger models write fewer at once."""
 ACTIVATIONS_SHARE = 8
 """On another device the activations take one in so many of the bytes of its memory, and tokens may be as many."""
+WINDOW = re.compile(r"window(?!_layers)|local_attention|attention_types|chunk_size$|index_topk|block_size")
+"""Names of config fields that say how far attention reaches."""
+ORIGINAL = "original_max_position_embeddings"
+"""Where a config says up to which length rotary angles are those of short inputs."""
+INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_params")
+"""Arguments of generation that are tensors and caches."""
 
 _one_sequence_a_row: ContextVar[bool] = ContextVar("one_sequence_a_row", default=False)
 _find_packed_sequences = masking_utils.find_packed_sequence_indices
@@ -57,46 +66,52 @@ class Backbone(nn.Module):
     Raises
     ------
     GradmemError
-        When the logits of the model are not its output layer applied to its last hidden states (some models scale or
-        cap them), or when it does not take `inputs_embeds`.
+        When the model does not compute the same with the memory in its cache as in one pass over memory, query and
+        answer, or changes its logits in another way than to scale and cap them.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self._check_head()
+        model.config.return_dict = True  # otherwise transformers' own generation fails
+        self.batches_uneven = False
+        """Whether rows of different lengths can be run together: pads change nothing. Where windows count positions,
+        rows of one length are run at a time."""
+        self._check()
         self.closed_forms = closed_forms(model)
         self.second_order_attention = attention.NAME
         if not self._second_order_agrees():
             self.second_order_attention = "eager"
 
-    def _check_head(self) -> None:
-        """Compare the model's own logits with ours on one vector: a wrong head would go unnoticed."""
+    def _check(self) -> None:
+        """Run the model on a few vectors: what it does wrong would go unnoticed."""
         kind = self.model.config.model_type
-        probe = self.model.get_input_embeddings().weight[-1].detach()[None, None]
-        mode = self.model.training
-        self.model.eval()
         try:
-            with torch.no_grad():
-                wanted = self.model(inputs_embeds=probe, use_cache=False).logits
-                found = self.head(self.hidden(probe))
-        except (TypeError, AttributeError, ValueError) as error:
+            with torch.no_grad(), self.without_dropout():
+                head = find_head(self)
+                self._scaling = (head.scale, head.cap) if isinstance(head, ScaledHead) else None
+                if self.attends:
+                    moved = check_reading(self)
+                    self.batches_uneven = not self.windows and hides_pads(self, moved)
+        except GradmemError as error:
             raise GradmemError(f"'{kind}' cannot serve as a backbone: {error}") from error
-        finally:
-            self.model.train(mode)
-        if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
-            raise GradmemError(f"'{kind}' cannot serve as a backbone: it changes its logits after the output layer")
+        except FAILURES as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise GradmemError(
+                f"'{kind}' cannot serve as a backbone: it does not run on embeddings ({reason})"
+            ) from error
 
     def _second_order_agrees(self) -> bool:
         """Whether the model computes the same with our attention; some have one of their own."""
-        ids = torch.arange(min(8, self.model.config.vocab_size), device=self.model.device)
+        count = self.model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(min(8, count), device=self.model.device)
         probe = self.embed(ids).detach()[None]
         with torch.no_grad(), self.without_dropout():
             wanted = self.hidden(probe)
             try:
                 with self.second_order():
                     found = self.hidden(probe)
-            except GradmemError:
+            except (GradmemError, *FAILURES):
                 return False
         tolerance = torch.finfo(wanted.dtype).eps ** 0.5
         return torch.allclose(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
@@ -157,13 +172,33 @@ class Backbone(nn.Module):
 
     @property
     def max_positions(self) -> int:
-        """Longest input in tokens."""
-        return int(getattr(self.model.config, "max_position_embeddings", 2**31 - 1))
+        """Longest input in tokens, before rotary angles change: those of what is in the cache would stay."""
+        config = self.model.config.get_text_config(decoder=True)
+        most = [getattr(config, "max_position_embeddings", None)]
+        turned = getattr(config, "rope_parameters", None) or {}
+        for rope in [turned, *(value for value in turned.values() if isinstance(value, dict))]:
+            if rope.get("rope_type") in ("dynamic", "longrope"):
+                most += [rope.get(ORIGINAL), getattr(config, ORIGINAL, None)]
+        return min((int(length) for length in most if length), default=2**31 - 1)
 
     @property
     def attends(self) -> bool:
-        """Whether every layer keeps keys and values of what came before, and no recurrent state."""
-        return not any(hasattr(layer, "conv_states") for layer in DynamicCache(config=self.model.config).layers)
+        """Whether every layer keeps keys and values of what came before, and nothing else."""
+        return not other_layers(self)
+
+    @property
+    def windows(self) -> list[str]:
+        """Fields of the config that say that layers attend to a part of what came before only.
+
+        A probe cannot tell: it would have to be longer than the window.
+        """
+        fields = self.model.config.get_text_config(decoder=True).to_dict()
+        return [name for name, value in fields.items() if value and WINDOW.search(name)]
+
+    @cached_property
+    def takes_masks(self) -> bool:
+        """Whether the attention takes masks that say what each position sees."""
+        return obeys_masks(self)
 
     @property
     def tokens_at_once(self) -> int:
@@ -175,15 +210,20 @@ class Backbone(nn.Module):
         return max(1, min(most, room(device, ACTIVATIONS, ACTIVATIONS_SHARE) // of_token))
 
     @property
-    def takes_positions(self) -> bool:
-        """Whether positions can be given; models that bias attention by distance count for themselves."""
-        return "position_ids" in inspect.signature(self.model.base_model.forward).parameters
+    def body(self) -> Any:
+        """The model without its output layer."""
+        return self.model.model if self.model.base_model is self.model else self.model.base_model
 
     @property
-    def head(self) -> nn.Linear:
-        """The output layer, hidden states -> logits."""
-        head: nn.Linear = self.model.get_output_embeddings()
-        return head
+    def takes_positions(self) -> bool:
+        """Whether positions can be given; models that bias attention by distance count for themselves."""
+        return "position_ids" in inspect.signature(self.body.forward).parameters
+
+    @property
+    def head(self) -> Head:
+        """The output layer, hidden states -> logits, with what the model does to its logits."""
+        layer: nn.Linear = self.model.get_output_embeddings()
+        return layer if self._scaling is None else ScaledHead(layer, *self._scaling)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (batch, length) -> input embeddings (batch, length, d)."""
@@ -213,25 +253,80 @@ class Backbone(nn.Module):
         given = {"attention_mask": mask, "position_ids": positions if self.takes_positions else None}
         token = _one_sequence_a_row.set(True)
         try:
-            return self.model.base_model(
-                inputs_embeds=embeds,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                **{name: tensor for name, tensor in given.items() if tensor is not None},
-            ).last_hidden_state
+            with nullcontext() if cache is None else self._caching():
+                return self.body(
+                    inputs_embeds=embeds,
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                    return_dict=True,
+                    **{name: tensor for name, tensor in given.items() if tensor is not None},
+                ).last_hidden_state
         finally:
             _one_sequence_a_row.reset(token)
 
-    def prefix(self, embeds: Tensor) -> Prefix:
-        """Run a prefix once and keep what later tokens need of it."""
+    def prefix(self, embeds: Tensor, real: Tensor | None = None) -> Prefix:
+        """Run a prefix once and keep what later tokens need of it.
+
+        Parameters
+        ----------
+        embeds : Tensor, shape (batch, length, d)
+        real : Tensor, bool, shape (batch, length), optional
+            Rows of different lengths: their pads stand behind them, where causality and a mask hide them.
+        """
+        cache = self.new_cache()
+        hidden = self.hidden(embeds, cache)
+        if real is None or bool(real.all()):
+            return Prefix(hidden[:, -1], cache)
+        lengths = real.sum(1)
+        last = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]
+        mask = torch.arange(real.shape[1], device=real.device) < lengths[:, None]
+        return Prefix(last, cache, mask, lengths if self.takes_positions else None)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache that keeps all positions; where layers have windows, masks cut them."""
         cache = DynamicCache(config=self.model.config)
-        return Prefix(self.hidden(embeds, cache)[:, -1], cache)
+        cache.layers = [DynamicLayer() if layer.is_sliding else layer for layer in cache.layers]
+        return cache
+
+    def generate(self, streamer: Any = None, **options: Any) -> Any:
+        """Generate with transformers, from the arguments alone: what the model's directory says counts for nothing.
+
+        Raises
+        ------
+        GradmemError
+            When transformers refuses an option.
+        """
+        model, inputs = self.model, {name: options.pop(name) for name in INPUTS if name in options}
+        before = model.generation_config
+        try:
+            settings = GenerationConfig(**options, use_cache=True)
+            model.generation_config = GenerationConfig()
+            with self._caching():
+                return model.generate(**inputs, generation_config=settings, streamer=streamer)
+        except ValueError as error:
+            raise GradmemError(f"cannot generate: {str(error).splitlines()[0]}") from error
+        finally:
+            model.generation_config = before
+
+    @contextmanager
+    def _caching(self) -> Iterator[None]:
+        """Keep activations: layers that compute them again in the backward pass neither fill nor read a cache."""
+        modules = self.model.modules() if self.model.training else ()
+        flagged = [module for module in modules if vars(module).get("gradient_checkpointing")]
+        for module in flagged:
+            module.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for module in flagged:
+                module.gradient_checkpointing = True
 
     @torch.no_grad()
     def cache_bytes(self, ids: Tensor) -> int:
         """Bytes of the key-value cache of tokens (batch, length): what it takes to keep a text whole."""
-        layers = self.prefix(self.embed(ids)).cache.layers
-        return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+        cache = DynamicCache(config=self.model.config)
+        self.hidden(self.embed(ids), cache)
+        return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
     @cached_property
     def token_cache_bytes(self) -> int | None:

@@ -10,6 +10,9 @@ one token with hidden state h, weight W, target y, and c = dJ/dL:
 and for a cotangent a of dh, with s = W a, r = p * (s - p.s):
 
     dJ/dc = (p - e_y).s,  dJ/dh = c W^T r,  dJ/dW = c (r h^T + (p - e_y) a^T),  dJ/dbias = c r
+
+Where the model caps its logits, p is the softmax of f(z) = cap * tanh(z / cap); p - e_y is then multiplied with f'(z),
+and r = f' * p * (f' * s - p.(f' * s)) + f'' * (p - e_y) * s.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .head import Head, ScaledHead
 from .precision import no_autocast, product_dtype, work_dtype
 from .room import room
 
@@ -30,7 +34,7 @@ CHUNK_SHARE = 128
 """On another device they take one in so many of the bytes of its memory."""
 
 
-def cross_entropy(hidden: Tensor, head: nn.Module, ids: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     """Cross-entropy of tokens under an output layer; can be differentiated twice.
 
     The second derivative is for gradients with respect to `hidden`: one of the gradient of the head's own weight is
@@ -39,7 +43,7 @@ def cross_entropy(hidden: Tensor, head: nn.Module, ids: Tensor) -> Tensor:
     Parameters
     ----------
     hidden : Tensor, shape (batch, length, d)
-    head : nn.Module
+    head : nn.Linear or ScaledHead
         Output layer, d -> vocabulary.
     ids : Tensor, int64, shape (batch, length)
 
@@ -47,20 +51,21 @@ def cross_entropy(hidden: Tensor, head: nn.Module, ids: Tensor) -> Tensor:
     -------
     Tensor, shape (batch, length), nats, at least float32
     """
+    layer, scale, cap = (head.layer, head.scale, head.cap) if isinstance(head, ScaledHead) else (head, 1.0, None)
     # Adapted or quantised layers have a forward of their own.
     at_once = room(hidden.device, CHUNK, CHUNK_SHARE)
-    if type(head) is not nn.Linear or ids.numel() * head.out_features <= at_once:
+    if type(layer) is not nn.Linear or ids.numel() * layer.out_features <= at_once:
         logits = head(hidden)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         return F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
     dtype = product_dtype(hidden)
-    rows, weight = hidden.flatten(0, 1).to(dtype), head.weight.to(dtype)
-    bias = None if head.bias is None else head.bias.to(work_dtype(rows))
-    losses: Tensor = _CrossEntropy.apply(rows, weight, bias, ids.flatten())
+    rows, weight = (hidden * scale if scale != 1 else hidden).flatten(0, 1).to(dtype), layer.weight.to(dtype)
+    bias = None if layer.bias is None else layer.bias.to(work_dtype(rows)) * scale
+    losses: Tensor = _CrossEntropy.apply(rows, weight, bias, ids.flatten(), cap)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         # A node of its own, which no gradient by hidden states alone (WRITE) runs.
-        losses = losses + _HeadGradient.apply(rows.detach(), weight, bias, ids.flatten())
+        losses = losses + _HeadGradient.apply(rows.detach(), weight, bias, ids.flatten(), cap)
     return losses.view(ids.shape)
 
 
@@ -73,10 +78,31 @@ def _chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> I
         yield some, logits if bias is None else logits.add_(bias), ids[some, None]
 
 
+def _capped(logits: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """f(z), in the place of the logits, and tanh(z / cap) where they are capped."""
+    if cap is None:
+        return logits, None
+    bent = logits.div_(cap).tanh_()
+    return bent * cap, bent
+
+
 def _errors(logits: Tensor, targets: Tensor) -> Tensor:
     """p - e_y, in the place of the logits."""
     torch.softmax(logits, 1, out=logits)
     return logits.scatter_add_(1, targets, logits.new_full(targets.shape, -1))
+
+
+def _slopes(logits: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    """The gradient of the losses by the logits z, in their place."""
+    logits, bent = _capped(logits, cap)
+    errors = _errors(logits, targets)
+    return errors if bent is None else errors.mul_(1 - bent.square_())
+
+
+def _derivatives(bent: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """f'(z) and f''(z) from tanh(z / cap)."""
+    slope = 1 - bent.square()
+    return slope, bent * slope * (-2 / cap)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -91,29 +117,34 @@ class _CrossEntropy(torch.autograd.Function):
     """Losses, differentiable by hidden states."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, cap: float | None) -> Tensor:
         ctx.save_for_backward(rows, weight, bias, ids)
+        ctx.cap = cap
         losses = []
         with no_autocast(rows):
             for _, logits, targets in _chunks(rows, weight, bias, ids):
+                logits, _ = _capped(logits, cap)
                 losses.append(logits.logsumexp(1) - logits.gather(1, targets)[:, 0])
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Gradient.apply(grad, *ctx.saved_tensors), None, None, None
+        return _Gradient.apply(grad, *ctx.saved_tensors, ctx.cap), None, None, None, None
 
 
 class _Gradient(torch.autograd.Function):
     """dh as a function of c, hidden states, weight and bias."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, grad: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, cap: float | None
+    ) -> Tensor:
         ctx.save_for_backward(grad, rows, weight, bias, ids)
+        ctx.cap = cap
         out = torch.empty_like(rows)
         with no_autocast(rows):
             for some, logits, targets in _chunks(rows, weight, bias, ids):
-                errors = _errors(logits, targets).mul_(grad[some, None])
+                errors = _slopes(logits, targets, cap).mul_(grad[some, None])
                 out[some] = errors.to(rows.dtype) @ weight
         return out
 
@@ -128,27 +159,34 @@ class _Gradient(torch.autograd.Function):
         with no_autocast(rows):
             for some, logits, targets in _chunks(rows, weight, bias, ids):
                 c = grad[some, None]
+                logits, bent = _capped(logits, ctx.cap)
                 errors = _errors(logits, targets)
                 s = (a[some] @ weight.T).to(grad.dtype)
-                d_grad[some] = (errors * s).sum(1)
+                slope, curve = (None, None) if bent is None else _derivatives(bent, ctx.cap)
+                by_logits = errors if slope is None else errors * slope
+                d_grad[some] = (by_logits * s).sum(1)
                 if d_weight is not None:
-                    _add_product(d_weight, errors * c, a[some])
+                    _add_product(d_weight, by_logits * c, a[some])
+                bend = 0 if curve is None else curve.mul_(errors).mul_(s)
+                s = s if slope is None else s.mul_(slope)
                 p = errors.scatter_add_(1, targets, errors.new_ones(targets.shape))
-                r = s.sub_((p * s).sum(1, keepdim=True)).mul_(p).mul_(c)
+                r = s.sub_((p * s).sum(1, keepdim=True)).mul_(p)
+                r = (r if slope is None else r.mul_(slope).add_(bend)).mul_(c)
                 d_rows[some] = r.to(rows.dtype) @ weight
                 if d_weight is not None:
                     _add_product(d_weight, r, rows[some])
                 if d_bias is not None:
                     d_bias += r.sum(0)
-        return d_grad, d_rows, None if d_weight is None else d_weight.to(weight.dtype), d_bias, None
+        return d_grad, d_rows, None if d_weight is None else d_weight.to(weight.dtype), d_bias, None, None
 
 
 class _HeadGradient(torch.autograd.Function):
     """Zero, with the gradient of the losses by weight and bias."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, cap: float | None) -> Tensor:
         ctx.save_for_backward(rows, weight, bias, ids)
+        ctx.cap = cap
         return rows.new_zeros(len(rows), dtype=work_dtype(rows))
 
     @staticmethod
@@ -160,8 +198,8 @@ class _HeadGradient(torch.autograd.Function):
         d_bias = None if bias is None else torch.zeros_like(bias)
         with no_autocast(rows):
             for some, logits, targets in _chunks(rows, weight, bias, ids):
-                errors = _errors(logits, targets).mul_(grad[some, None])
+                errors = _slopes(logits, targets, ctx.cap).mul_(grad[some, None])
                 _add_product(d_weight, errors, rows[some])
                 if d_bias is not None:
                     d_bias += errors.sum(0)
-        return None, d_weight.to(weight.dtype), d_bias, None
+        return None, d_weight.to(weight.dtype), d_bias, None, None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cross_entropy import cross_entropy
+from .head import Head
 
 
-def token_losses(hidden: Tensor, head: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy of each token, zero at pads.
 
     Parameters
     ----------
     hidden : Tensor, shape (batch, length, d)
         Row t predicts token t.
-    head : nn.Module
+    head : nn.Linear or ScaledHead
         Output layer, d -> vocabulary.
     ids : Tensor, int64, shape (batch, length)
     mask : Tensor, bool, shape (batch, length)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from ..backbone import Backbone
 from ..batch import Tokens
@@ -237,17 +236,7 @@ class ChunkedMethod(PrefixMethod):
         if self.control:
             start, end = (self.control[f"read_{side}"].expand(len(memory), -1, -1) for side in ("start", "end"))
             embeds, real = torch.cat([start, embeds, end], 1), F.pad(real, (self.n_ctrl, self.n_ctrl), value=True)
-        return self._run(pads_last(embeds, real), real)
-
-    def _run(self, embeds: Tensor, real: Tensor) -> Prefix:
-        """Run prefixes of different lengths, whose pads stand behind them, where causality and a mask hide them."""
-        cache, lengths = DynamicCache(config=self.backbone.model.config), real.sum(1)
-        hidden = self.backbone.hidden(embeds, cache)
-        last = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-        if bool(real.all()):
-            return Prefix(last, cache)
-        mask = torch.arange(real.shape[1], device=real.device) < lengths[:, None]
-        return Prefix(last, cache, mask, lengths if self.backbone.takes_positions else None)
+        return self.backbone.prefix(pads_last(embeds, real), real)
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Loss of each context token under a memory, shape (batch, length), nats; chunks are read as they are written.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import require
+from ..inner.head import ScaledHead
 from ..inner.objective import token_losses
 from ..inner.optimizers import Tensors
 from ..memory import Memory
@@ -68,7 +69,8 @@ class PrefixMethod(Method):
         require("write_head", kind, kind in ("none", "copy", "random"), "none, copy or random")
         if kind == "none":
             return None
-        like, weight = self.initial_memory, self.backbone.head.weight
+        like, head = self.initial_memory, self.backbone.head
+        weight = head.weight * head.scale if isinstance(head, ScaledHead) else head.weight
         built = nn.Linear(self.backbone.width, weight.shape[0], bias=False, dtype=like.dtype, device=like.device)
         if kind == "copy":
             built.weight = nn.Parameter(weight.detach().clone())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from ..backbone import Backbone
 from ..batch import Tokens
@@ -66,6 +66,10 @@ class ARMT(OnePassMethod):
         reconstruction: bool = False,
     ) -> None:
         super().__init__(backbone)
+        if backbone.windows or not backbone.takes_masks:
+            kind = backbone.model.config.model_type
+            reason = f"has {backbone.windows[0]}" if backbone.windows else "takes none"
+            raise GradmemError(f"armt needs masks of what each position sees, and '{kind}' {reason}: take a llama")
         self.reconstruction = reconstruction
         require("n_mem", n_mem, n_mem >= 1, "at least 1")
         require("d_mem", d_mem, d_mem >= 1, "at least 1")
@@ -90,7 +94,7 @@ class ARMT(OnePassMethod):
             When it keeps them in no list.
         """
         config = self.backbone.model.config
-        for module in self.backbone.model.base_model.modules():
+        for module in self.backbone.body.modules():
             if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
                 return module
         raise GradmemError(f"'{config.model_type}' has no list of layers for associative memory: take another backbone")
@@ -143,8 +147,8 @@ class ARMT(OnePassMethod):
         """Nothing stands before a query, so nothing predicts its first token: that hidden state is zeros."""
         like = self.memory_tokens
         state = _unpack(memory, like.dtype)
-        cache = DynamicCache(config=self.backbone.model.config)
-        return _StatePrefix(self, state, like.new_zeros(len(memory), self.backbone.width), cache)
+        last = like.new_zeros(len(memory), self.backbone.width)
+        return _StatePrefix(self, state, last, self.backbone.new_cache())
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Loss of each context token when the context is read from the memory, shape (batch, length), nats.

@@ -18,6 +18,7 @@ from ..inner.meta_gradient import Strategy
 from ..inner.objective import sample_losses, token_losses
 from ..memory import Memory
 from ..prefix import Prefix, generate
+from ..probing import other_layers
 
 Mode = Literal["sequential", "independent", "joint"]
 """How the chunks of a context are written into one memory; see `ChunkedMethod`."""
@@ -99,10 +100,10 @@ class Method(nn.Module, ABC):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         if self.attends and not backbone.attends:
-            kind = backbone.model.config.model_type
+            kind, layers = backbone.model.config.model_type, ", ".join(other_layers(backbone))
             raise GradmemError(
-                f"this method reads through keys and values, and '{kind}' has layers without: take an attention model "
-                "as backbone, like `model_type: llama`"
+                f"this method reads through keys and values, and '{kind}' has layers that keep something else "
+                f"({layers}): take an attention model as backbone, like `model_type: llama`"
             )
         self.backbone = backbone
 
@@ -276,6 +277,8 @@ class Method(nn.Module, ABC):
         -------
         Tensor, shape (queries, length + 1, d)
         """
+        if prefix.mask is not None and not self.backbone.batches_uneven:
+            return self._read_by_length(prefix, queries)
         with prefix.active():
             embeds = self.backbone.embed(queries.ids)
             hidden = self.backbone.hidden(embeds, prefix.cache, **prefix.continued(embeds.shape[1]))
@@ -395,6 +398,13 @@ class Method(nn.Module, ABC):
         found, wanted = ({name: tuple(t.shape[1:]) for name, t in m.tensors.items()} for m in (memory, own))
         if found != wanted:
             raise GradmemError(f"{what} holds {found}, this method writes {wanted}")
+
+    def _read_by_length(self, prefix: Prefix, queries: Tokens) -> Tensor:
+        """Read after prefixes of one length at a time, without their pads."""
+        lengths = torch.tensor(prefix.lengths, device=prefix.last.device)
+        groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
+        hidden = torch.cat([self.read_hidden(prefix.cut(rows), queries[rows]) for rows in groups])
+        return hidden[torch.cat(groups).argsort()]
 
     def _prefix_rows(self, memory: Memory, rows: Tensor | None) -> Prefix:
         prefix = self.prefix(memory)

@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from ..backbone import Backbone
 from ..batch import Batch, Tokens
@@ -52,12 +51,12 @@ class FullContext(OnePassMethod):
         require("budget", budget, budget is None or budget >= 1, "at least 1, or none to keep all")
         require("keep", keep, keep in ("last", "lowest-key-norm"), "last or lowest-key-norm")
         kind = backbone.model.config.model_type
-        if any(DynamicCache(config=backbone.model.config).is_sliding):
+        if backbone.windows:
             raise GradmemError(
-                f"full_context needs full attention in every layer, and '{kind}' has sliding windows: switch them off "
-                "in its config (often `sliding_window: null`) or take another backbone"
+                f"full_context needs full attention in every layer, and '{kind}' has {backbone.windows[0]}: switch it "
+                "off in its config (often `sliding_window: null`) or take another backbone"
             )
-        if budget and not backbone.takes_positions:
+        if budget and not (backbone.takes_positions and backbone.batches_uneven):
             raise GradmemError(
                 f"'{kind}' counts its own positions, also of entries that were dropped: leave out `budget`"
             )
@@ -79,7 +78,7 @@ class FullContext(OnePassMethod):
         tensors, dtype = memory.tensors, self.backbone.model.dtype
         # (batch, entries, layers, heads, width) -> for each layer (batch, heads, entries, width)
         keys, values = (tensors[name].to(dtype).permute(2, 0, 3, 1, 4) for name in ("keys", "values"))
-        cache, entries = DynamicCache(config=self.backbone.model.config), keys.shape[3]
+        cache, entries = self.backbone.new_cache(), keys.shape[3]
         if entries:
             for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
                 cache.update(key, value, layer)
@@ -94,7 +93,8 @@ class FullContext(OnePassMethod):
         So the cache is not copied for each of them, which took most of the time of training.
         """
         queries, rows = batch.queries, batch.rows
-        if not (self.backbone.takes_positions and len(rows)):
+        together = self.backbone.takes_positions and self.backbone.batches_uneven and self.backbone.takes_masks
+        if not (together and len(rows)):
             return super().read_targets(memory, batch)
         prefix = self.prefix(memory)
         place = (rows[:, None] == rows).tril(-1).sum(1)  # of a query among those of its context

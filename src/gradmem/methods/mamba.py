@@ -15,7 +15,7 @@ from ..batch import Tokens
 from ..errors import GradmemError
 from ..inner.precision import work_dtype
 from ..memory import Memory
-from ..prefix import Prefix, copies
+from ..prefix import Prefix, RowStreamer, check_options, copies
 from ._one_pass import OnePassMethod
 from ._selective_scan import selective_scan
 
@@ -74,10 +74,10 @@ class Mamba(OnePassMethod):
     def _continue(
         self, prefix: Prefix, queries: list[list[int]], pad_id: int, options: dict[str, Any]
     ) -> list[list[int]]:
-        """Run all of the queries but their last tokens, with which transformers' generation then begins.
-
-        Options that look at the prompt, as `repetition_penalty`, see its last token only.
-        """
+        """Run all of the queries but their last tokens, with which transformers' generation then begins."""
+        check_options(options)
+        if isinstance(streamer := options.get("streamer"), RowStreamer):
+            streamer.begin(list(range(len(queries))))
         model = self.backbone.model
         device = prefix.last.device
         given = Tokens.from_lists([query[:-1] for query in queries], pad_id).to(device)
@@ -90,14 +90,13 @@ class Mamba(OnePassMethod):
             cache.update_conv_state(F.pad(conv.mT, (1, 0)).to(model.dtype), layer, conv_kernel_size=conv.shape[1] + 1)
             cache.update_recurrent_state(ssm, layer)
         ids = torch.tensor([query[-1:] for query in queries], device=device)
-        generated = model.generate(
+        generated = self.backbone.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), cache_params=cache, pad_token_id=pad_id, **options
         )
-        sequences = generated if isinstance(generated, Tensor) else generated.sequences
-        return sequences[:, 1:].tolist()
+        return generated[:, 1:].tolist()
 
     def _unwritten(self, batch: int) -> Memory:
-        config, like = self.backbone.model.config, self.backbone.model.base_model.layers[0].mixer.A_log
+        config, like = self.backbone.model.config, self.backbone.body.layers[0].mixer.A_log
         shapes = {
             "conv": (config.conv_kernel - 1, config.intermediate_size),
             "ssm": (config.intermediate_size, config.state_size),
@@ -119,7 +118,7 @@ class Mamba(OnePassMethod):
 
         Transformers' own forward begins a sequence at a zero state, and steps by one token without gradients.
         """
-        hidden, base = self.backbone.embed(tokens.ids), self.backbone.model.base_model
+        hidden, base = self.backbone.embed(tokens.ids), self.backbone.body
         if not hidden.shape[1]:
             return hidden, states
         after = []

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
 from ..errors import GradmemError, require
 from ..memory import Memory
 from ..methods.base import Written
 from ..model import MemoryModel
+from ..prefix import RowStreamer
 from ..trust import Answer
 from .prefixes import Prefixes
 
@@ -356,20 +356,27 @@ class Engine:
                 request.future.set_result(memory if alone else memory[row])
 
 
-class _Streamer(BaseStreamer):
+class _Streamer(RowStreamer):
     """Tells each request its answer so far; transformers calls it after every token of the batch."""
 
     def __init__(self, requests: list[_Ask], decode: Callable[[list[int]], str]) -> None:
         self.requests, self.decode = requests, decode
-        self.ids: list[list[int]] | None = None
+        self.rows: list[int] = []
+        self.prompted = False
+        self.ids: list[list[int]] = [[] for _ in requests]
         self.texts = [""] * len(requests)
+
+    def begin(self, rows: list[int]) -> None:
+        """What comes next is of these requests; see `RowStreamer.begin`."""
+        self.rows, self.prompted = rows, False
 
     def put(self, value: Tensor) -> None:
         """Take the prompts, and after them one token of each answer."""
-        if self.ids is None:
-            self.ids = [[] for _ in self.requests]
+        if not self.prompted:
+            self.prompted = True
             return
-        for i, (request, token) in enumerate(zip(self.requests, value.tolist(), strict=True)):
+        for i, token in zip(self.rows, value.tolist(), strict=True):
+            request = self.requests[i]
             self.ids[i].append(token)
             if request.on_text is None or request.future.done():
                 continue

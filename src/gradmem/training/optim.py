@@ -45,7 +45,7 @@ def _block_matrices(method: Method) -> list[nn.Parameter]:
 
     Weights only: other tables, as the decay rates of Mamba, multiply no vector.
     """
-    body = method.backbone.model.base_model
+    body = method.backbone.body
     outside = {id(method.backbone.head.weight)}
     outside |= {id(m.weight) for m in body.modules() if isinstance(m, nn.Embedding)}
     return [
