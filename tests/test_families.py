@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TextStreamer
 
 import gradmem
 from families import check, made, tiny_model
@@ -294,6 +294,13 @@ def test_options_do_what_transformers_does(options: dict[str, Any], tmp_path: Pa
     wanted = [model.task.decode(row) for row in language_model.generate(inputs_embeds=given, **settings).tolist()]
     found = memory.ask([SHORT, LONG], max_new_tokens=6, **options)[0]
     assert found == (wanted if len(wanted) > 1 else wanted[0])
+
+
+def test_streamers_of_transformers_see_query_and_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, memory = opened(directory(tmp_path, "llama"))
+    capsys.readouterr()
+    answer = memory.ask(SHORT, max_new_tokens=6, streamer=TextStreamer(model.task.tokenizer))
+    assert capsys.readouterr().out.strip("\n") == SHORT + answer
 
 
 def test_sampling_is_by_the_models_own_probabilities(tmp_path: Path) -> None:

@@ -486,7 +486,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         query : str, list of str, or list of lists of str
             One query; several for a memory of one row; or for each row a list of its own.
         options
-            Arguments of Hugging Face's `generate`, as `max_new_tokens` or `do_sample`.
+            Arguments of Hugging Face's `generate`, as `max_new_tokens` or `do_sample`: those of
+            `gradmem.prefix.OPTIONS`. What the model's directory says of generation counts for nothing.
 
         Returns
         -------
@@ -496,7 +497,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         Raises
         ------
         GradmemError
-            When a query is empty, too long or has no answer format, or rows and queries do not fit.
+            When a query is empty, too long or has no answer format, rows and queries do not fit, or an option is
+            another one.
         """
 
         def texts(rows: list[int], queries: list[str]) -> list[Any]:

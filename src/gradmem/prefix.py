@@ -48,6 +48,22 @@ class RowStreamer(BaseStreamer):
         raise NotImplementedError
 
 
+class _AfterPrefix(BaseStreamer):
+    """Passes on to a streamer all but the place-holders before the prompt."""
+
+    def __init__(self, streamer: BaseStreamer, length: int) -> None:
+        self.streamer, self.length = streamer, length
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, and after it tokens."""
+        self.streamer.put(value[..., self.length :])
+        self.length = 0
+
+    def end(self) -> None:
+        """The answer is whole."""
+        self.streamer.end()
+
+
 class Prefix:
     """A prefix that has been run, as what follows it needs it.
 
@@ -207,6 +223,8 @@ def generate(
         repeated = torch.tensor(rows, device=prefix.last.device).repeat_interleave(copies(options))
         own = prefix.select(repeated) if backbone.batches_uneven else prefix.cut(repeated)
         inputs = prepared(backbone, own, [queries[row] for row in rows], pad_id, copies(options))
+        if streamer is not None and not isinstance(streamer, RowStreamer):
+            streamer = _AfterPrefix(streamer, own.length)
         with own.active():
             generated = backbone.generate(**inputs, pad_token_id=pad_id, streamer=streamer, **options)
         new = generated[:, inputs["input_ids"].shape[1] :].tolist()

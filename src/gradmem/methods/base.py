@@ -325,7 +325,9 @@ class Method(nn.Module, ABC):
         pad_id: int = 0,
         **options: Any,
     ) -> list[list[int]]:
-        """Generate the continuation of each query; `options` are those of Hugging Face's `generate`.
+        """Generate the continuation of each query; `options` are those of `generate` that `prefix.OPTIONS` names.
+
+        Nothing is taken from the model's own generation config, so that only a given `eos_token_id` ends an answer.
 
         Parameters
         ----------
@@ -344,7 +346,7 @@ class Method(nn.Module, ABC):
         Raises
         ------
         GradmemError
-            When a query is empty.
+            When a query is empty, or there are other options.
         """
         if not all(queries):
             raise GradmemError("a query is empty")
