@@ -74,6 +74,16 @@ def test_refused(kind: str, why: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_probe_that_cannot_tell_assumes_the_worst() -> None:
+    """Where weights are so small that the memory moves nothing, nothing is known of pads."""
+    model = tiny_model("llama")
+    assert Backbone(model).batches_uneven
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    assert not Backbone(model).batches_uneven
+
+
 def test_logits_that_change_in_other_ways_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     forward = model.forward

@@ -92,7 +92,7 @@ class Backbone(nn.Module):
                 self._scaling = (head.scale, head.cap) if isinstance(head, ScaledHead) else None
                 if self.attends:
                     moved = check_reading(self)
-                    self.batches_uneven = not self.windows and hides_pads(self, moved)
+                    self.batches_uneven = moved > 0 and not self.windows and hides_pads(self, moved)
         except GradmemError as error:
             raise GradmemError(f"'{kind}' cannot serve as a backbone: {error}") from error
         except FAILURES as error:
