@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 import gradmem
 from families import check, made, tiny_model
@@ -236,9 +236,9 @@ def test_answers_do_not_obey_the_models_directory(settings: str, tmp_path: Path)
     (place / "generation_config.json").write_text(json.dumps(GENERATION[settings]))
     model, memory = opened(place)
     assert memory.ask(SHORT, max_new_tokens=10) == model.task.decode(greedy(model, memory, SHORT, 10))
-    assert model.method.backbone.model.generation_config.to_diff_dict().keys() >= set(GENERATION[settings]) - {
-        "use_cache"
-    }
+    # Loading leaves the file out; a model that somebody else has loaded brings it along.
+    model.method.backbone.model.generation_config = GenerationConfig(**GENERATION[settings])
+    assert memory.ask(SHORT, max_new_tokens=10) == model.task.decode(greedy(model, memory, SHORT, 10))
 
 
 @pytest.mark.parametrize("field", [{"use_cache": False}, {"return_dict": False}, {"output_attentions": True}], ids=str)
