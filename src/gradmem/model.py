@@ -8,6 +8,7 @@ import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -268,6 +269,19 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             raise GradmemError(f"the {what} has {kind} that '{self.name}' does not know: {alien[:20]}{other}")
         return ids
 
+    def most_characters(self, tokens: int) -> int:
+        """Characters beyond which no text of so many tokens goes; also of a text with marks and blanks to leave out."""
+        return max(0, tokens) * max(16, self._longest_token)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.task.tokenizer.get_vocab()))
+
+    def _check_length(self, text: str, what: str, limit: int) -> None:
+        """Refuse a text that is far too long before it is taken apart, which takes time."""
+        if len(text) > self.most_characters(limit):
+            raise GradmemError(f"the {what} has {len(text):,} characters; the limit of '{self.name}' is {limit} tokens")
+
     def chunks(self, text: str, size: int | None = None) -> list[str]:
         """Cut a long text into parts for a memory each, of at most `size` tokens when they stand alone.
 
@@ -379,9 +393,13 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         if not self.method.joins:
             raise GradmemError(f"'{self.name}' writes a memory once: write all text together")
         texts = as_texts(text, memory)
+        told = None if before is None else as_texts(before, memory, "`before` has")
+        for row, given in enumerate(told or ()):
+            kept = sum(min(len(part.token_losses), self.method.max_context) for part in memory.records[row].parts)
+            if len(given) > self.most_characters(kept):
+                raise GradmemError("`before` is not the text that was written")
         appended = write_texts(self, texts, memory, self.most_steps(steps, until, max_steps), until, progress)
-        if before is not None:
-            told = as_texts(before, memory, "`before` has")
+        if told is not None:
             appended.records = [measure_again(self, appended[row], text) for row, text in enumerate(told)]
         return appended
 
@@ -547,7 +565,15 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             index = torch.tensor(rows, device=self.device)
             logprobs = token_logprobs(self.method, prefix.select(index), queries, ids)
             losses = claim_losses(self.method, memory.select(rows), claims)
-        answers = list(map(assess, texts, ids, logprobs, losses))
+        answers = [
+            replace(
+                answer,
+                finish_reason="stop" if end in row else "length",
+                query_tokens=len(query),
+                answer_tokens=len(row),
+            )
+            for answer, query, row in zip(map(assess, texts, ids, logprobs, losses), queries, ids, strict=True)
+        ]
         if (abstain := self.abstain) is None:
             return answers
         # Memories of bare tokens have no records: whoever makes them knows what they are.
@@ -562,7 +588,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         GradmemError
             When it is empty, too long, or has characters or words that the model does not know.
         """
-        return self.encode(self.task.context_text(text), "context", self.method.max_context)
+        limit = self.method.max_context
+        self._check_length(text, "context", limit)
+        return self.encode(self.task.context_text(text), "context", limit)
 
     def query_ids(self, text: str, options: dict[str, Any] | None = None, taken: int = 0) -> list[int]:
         """Tokenize a query that is to be answered with these options of `generate`.
@@ -581,6 +609,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         """
         room = min(self.method.max_query, self.method.backbone.max_positions - taken)
         limit = room - int((options or {}).get("max_new_tokens", self.task.answer_length))
+        self._check_length(text, "query", limit)
         return self.encode(self.task.query_text(text), "query", limit)
 
     def _query_ids(self, memory: Memory, queries: list[str], options: dict[str, Any]) -> list[list[int]]:

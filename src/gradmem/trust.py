@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -53,6 +53,10 @@ class Answer:
         checkpoint was not calibrated (`gradmem calibrate`), or for contexts of other lengths.
     abstained : bool or None
         Whether that is too little to answer: the text is then better replaced by "not in this memory".
+    finish_reason : {"stop", "length"}
+        "stop" where the answer ended by itself, "length" where it was cut at the most tokens that it may have.
+    query_tokens, answer_tokens : int
+        Tokens that were read and generated.
     """
 
     text: str
@@ -62,6 +66,9 @@ class Answer:
     near_loss: float
     written: float | None = None
     abstained: bool | None = None
+    finish_reason: Literal["stop", "length"] = "stop"
+    query_tokens: int = 0
+    answer_tokens: int = 0
 
 
 def token_logprobs(method: Method, prefix: Prefix, queries: list[list[int]], answers: list[list[int]]) -> list[Tensor]:

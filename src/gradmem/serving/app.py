@@ -19,6 +19,7 @@ from . import chat, checkpoints, memories, problems
 from .engines import Engines
 from .guard import Guard
 from .keys import Keys
+from .owned import Threads
 from .settings import Settings
 from .watch import Watch
 
@@ -49,11 +50,12 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engines.reopen()
         yield
         await engines.close()
         store.close()
 
-    # Its pages of documentation would have browsers load scripts of other hosts.
+    # FastAPI's pages of documentation would have browsers load scripts of other hosts: `/docs` is a page of ours.
     app = FastAPI(
         title="gradmem",
         version=__version__,
@@ -64,6 +66,7 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
         redirect_slashes=False,
     )
     app.state.store, app.state.engines, app.state.settings = store, engines, settings
+    app.state.threads = Threads()
     app.add_middleware(Guard, settings=settings, keys=keys, watch=watch)
     problems.install(app)
     # The guard has seen the key; this says so in the OpenAPI document.
@@ -88,11 +91,16 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
 class Page(StaticFiles):
     """The files of the page, asked for anew each time: another version of gradmem has others."""
 
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer with the whole file: it is small, and a wrong range would have an answer of another form."""
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
     async def get_response(self, path: str, scope: Any) -> Response:
         """Answer with a file; whoever wants more than to read one looks for something that is not there."""
         if scope["method"] not in ("GET", "HEAD"):
             raise HTTPException(404)
-        return await super().get_response(path, scope)
+        return await super().get_response("docs.html" if path == "docs" else path, scope)
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         """Answer with a file, or say that the browser has it."""

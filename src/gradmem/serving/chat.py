@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
@@ -15,24 +15,31 @@ from pydantic import BaseModel, Field
 from ..errors import GradmemError
 from ..store.store import PAGE
 from ..trust import Answer
+from .bodies import JsonRoute, Line, Text
+from .engines import Served
 from .following import Following, server_sent
-from .memories import Owned, Served, Text, opened
+from .memories import opened
+from .owned import Owned
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
+Content = Annotated[Text, Field(max_length=2**20)]
 
 
 class Part(BaseModel):
     """A part of a message."""
 
     type: Literal["text"]
-    text: Text
+    text: Content
+
+
+Parts = Annotated[list[Part], Field(max_length=100, fail_fast=True)]
 
 
 class Message(BaseModel):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Content | Parts | None = None
 
     @property
     def text(self) -> str:
@@ -41,16 +48,23 @@ class Message(BaseModel):
         return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
+class StreamOptions(BaseModel):
+    """What a stream is to have besides the answer."""
+
+    include_usage: bool | None = False
+
+
 class Completion(BaseModel):
     """What is asked. Only the last message of the user is: a memory knows nothing of the conversation.
 
     Answers are greedy, as short as the task's, and one for each request, whatever other options say.
     """
 
-    model: Text = Field(description="`CHECKPOINT:MEMORY`, or the checkpoint where `memory_id` says which memory.")
-    messages: list[Message] = Field(min_length=1, max_length=1000)
-    memory_id: Text | None = Field(None, description="Id or name of a memory.")
+    model: Line = Field(description="`CHECKPOINT:MEMORY`, or the checkpoint where `memory_id` says which memory.")
+    messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
+    memory_id: Line | None = Field(None, description="Id or name of a memory.")
     stream: bool | None = False
+    stream_options: StreamOptions | None = None
     n: Literal[1] | None = 1
 
 
@@ -60,7 +74,21 @@ class Choice(BaseModel):
     index: int = 0
     message: Message | None = None
     delta: dict[str, Any] | None = None
-    finish_reason: Literal["stop"] | None = "stop"
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Usage(BaseModel):
+    """Tokens that were read and generated; those of the memory count as none."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, answer: Answer) -> Usage:
+        """What an answer took."""
+        asked, answered = answer.query_tokens, answer.answer_tokens
+        return cls(prompt_tokens=asked, completion_tokens=answered, total_tokens=asked + answered)
 
 
 class Completed(BaseModel):
@@ -71,7 +99,8 @@ class Completed(BaseModel):
     created: int
     model: str
     choices: list[Choice]
-    gradmem: Answer | None = None
+    usage: Usage
+    gradmem: Answer
 
 
 class Model(BaseModel):
@@ -93,7 +122,7 @@ class Models(BaseModel):
 @router.get("/models")
 async def models(store: Owned, engines: Served) -> Models:
     """The checkpoints, and the newest memories as `CHECKPOINT:MEMORY`."""
-    page = await asyncio.to_thread(store.list, limit=PAGE)
+    page = await store.read(lambda kept: kept.list(limit=PAGE))
     memories = [
         Model(id=f"{entry.model}:{entry.label}", created=int(entry.created.timestamp()))
         for entry in page
@@ -122,28 +151,34 @@ async def complete(asked: Completion, store: Owned, engines: Served) -> Any:
     if asked.stream:
         following = Following[str]()
         future = engine.ask(key, memory, query, on_text=following.tell)
-        return await server_sent(_chunks(about, following, future), end="data: [DONE]\n\n")
+        with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        return await server_sent(_chunks(about, following, future, with_usage), end="data: [DONE]\n\n")
     answer = await asyncio.wrap_future(engine.ask(key, memory, query))
     message = Message(role="assistant", content=answer.text)
-    return Completed(**about, object="chat.completion", choices=[Choice(message=message)], gradmem=answer)
+    choice = Choice(message=message, finish_reason=answer.finish_reason)
+    return Completed(**about, object="chat.completion", choices=[choice], usage=Usage.of(answer), gradmem=answer)
 
 
 async def _chunks(
-    about: dict[str, Any], following: Following[str], future: Future[Answer]
+    about: dict[str, Any], following: Following[str], future: Future[Answer], with_usage: bool
 ) -> AsyncIterator[tuple[None, Any]]:
-    """What is added to the answer, as it comes; the last one says how far to trust it."""
+    """What is added to the answer, as it comes; the last choice says how it ended and how far to trust it."""
 
-    def chunk(delta: dict[str, str], end: Literal["stop"] | None = None, answer: Answer | None = None) -> Any:
-        choice = {"index": 0, "delta": delta, "finish_reason": end}
-        found = {**about, "object": "chat.completion.chunk", "choices": [choice]}
-        return None, found if answer is None else {**found, "gradmem": answer}
+    def chunk(*choices: dict[str, Any], **more: Any) -> Any:
+        return None, {**about, "object": "chat.completion.chunk", "choices": choices, **more}
+
+    def added(text: str) -> Any:
+        delta = {"role": "assistant", "content": text}
+        return chunk({"index": 0, "delta": delta, "finish_reason": None})
 
     sent = ""
     async for text in following.until_done(future):
-        # What is decoded of half a character may change: wait for the other half.
-        if text.startswith(sent) and not text.endswith("\ufffd"):
-            yield chunk({"role": "assistant", "content": text[len(sent) :]})
-            sent = text
+        yield added(text[len(sent) :])
+        sent = text
     answer = future.result()
-    yield chunk({"role": "assistant", "content": answer.text.removeprefix(sent)})
-    yield chunk({}, "stop", answer)
+    if not answer.text.startswith(sent):
+        raise RuntimeError("a task settled what it then wrote otherwise")
+    yield added(answer.text[len(sent) :])
+    yield chunk({"index": 0, "delta": {}, "finish_reason": answer.finish_reason}, gradmem=answer)
+    if with_usage:
+        yield chunk(usage=Usage.of(answer))

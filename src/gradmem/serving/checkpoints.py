@@ -9,7 +9,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, Field
 
 from ..model import MemoryModel
-from .memories import Served
+from .engines import Served
 
 router = APIRouter(prefix="/v1/checkpoints", tags=["checkpoints"])
 

@@ -43,6 +43,7 @@ def serve(
 
         from ..store import Store
         from .app import create_app
+        from .connections import Connection, Server, most_connections
         from .settings import Settings
         from .watch import LOG, JsonLines
     except ImportError as error:
@@ -57,19 +58,22 @@ def serve(
     logging.getLogger("uvicorn").addHandler(lines)
     config = uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=4 * settings.max_requests,
+        limit_concurrency=most_connections(4 * settings.max_requests),
+        backlog=256,
         timeout_graceful_shutdown=30,
     )
     with _listening(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         # One line that a person clicks on and a program waits for: whoever connects from now on is answered.
         print(f"http://{shown}:{listener.getsockname()[1]}", flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -158,8 +159,8 @@ class Engine:
         self._changed = threading.Condition()
         self._asks: deque[_Ask] = deque()
         self._writes: deque[_Write] = deque()
-        self._closed = False
-        self._batch_seconds = 0.0
+        self._closed, self._ends = False, math.inf
+        self._batch_seconds = self._write_seconds = 0.0
         self._thread = threading.Thread(target=self._work, name="gradmem-engine", daemon=True)
         self._thread.start()
 
@@ -186,8 +187,8 @@ class Engine:
         timeout : float, optional
             Seconds after which it is not worth answering any more; the future then raises `TimeoutError`.
         on_text : callable
-            Called on the engine's thread with the answer so far whenever it has grown. It must be quick; what it
-            raises ends the request.
+            Called on the engine's thread with the beginning of the answer that no further token changes, whenever it
+            has grown (`Task.settled`). It must be quick; what it raises ends the request.
 
         Returns
         -------
@@ -244,10 +245,18 @@ class Engine:
         self._accept(self._writes, request)
         return request.future
 
-    def close(self) -> None:
-        """Finish what was accepted and take nothing more; returns when all is done."""
+    def close(self, grace: float | None = None) -> None:
+        """Finish what was accepted and take nothing more; returns when all is done.
+
+        Parameters
+        ----------
+        grace : float, optional
+            Seconds after which what is not finished ends with `Closed`, a write after its current step.
+        """
         with self._changed:
             self._closed = True
+            if grace is not None:
+                self._ends = min(self._ends, time.monotonic() + grace)
             self._changed.notify_all()
         self._thread.join()
 
@@ -261,12 +270,22 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise Closed("the engine is closed")
+            if len(self._asks) + len(self._writes) >= self.max_queue:
+                self._drop_cancelled()
             waiting = len(self._asks) + len(self._writes)
             if waiting >= self.max_queue:
                 seconds = self._batch_seconds * (1 + len(self._asks) / self.max_batch)
+                seconds += self._write_seconds * math.ceil(len(self._writes) / MAX_WRITES)
                 raise Busy(f"{waiting} requests are waiting already: try again in {seconds:.1f} s", seconds)
             queue.append(request)
             self._changed.notify()
+
+    def _drop_cancelled(self) -> None:
+        """Give the places of requests that were cancelled to others."""
+        for queue in (self._asks, self._writes):
+            kept = [request for request in queue if not request.future.cancelled()]
+            queue.clear()
+            queue.extend(kept)  # type: ignore[arg-type]
 
     # For the engine's own thread
 
@@ -276,8 +295,25 @@ class Engine:
                 self._changed.wait_for(lambda: self._asks or self._writes or self._closed)
                 if not self._asks and not self._writes:
                     return
+            if self._over():
+                self._give_up()
+                continue
             self._answer_waiting(self.max_wait)
             self._write(self._next_writes())
+
+    def _over(self) -> bool:
+        """Whether the time is over that `close` leaves for what was accepted."""
+        return time.monotonic() > self._ends
+
+    def _give_up(self) -> None:
+        """End all that waits."""
+        with self._changed:
+            waiting: list[_Ask | _Write] = [*self._asks, *self._writes]
+            self._asks.clear()
+            self._writes.clear()
+        for request in waiting:
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_exception(Closed("the engine is closed"))
 
     def _answer_waiting(self, wait: float) -> None:
         """Answer one batch of the queries that are there, or come within `wait` seconds of the first."""
@@ -309,7 +345,7 @@ class Engine:
         joined.prefix = first.join(others)
         options = {}
         if any(request.on_text for request in requests):
-            options["streamer"] = _Streamer(requests, self.model.task.decode)
+            options["streamer"] = _Streamer(requests, self.model.task.settled)
         rows, queries = [row[request.key] for request in requests], [request.ids for request in requests]
         return self.model.answer_ids(joined, rows, queries, **options)
 
@@ -326,7 +362,7 @@ class Engine:
         if not requests:
             return
         first, alone = requests[0], len(requests) == 1
-        done = 0
+        started, done = time.monotonic(), 0
 
         def slices(steps: Iterable[Written], title: str, total: int) -> Iterator[Written]:
             nonlocal done
@@ -336,6 +372,8 @@ class Engine:
                     request.tell(row, total)
                 if all(request.future.done() for request in requests):
                     raise CancelledError
+                if self._over():
+                    raise Closed("the engine is closed")
                 self._answer_waiting(0)
                 yield written
             done += len(written.taken)  # the model takes long texts in several parts, one after the other
@@ -351,6 +389,7 @@ class Engine:
                 if not request.future.done():
                     request.future.set_exception(error)
             return
+        self._write_seconds = time.monotonic() - started
         for row, request in enumerate(requests):
             if not request.future.done():
                 request.future.set_result(memory if alone else memory[row])
@@ -359,8 +398,8 @@ class Engine:
 class _Streamer(RowStreamer):
     """Tells each request its answer so far; transformers calls it after every token of the batch."""
 
-    def __init__(self, requests: list[_Ask], decode: Callable[[list[int]], str]) -> None:
-        self.requests, self.decode = requests, decode
+    def __init__(self, requests: list[_Ask], settled: Callable[[list[int]], str]) -> None:
+        self.requests, self.settled = requests, settled
         self.rows: list[int] = []
         self.prompted = False
         self.ids: list[list[int]] = [[] for _ in requests]
@@ -381,7 +420,7 @@ class _Streamer(RowStreamer):
             if request.on_text is None or request.future.done():
                 continue
             try:
-                if (text := self.decode(self.ids[i])) != self.texts[i]:
+                if (text := self.settled(self.ids[i])) != self.texts[i]:
                     self.texts[i] = text
                     request.on_text(text)
             except Exception as error:  # one listener's mistake is not the others'

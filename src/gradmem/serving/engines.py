@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import Depends, Request
 
 from ..checkpoints import load
 from ..errors import unknown
 from ..memory import Memory
-from ..store import Entry, Store
-from .engine import Engine
+from ..store import Entry
+from .engine import Closed, Engine
+from .owned import OwnedStore
 from .problems import NotServed
 
 
@@ -27,6 +31,7 @@ class Engines:
     def __init__(self, names: Sequence[str], max_queue: int) -> None:
         self.names, self.max_queue = tuple(names), max_queue
         self.loaded: dict[str, Engine] = {}
+        self._closed = False
         self._loading = {name: asyncio.Lock() for name in names}
 
     async def get(self, name: str) -> Engine:
@@ -39,12 +44,14 @@ class Engines:
         """
         if name not in self._loading:
             raise unknown("checkpoint", name, self.names)
+        if self._closed:
+            raise Closed("the engines are closed")
         async with self._loading[name]:
             if name not in self.loaded:
                 self.loaded[name] = await asyncio.to_thread(self._start, name)
         return self.loaded[name]
 
-    async def open(self, store: Store, entry: Entry, version: int | None = None) -> tuple[Engine, Memory]:
+    async def open(self, store: OwnedStore, entry: Entry, version: int | None = None) -> tuple[Engine, Memory]:
         """A memory, by default its current version, bound to its engine's model.
 
         Raises
@@ -55,16 +62,29 @@ class Engines:
         if entry.model not in self._loading:
             raise NotServed(f"the memory was written by '{entry.model}', which is not served here")
         engine = await self.get(entry.model)
-        memory = await asyncio.to_thread(store.load, entry.id, version or entry.current.number)
+        memory = await store.read(lambda kept: kept.load(entry.id, version or entry.current.number))
         return engine, engine.model.bind(memory)
 
-    async def close(self) -> None:
-        """Finish what was accepted. An application that starts again loads its engines again."""
-        engines, self.loaded = self.loaded, {}
-        await asyncio.gather(*(asyncio.to_thread(engine.close) for engine in engines.values()))
+    async def close(self, grace: float | None = None) -> None:
+        """Finish what was accepted and take nothing more; see `Engine.close`."""
+        self._closed = True
+        await asyncio.gather(*(asyncio.to_thread(engine.close, grace) for engine in self.loaded.values()))
+
+    def reopen(self) -> None:
+        """An application that starts again loads its engines again."""
+        self.loaded, self._closed = {}, False
 
     def _start(self, name: str) -> Engine:
         model = load(name)
         # Found once and here: later the weights are the engine's own thread's.
         _ = model.fingerprints, model.method.backbone.token_cache_bytes
         return Engine(model, max_queue=self.max_queue)
+
+
+async def served(request: Request) -> Engines:
+    """The engines of the application."""
+    engines: Engines = request.app.state.engines
+    return engines
+
+
+Served = Annotated[Engines, Depends(served)]

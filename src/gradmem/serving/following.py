@@ -23,7 +23,11 @@ class Following(Generic[T]):
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._told: asyncio.Queue[T | None] = asyncio.Queue()
+        self._future: Future[Any] | None = None
         self._left = False
+        # Whatever ends the request ends the work: generators may be closed later.
+        if task := asyncio.current_task():
+            task.add_done_callback(lambda _: self._leave())
 
     def tell(self, item: T) -> None:
         """For the engine's thread: pass on one thing. Raises, which ends the work, when nobody follows it."""
@@ -33,13 +37,18 @@ class Following(Generic[T]):
 
     async def until_done(self, future: Future[Any]) -> AsyncIterator[T]:
         """What is told until the work is done; whoever leaves this loop early has given up the work."""
+        self._future = future
         future.add_done_callback(self._end)
         try:
             while (item := await self._told.get()) is not None:
                 yield item
         finally:
-            self._left = True
-            future.cancel()
+            self._leave()
+
+    def _leave(self) -> None:
+        self._left = True
+        if self._future is not None:
+            self._future.cancel()
 
     def _end(self, _: Future[Any]) -> None:
         if not self._loop.is_closed():

@@ -14,6 +14,8 @@ from limits.strategies import FixedWindowRateLimiter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .arrivals import Arrivals, Gone, too_large
+from .engine import Closed
 from .keys import Keys
 from .problems import Refused, problem
 from .settings import Settings, is_loopback
@@ -21,8 +23,10 @@ from .watch import Watch
 
 ARRIVAL = 30.0
 """Seconds in which a request must have arrived."""
-OPEN = ("/healthz", "/openapi.json")
-"""Paths that need no key, besides the web page's."""
+BODIES = 8
+"""Largest bodies that may be held at the same time."""
+OWNED = ("/v1/", "/metrics")
+"""Beginnings of the paths that need a key. The others, of the page and of operators, need none and read no body."""
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -32,10 +36,6 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 """What every answer tells browsers: a page runs and asks nothing but what this server serves, and is in no frame."""
-
-
-class Gone(Exception):
-    """The client has left."""
 
 
 class Sending:
@@ -67,6 +67,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, watch: Watch) -> None:
         self.app, self.settings, self.keys, self.watch = app, settings, keys, watch
         self.inside = 0
+        self._arrivals = Arrivals(settings.max_requests, BODIES * settings.max_body)
         self._rate = RateLimitItemPerMinute(settings.rate)
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
 
@@ -81,6 +82,10 @@ class Guard:
                 await self._serve(scope, receive, sending)
             except Gone:
                 return
+            except asyncio.CancelledError:  # the server ends before the request does
+                if sending.status is not None:
+                    raise
+                await problem(Closed())(scope, receive, sending)
             except Exception as error:
                 if sending.status is None:
                     await problem(error)(scope, receive, sending)
@@ -89,15 +94,22 @@ class Guard:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope.setdefault("state", {})["owner"] = self._admit(scope)
-        if self.inside >= self.settings.max_requests:
-            raise Refused(429, f"{self.inside} requests are being served already", retry_after=1)
-        self.inside += 1
         ends = asyncio.get_running_loop().time() + self.settings.timeout
-        try:
-            body = await self._body(scope, receive)
-            await self._run(scope, body, receive, send, ends)
-        finally:
-            self.inside -= 1
+        if not scope["path"].startswith(OWNED):
+            await self._run(scope, b"", receive, send, ends)
+            return
+        most = self.settings.max_body
+        length = Headers(scope=scope).get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > most:
+            raise too_large(most)
+        async with self._arrivals.body(receive, most, min(ARRIVAL, self.settings.timeout)) as body:
+            if self.inside >= self.settings.max_requests:
+                raise Refused(429, f"{self.inside} requests are being served already", retry_after=1)
+            self.inside += 1
+            try:
+                await self._run(scope, body, receive, send, ends)
+            finally:
+                self.inside -= 1
 
     # Who asks, and how often
 
@@ -109,7 +121,8 @@ class Guard:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         owner = self.keys.owner(key) if key else None
-        self._check_rate(f"key {owner}" if owner else f"address {(scope.get('client') or ('',))[0]}")
+        if scope["path"] != "/healthz":  # whoever looks after the server must not take it for dead in a flood
+            self._check_rate(f"key {owner}" if owner else f"address {(scope.get('client') or ('',))[0]}")
         if owner is None and self._needs_key(scope["path"], key):
             raise Refused(401, "a key is needed: send the header `Authorization: Bearer KEY` with one of this server")
         return owner
@@ -119,7 +132,7 @@ class Guard:
         if self.settings.local:
             # OpenAI's clients cannot do without any; on loopback anything that is not one of ours is none.
             return key.startswith("gm-")
-        return path not in OPEN and path.startswith(("/v1/", "/metrics"))
+        return path.startswith(OWNED)
 
     def _check_origin(self, headers: Headers) -> None:
         """Refuse pages of other sites, whose names may be made to point to this machine (DNS rebinding)."""
@@ -135,18 +148,7 @@ class Guard:
             wait = self._limiter.get_window_stats(self._rate, who).reset_time - time.time()
             raise Refused(429, f"more than {self.settings.rate} requests in a minute", retry_after=wait)
 
-    # How much, and how long
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """All of the request, read before anything is done for it."""
-        most = self.settings.max_body
-        length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > most:
-            raise Refused(413, f"a request has at most {most:,} bytes")
-        try:
-            return await asyncio.wait_for(_read(receive, most), min(ARRIVAL, self.settings.timeout))
-        except asyncio.TimeoutError:
-            raise Refused(408, "the request did not arrive in time") from None
+    # How long
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send, ends: float) -> None:
         """Run the application until it is done, the client has left, or the time is over."""
@@ -174,20 +176,6 @@ class Guard:
             for one in (task, left):
                 one.cancel()
             await asyncio.gather(task, left, return_exceptions=True)
-
-
-async def _read(receive: Receive, most: int) -> bytes:
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Gone
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
-            raise Refused(413, f"a request has at most {most:,} bytes")
-        more = message.get("more_body", False)
-    return b"".join(parts)
 
 
 async def _left(receive: Receive) -> None:

@@ -5,48 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import BaseModel, Field
 
 from ..errors import GradmemError
 from ..memory import Precision
 from ..methods.base import Written
 from ..model import MemoryModel
-from ..store import Entry, Store, Version, content_of
+from ..store import Entry, Version, content_of
 from ..store.listing import Filters, labels
+from ..store.store import Store
 from ..trust import Answer
-from .engines import Engines
+from .bodies import JsonRoute, Line, Moment, TagLine, Tags, Text, check_header
+from .bodies import Query as Asked
+from .engines import Engines, Served
 from .following import Following, finite, last, server_sent
+from .owned import Owned, OwnedStore
 
-router = APIRouter(prefix="/v1/memories", tags=["memories"])
+router = APIRouter(prefix="/v1/memories", tags=["memories"], route_class=JsonRoute)
 FILE = "application/octet-stream"
 Number = Annotated[int | None, Query(ge=1, le=2**31 - 1, description="Version; by default the current one.")]
-
-
-def owned(request: Request) -> Store:
-    """The store as the owner of the request's key sees it."""
-    store: Store = request.app.state.store.owned_by(request.state.owner)
-    return store
-
-
-def served(request: Request) -> Engines:
-    """The engines."""
-    engines: Engines = request.app.state.engines
-    return engines
-
-
-def _whole(text: str) -> str:
-    text.encode()  # JSON can escape half a character, which is no text; its ValueError is what pydantic reports
-    return text
-
-
-Text = Annotated[str, AfterValidator(_whole)]
-Owned = Annotated[Store, Depends(owned)]
-Served = Annotated[Engines, Depends(served)]
 
 
 class WriteSteps(BaseModel):
@@ -71,8 +52,8 @@ class WriteSteps(BaseModel):
 class Kept(WriteSteps):
     """How to write a memory, and what it is kept as."""
 
-    checkpoint: Text
-    name: Text | None = None
+    checkpoint: Line
+    name: Line | None = None
     precision: Precision = "float32"
 
 
@@ -80,13 +61,13 @@ class NewMemory(Kept):
     """A text to write."""
 
     text: Text
-    tags: list[Text] = Field([], max_length=100)
+    tags: Tags = []
 
 
 class NewFile(Kept):
     """What stands in the address of a text file's upload."""
 
-    tags: Text = Field("", description="Tags, as a,b.")
+    tags: TagLine = Field("", description="Tags, as a,b.")
 
 
 class MoreText(WriteSteps):
@@ -99,15 +80,15 @@ class MoreText(WriteSteps):
 class Change(BaseModel):
     """What is to be another; what is not given stays."""
 
-    name: Text | None = Field(None, description="null takes the name away.")
-    tags: list[Text] = Field([], max_length=100, description="In place of those it has.")
+    name: Line | None = Field(None, description="null takes the name away.")
+    tags: Tags = Field([], description="In place of those it has.")
     pinned: bool = False
 
 
 class Queries(BaseModel):
     """Queries to one memory."""
 
-    queries: list[Text] = Field(min_length=1, max_length=64)
+    queries: list[Asked] = Field(min_length=1, max_length=64, fail_fast=True)
     version: int | None = Field(None, ge=1, le=2**31 - 1)
 
 
@@ -166,12 +147,12 @@ async def write(wanted: NewMemory, store: Owned, engines: Served) -> Any:
     return await _answered(_write(wanted, store, engines), wanted.stream, 201)
 
 
-async def _write(wanted: NewMemory, store: Store, engines: Engines) -> AsyncIterator[Told]:
+async def _write(wanted: NewMemory, store: OwnedStore, engines: Engines) -> AsyncIterator[Told]:
     engine = await engines.get(wanted.checkpoint)
     options = wanted.options
     content = content_of(engine.model, [wanted.text], precision=wanted.precision, **options)
     about: dict[str, Any] = {"name": wanted.name, "tags": wanted.tags}
-    known = await asyncio.to_thread(store.known, content, **about)
+    known = await store.change(lambda kept: kept.known(content, **about))
     if known and not wanted.tokens:
         yield known
         return
@@ -180,7 +161,7 @@ async def _write(wanted: NewMemory, store: Store, engines: Engines) -> AsyncIter
     async for told in following.until_done(future):
         yield told
     given = {**about, "precision": wanted.precision, "content": content}
-    yield await asyncio.to_thread(store.put, future.result(), **given)
+    yield await store.change(lambda kept: kept.put(future.result(), **given))
 
 
 @router.post("/{ref}/append", response_model=Entry)
@@ -189,15 +170,16 @@ async def append(ref: str, more: MoreText, store: Owned, engines: Served) -> Any
     return await _answered(_append(ref, more, store, engines), more.stream, 200)
 
 
-async def _append(ref: str, more: MoreText, store: Store, engines: Engines) -> AsyncIterator[Told]:
-    entry = await asyncio.to_thread(store.get, ref)
+async def _append(ref: str, more: MoreText, store: OwnedStore, engines: Engines) -> AsyncIterator[Told]:
+    entry = await store.read(lambda kept: kept.get(ref))
     engine, memory = await engines.open(store, entry)
     following = Following[Told]()
     options = more.options | {"before": more.before, "onto": memory}
     future = engine.write(more.text, on_step=_steps(following, engine.model, more), **options)
     async for told in following.until_done(future):
         yield told
-    yield await asyncio.to_thread(store.update, entry.id, future.result(), expected=entry.current.number)
+    expected = entry.current.number
+    yield await store.change(lambda kept: kept.update(entry.id, future.result(), expected=expected))
 
 
 def _steps(following: Following[Told], model: MemoryModel, wanted: NewMemory | MoreText) -> Any:
@@ -241,9 +223,9 @@ async def ask(ref: str, asked: Queries, store: Owned, engines: Served) -> Any:
             future.cancel()
 
 
-async def opened(ref: str, store: Store, engines: Engines, version: int | None = None) -> Any:
+async def opened(ref: str, store: OwnedStore, engines: Engines, version: int | None = None) -> Any:
     """The engine of a memory, the memory, and the key that it has there."""
-    entry = await asyncio.to_thread(store.get, ref)
+    entry = await store.read(lambda kept: kept.get(ref))
     engine, memory = await engines.open(store, entry, version)
     return engine, memory, (entry.id, version or entry.current.number)
 
@@ -252,50 +234,53 @@ async def opened(ref: str, store: Store, engines: Engines, version: int | None =
 async def list_memories(
     store: Owned,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
-    after: str | None = None,
-    checkpoint: str | None = None,
-    name: Annotated[str | None, Query(description="Name, or its beginning and a *.")] = None,
-    tags: Annotated[str, Query(description="Tags that it must have, as a,b.")] = "",
-    since: datetime | None = None,
-    until: datetime | None = None,
+    after: Line | None = None,
+    checkpoint: Line | None = None,
+    name: Annotated[Line | None, Query(description="Name, or its beginning and a *.")] = None,
+    tags: Annotated[TagLine, Query(description="Tags that it must have, as a,b.")] = "",
+    since: Moment | None = None,
+    until: Moment | None = None,
 ) -> Page:
     """List memories, the newest first."""
     filters = Filters(checkpoint=checkpoint, name=name, tags=tags, since=since, until=until)
-    page = await asyncio.to_thread(store.list, limit=limit, after=after, **filters)
+    page = await store.read(lambda kept: kept.list(limit=limit, after=after, **filters))
     return Page(memories=list(page), next=page[-1].cursor if len(page) == limit else None)
 
 
 @router.get("/{ref}", response_model=Inspected)
 async def inspect(ref: str, store: Owned) -> Any:
     """Show a memory, its versions, and what the current one kept."""
-    entry = await asyncio.to_thread(store.get, ref)
-    versions = await asyncio.to_thread(store.versions, entry.id)
-    memory = await asyncio.to_thread(store.load, entry.id, entry.current.number)
-    shown = {
-        "memory": entry.row(),
-        "memory_bytes": memory.nbytes,
-        "versions": [version.row() for version in versions],
-        "records": [record.row() for record in memory.records],
-    }
-    return JSONResponse(finite(shown))
+
+    def inspected(kept: Store) -> Response:
+        entry = kept.get(ref)
+        memory = kept.load(entry.id, entry.current.number)
+        shown = {
+            "memory": entry.row(),
+            "memory_bytes": memory.nbytes,
+            "versions": [version.row() for version in kept.versions(entry.id)],
+            "records": [record.row() for record in memory.records],
+        }
+        return JSONResponse(finite(shown))
+
+    return await store.read(inspected)
 
 
 @router.patch("/{ref}")
 async def change(ref: str, wanted: Change, store: Owned) -> Entry:
     """Rename a memory, tag it, or pin it, which keeps it from being deleted."""
-    return await asyncio.to_thread(store.change, ref, **wanted.model_dump(exclude_unset=True))
+    return await store.change(lambda kept: kept.change(ref, **wanted.model_dump(exclude_unset=True)))
 
 
 @router.delete("/{ref}", status_code=204)
 async def delete(ref: str, store: Owned) -> None:
     """Delete a memory with all its versions."""
-    await asyncio.to_thread(store.delete, ref)
+    await store.change(lambda kept: kept.delete(ref))
 
 
 @router.get("/{ref}/file", response_class=Response, responses={200: {"content": {FILE: {}}}})
 async def download(ref: str, store: Owned, version: Number = None) -> Response:
     """The memory file."""
-    data = await asyncio.to_thread(store.read, ref, version)
+    data = await store.read(lambda kept: kept.read(ref, version))
     headers = {"Content-Disposition": 'attachment; filename="memory.safetensors"'}
     return Response(data, media_type=FILE, headers=headers)
 
@@ -313,16 +298,17 @@ async def upload_text(request: Request, about: Annotated[NewFile, Query()], stor
     except UnicodeDecodeError as error:
         raise GradmemError(f"the text is not UTF-8: byte {error.start} cannot be read") from error
     given = {**about.model_dump(), "text": text, "tags": labels(about.tags)}
-    return await write(NewMemory(**given), store, engines)
+    return await write(NewMemory.model_construct(**given), store, engines)
 
 
 @router.post("/files", status_code=201, openapi_extra=_body(FILE, format="binary"))
 async def upload(
     request: Request,
     store: Owned,
-    name: str | None = None,
-    tags: Annotated[str, Query(description="Tags, as a,b.")] = "",
+    name: Line | None = None,
+    tags: Annotated[TagLine, Query(description="Tags, as a,b.")] = "",
 ) -> Entry:
     """Keep a memory file, as it is; nothing in it is executed."""
     data = await request.body()
-    return await asyncio.to_thread(store.put, data, name=name, tags=tags)
+    check_header(data)
+    return await store.change(lambda kept: kept.put(data, name=name, tags=tags))

@@ -52,7 +52,7 @@ class Problem(BaseModel):
 
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": HTTPStatus(status).phrase}
-    for status in (400, 401, 403, 404, 408, 409, 413, 422, 429, 503, 504)
+    for status in (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 429, 503, 504)
 }
 """What any path of the API may answer instead, for its OpenAPI document."""
 
@@ -110,5 +110,5 @@ def install(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> JSONResponse:
         return problem(error)
 
-    for kind in (GradmemError, RequestValidationError, HTTPException, TimeoutError):
+    for kind in (Refused, GradmemError, RequestValidationError, HTTPException, TimeoutError):
         app.add_exception_handler(kind, answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from ..batch import Batch
 from ..choices import Split
 from ..data import Samples, collate, places
+from ..data.decoding import only_grows, without_last_bytes
 from ..errors import refused
 
 OTHER_TEXTS = (
@@ -90,6 +92,27 @@ class Task(ABC):
         """The answer in generated tokens: what stands before the end token."""
         ids = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
         return self.answer_text(self.tokenizer.decode([i for i in ids if i != self.pad_id]))
+
+    def settled(self, ids: list[int]) -> str:
+        """The beginning of `decode(ids)` that no further token changes: what can be shown of an answer as it comes.
+
+        A task whose own `answer_text` only ever grows with its tokens returns `_settled(ids)`. Here, where a task
+        rewrites, nothing is settled before the end token.
+        """
+        own = type(self)
+        rewrites = own.answer_text is not Task.answer_text or own.decode is not Task.decode
+        return "" if rewrites and self.end_id not in ids else self._settled(ids)
+
+    def _settled(self, ids: list[int]) -> str:
+        """What is settled as far as the tokenizer is concerned."""
+        if self.end_id in ids:
+            return self.decode(ids)
+        # Half a character at the end is decoded as U+FFFD until its other half is there.
+        return self.decode(without_last_bytes(self.tokenizer, ids)).rstrip("\ufffd") if self._only_grows else ""
+
+    @cached_property
+    def _only_grows(self) -> bool:
+        return only_grows(self.tokenizer)
 
     def size(self, split: Split) -> int | None:
         """Samples in a split; None where they are generated without end."""

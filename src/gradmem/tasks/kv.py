@@ -195,6 +195,10 @@ class KV(Task):
         """The value: everything but `!` and `|`."""
         return text.replace("!", "").replace("|", "")
 
+    def settled(self, ids: list[int]) -> str:
+        """Marks vanish wherever they stand: the value only grows."""
+        return self._settled(ids)
+
     def examples(self, text: str) -> list[tuple[str, str]]:
         """Every key with its value."""
         return self._pair.findall(text) or self._lines(text)

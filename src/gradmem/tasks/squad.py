@@ -112,6 +112,10 @@ class Squad(FileTask):
         """White space as people expect it."""
         return text.strip()
 
+    def settled(self, ids: list[int]) -> str:
+        """White space is cut off at the ends only: the answer only grows."""
+        return self._settled(ids)
+
     def _make(self, rows: Iterable[Row], split: Split) -> Samples:
         paragraphs: dict[str, list[tuple[str, list[str]]]] = {}
         for context, question, answers in rows:
