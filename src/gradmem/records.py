@@ -11,8 +11,35 @@ from typing import Any, ClassVar
 from .errors import GradmemError
 
 
+LARGEST = 2**63 - 1
+"""Largest integer in a record: databases and other programs hold no larger ones."""
+MOST_OPTIONS, DEEPEST = 1000, 8
+"""Values in the options of a record, and how deep they may be nested."""
+
+
 def _anything(value: object) -> bool:
     return True
+
+
+def _integer(value: object) -> bool:
+    return type(value) is int and abs(value) <= LARGEST
+
+
+def _simple(options: dict[str, Any]) -> bool:
+    """Whether options are few, not nested deeply, and without integers that are too large."""
+    level: list[Any] = [options]
+    for _ in range(DEEPEST):
+        if any(type(one) is int and not _integer(one) for one in level):
+            return False
+        nested = [
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list | tuple)
+        ]
+        level = [value for values in nested for value in values]
+        if not level:
+            return True
+        if len(level) > MOST_OPTIONS:
+            return False
+    return False
 
 
 LONGEST = 4096
@@ -22,10 +49,10 @@ Digest = str
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str) and value.isprintable() and len(value) <= LONGEST,
     "Digest": lambda value: isinstance(value, str) and value.isprintable() and len(value) <= 64,
-    "int": lambda value: type(value) is int,
-    "list[int]": lambda value: isinstance(value, list) and all(type(one) is int for one in value),
-    "list[float]": lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
-    "dict[str, Any]": lambda value: isinstance(value, dict),
+    "int": _integer,
+    "list[int]": lambda value: isinstance(value, list) and all(map(_integer, value)),
+    "list[float]": lambda value: isinstance(value, list) and all(type(one) is float or _integer(one) for one in value),
+    "dict[str, Any]": lambda value: isinstance(value, dict) and _simple(value),
     "list[Record]": lambda value: not any(record.earlier for record in value),
 }
 """What a field of a record may hold, by its type: records come out of files that anybody may have written."""

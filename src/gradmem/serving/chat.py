@@ -178,7 +178,8 @@ async def _chunks(
     answer = future.result()
     if not answer.text.startswith(sent):
         raise RuntimeError("a task settled what it then wrote otherwise")
-    yield added(answer.text[len(sent) :])
+    if not sent or answer.text != sent:
+        yield added(answer.text[len(sent) :])
     yield chunk({"index": 0, "delta": {}, "finish_reason": answer.finish_reason}, gradmem=answer)
     if with_usage:
         yield chunk(usage=Usage.of(answer))
