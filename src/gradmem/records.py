@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from .errors import GradmemError
 
-
 LARGEST = 2**63 - 1
 """Largest integer in a record: databases and other programs hold no larger ones."""
 MOST_OPTIONS, DEEPEST = 1000, 8

@@ -33,6 +33,7 @@ class Arrivals:
         self.most, self.most_bytes = most, most_bytes
         self.held = 0
         self._sizes: dict[asyncio.Task[bytes], int] = {}
+        """Bytes that have arrived of each body, the oldest first."""
 
     @asynccontextmanager
     async def body(self, receive: Receive, limit: int, seconds: float) -> AsyncIterator[bytes]:
@@ -46,10 +47,9 @@ class Arrivals:
             When the client leaves.
         """
         reading = asyncio.ensure_future(self._read(receive, limit))
-        self._sizes[reading] = 0
+        self._sizes[reading] = size = 0
         if len(self._sizes) > self.most:
-            next(iter(self._sizes)).cancel()
-        size = 0
+            self._refuse(next(iter(self._sizes)))
         try:
             await asyncio.wait({reading}, timeout=seconds)
             if reading.cancelled():
@@ -60,9 +60,14 @@ class Arrivals:
             size = self._sizes.pop(reading)
             yield data
         finally:
-            reading.cancel()
+            self.held -= size
+            self._refuse(reading)
             await asyncio.gather(reading, return_exceptions=True)
-            self.held -= size + self._sizes.pop(reading, 0)
+
+    def _refuse(self, reading: asyncio.Task[bytes]) -> None:
+        """Give up a body: its place and its bytes are free at once."""
+        self.held -= self._sizes.pop(reading, 0)
+        reading.cancel()
 
     async def _read(self, receive: Receive, limit: int) -> bytes:
         task, parts, more = asyncio.current_task(), [], True
@@ -71,13 +76,15 @@ class Arrivals:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Gone
+            if task not in self._sizes:
+                raise asyncio.CancelledError
             parts.append(message.get("body", b""))
             self.held += len(parts[-1])
             self._sizes[task] += len(parts[-1])
             if self._sizes[task] > limit:
                 raise too_large(limit)
             if self.held > self.most_bytes:
-                max(self._sizes, key=lambda one: self._sizes[one]).cancel()
+                self._refuse(max(self._sizes, key=lambda one: self._sizes[one]))
                 await asyncio.sleep(0)  # where it is this one, it ends here
             more = message.get("more_body", False)
         return b"".join(parts)

@@ -76,11 +76,13 @@ def _in_utc(moment: datetime) -> datetime:
 
 Text = Annotated[str, AfterValidator(_whole)]
 """As long as a request may be: how much of it a model takes, the model knows."""
-Line = Annotated[Text, Field(max_length=1000)]
+Line = Annotated[str, Field(max_length=1000), AfterValidator(_whole)]
 """A name, an id, a cursor, a checkpoint."""
-Query = Annotated[Text, Field(max_length=2**16)]
+Query = Annotated[str, Field(max_length=2**16), AfterValidator(_whole)]
 """What is asked of a memory."""
+Content = Annotated[str, Field(max_length=2**20), AfterValidator(_whole)]
+"""A message of a conversation."""
 Tags = Annotated[list[Line], Field(max_length=MOST_TAGS, fail_fast=True)]
-TagLine = Annotated[Text, Field(max_length=MOST_TAGS * 101), AfterValidator(_few)]
+TagLine = Annotated[str, Field(max_length=MOST_TAGS * 101), AfterValidator(_whole), AfterValidator(_few)]
 """Tags as a,b."""
 Moment = Annotated[datetime, AfterValidator(_in_utc)]

@@ -15,14 +15,13 @@ from pydantic import BaseModel, Field
 from ..errors import GradmemError
 from ..store.store import PAGE
 from ..trust import Answer
-from .bodies import JsonRoute, Line, Text
+from .bodies import Content, JsonRoute, Line
 from .engines import Served
 from .following import Following, server_sent
 from .memories import opened
 from .owned import Owned
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
-Content = Annotated[Text, Field(max_length=2**20)]
 
 
 class Part(BaseModel):

@@ -101,7 +101,8 @@ def _line(message: str) -> str:
 def _invalid(error: RequestValidationError) -> str:
     """The first thing that is wrong, without what was sent."""
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    places = [str(place) for place in first["loc"] if "[" not in str(place)]  # those with [ are types of ours
+    return f"{'.'.join(places)}: {first['msg']}"
 
 
 def install(app: FastAPI) -> None:
