@@ -279,3 +279,28 @@ def test_a_listener_can_end_a_write(tiny: MemoryModel, memory: Memory) -> None:
         with pytest.raises(KeyError, match="enough"):
             engine.write(TEXT, on_step=enough).result()
         assert engine.ask(1, memory, "a7").result().text == memory.ask("a7")
+
+
+def test_cancelled_requests_give_their_places_back(held: Held, memory: Memory) -> None:
+    """At once, also while the engine's thread is busy with something else."""
+    for _ in range(3):
+        waiting = [held.engine.write(TEXT), held.engine.ask(1, memory, "zz"), held.engine.write(TEXT)]
+        with pytest.raises(Busy):
+            held.engine.ask(1, memory, "a7")
+        assert all(future.cancel() for future in waiting)
+    accepted = held.engine.ask(1, memory, "a7")
+    held.gate.set()
+    assert accepted.result().text == memory.ask("a7")
+
+
+def test_close_gives_up_what_takes_too_long(held: Held, memory: Memory) -> None:
+    long, asked = held.engine.write(TEXT, steps=10**6), held.engine.ask(1, memory, "a7")
+    closing = threading.Thread(target=held.engine.close, args=(0.0,))
+    closing.start()
+    while not held.engine._over():
+        threading.Event().wait(0.01)
+    held.gate.set()
+    closing.join(60)
+    for future in (held.written, long, asked):
+        with pytest.raises(Closed):
+            future.result(60)

@@ -446,8 +446,10 @@ def test_a_request_that_does_not_arrive_is_given_up(served: str, keys: Keys, tmp
     assert sent[0]["status"] == 408
 
 
-def test_more_requests_at_once_than_may_be_are_refused(served: str, keys: Keys, tmp_path: Path) -> None:
-    """The first one does not arrive; the second finds no room, and the third does again."""
+def test_more_requests_at_once_than_may_be_are_refused(
+    served: str, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one is served, the second finds no room; one that has not arrived takes none."""
     answers: list[int] = []
 
     async def send(message: dict[str, Any]) -> None:
@@ -458,17 +460,24 @@ def test_more_requests_at_once_than_may_be_are_refused(served: str, keys: Keys, 
         raise AssertionError
 
     async def requests() -> None:
-        app = client_of(served, keys, tmp_path, max_requests=1, timeout=0.3).app
-        about = {"type": "http", "method": "GET", "path": "/healthz", "query_string": b"", "client": ("127.0.0.1", 1)}
+        app = client_of(served, keys, tmp_path, max_requests=1, timeout=0.5).app
+        about = {"type": "http", "method": "GET", "path": "/metrics", "query_string": b"", "client": ("127.0.0.1", 1)}
         scope = {**about, "headers": [(b"host", b"127.0.0.1")]}
-        first = asyncio.create_task(app(dict(scope), never, send))
+        arriving = asyncio.create_task(app(dict(scope), never, send))
         await asyncio.sleep(0.05)
         await app(dict(scope), Once(), send)
+        gate, list_ = threading.Event(), Store.list
+        monkeypatch.setattr(Store, "list", lambda *given, **more: (gate.wait(60), list_(*given, **more))[1])
+        first = asyncio.create_task(app({**scope, "path": "/v1/memories"}, Once(), send))
+        await asyncio.sleep(0.05)
+        await app(dict(scope), Once(), send)
+        gate.set()
         await first
         await app(dict(scope), Once(), send)
+        await arriving
 
     asyncio.run(requests())
-    assert answers == [429, 408, 200]
+    assert answers == [200, 429, 200, 200, 408]
 
 
 def test_a_full_queue_says_when_to_come_back(served: str, keys: Keys, tmp_path: Path) -> None:

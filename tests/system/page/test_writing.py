@@ -46,6 +46,7 @@ def test_a_text_is_written_watched_forgotten_and_asked(page: Page) -> None:
     tokens_bytes = numbers(page.locator("#instead").text_content())
     assert page.locator("#remains").text_content() == "4,096 bytes remain of 113 tokens"
     assert tokens_bytes == [463, 113]  # kB, and times as much: 462,848 bytes by Backbone.cache_bytes
+    expect(page.locator("#text-size")).to_contain_text(f"The text had {len(text.encode())} bytes, less than the memory")
     for key in list(pairs)[:2]:
         page.get_by_role("button", name=key, exact=True).click()
         item = page.locator(f"#answers li[data-query='{key}']")

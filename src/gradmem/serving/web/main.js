@@ -56,8 +56,9 @@ list.start({
 memory.start({ onChanged: changed });
 write.start({
   onWritten: changed,
-  onForgotten: (id, example) => {
+  onForgotten: (id, example, size) => {
     ask.remember(id, example);
+    memory.remember(id, size);
     forgotten = true;
     go(id);
   },

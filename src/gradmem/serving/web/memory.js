@@ -9,6 +9,11 @@ import * as vectors from "./vectors.js";
 /** Bytes of a memory file beyond which its numbers are no picture. */
 const LARGE = 500_000;
 
+const sizeOf = (id) => `gradmem-size-${id}`;
+
+/** Remember how many bytes the text of a memory had: the memory itself does not say. */
+export const remember = (id, size) => sessionStorage.setItem(sizeOf(id), size);
+
 let shown = null; // its entry
 let onChanged = () => {};
 
@@ -64,20 +69,30 @@ function showReceipt({ memory, memory_bytes, versions, records }) {
   the("facts").replaceChildren(...rows);
 }
 
-/** Beside the memory, the KV-cache of its text, as large as the checkpoint says. */
+const times = (size, mine) => (size >= mine ? `${number(Math.round(size / mine))} × as much` : "less than the memory");
+
+/** Beside the memory, its text, where this tab knows how long it was, and the KV-cache that the text would have. */
 async function showBytes({ memory, memory_bytes }) {
   the("remains").textContent = `${bytes(memory_bytes)} remain of ${count(memory.current.tokens, "token")}`;
-  the("instead").textContent = "";
+  the("instead").textContent = the("text-size").textContent = "";
   the("bars").hidden = true;
   const about = await api.checkpoint(memory.model).catch(() => null); // perhaps it is not served here
-  if (!about?.token_cache_bytes || shown?.id !== memory.id) return;
-  const cache = about.token_cache_bytes * memory.current.tokens;
-  const times = cache / memory_bytes;
-  const compared = times >= 1 ? `${number(Math.round(times))} × as much` : "less than the memory";
-  the("instead").textContent = `The KV-cache of the text would be ${bytes(cache)}, ${compared}.`;
-  the("bars").style.setProperty("--mine", `${100 * Math.min(1, 1 / times)}%`);
-  the("bars").style.setProperty("--theirs", `${100 * Math.min(1, times)}%`);
-  the("bars").hidden = false;
+  if (shown?.id !== memory.id) return;
+  const sizes = { mine: memory_bytes };
+  const text = Number(sessionStorage.getItem(sizeOf(memory.id)));
+  if (text && memory.current.number === 1) {
+    sizes.text = text;
+    the("text-size").textContent = `The text had ${bytes(text)}, ${times(text, memory_bytes)}.`;
+  }
+  if (about?.token_cache_bytes) {
+    sizes.theirs = about.token_cache_bytes * memory.current.tokens;
+    const compared = times(sizes.theirs, memory_bytes);
+    the("instead").textContent = `The KV-cache of the text would be ${bytes(sizes.theirs)}, ${compared}.`;
+  }
+  const largest = Math.max(...Object.values(sizes));
+  for (const row of the("bars").children) row.hidden = !(row.dataset.of in sizes);
+  for (const [of, size] of Object.entries(sizes)) the("bars").style.setProperty(`--${of}`, `${(100 * size) / largest}%`);
+  the("bars").hidden = Object.keys(sizes).length < 2;
 }
 
 async function showVectors(entry) {

@@ -172,7 +172,7 @@ async function write(before = null) {
       if (before.name === called) await api.change(before.id, { name: null });
       entry = await api.change(entry.id, { name: called });
     }
-    written = { entry, steps: seen.length - 1 };
+    written = { entry, steps: seen.length - 1, size };
     const next = before ? "The one written before stays in the list." : "Drag the steps back to see how it came.";
     say(`Written in ${count(written.steps, "step")}. ${next}`);
     onWritten(entry);
@@ -188,13 +188,13 @@ async function write(before = null) {
 
 /** Let go of the text wherever the page has it, and go to the memory. */
 async function forget() {
-  const [id, asked] = [written.entry.id, example && { ...example, checkpoint: about.name }];
+  const [id, size, asked] = [written.entry.id, written.size, example && { ...example, checkpoint: about.name }];
   the("watch").classList.add("forgetting");
   text.value = "";
   await pause(calm() ? 0 : 700);
   clear();
   the("watch").classList.remove("forgetting");
-  onForgotten(id, asked);
+  onForgotten(id, asked, size);
 }
 
 function clear() {
