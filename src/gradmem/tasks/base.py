@@ -107,8 +107,10 @@ class Task(ABC):
         """What is settled as far as the tokenizer is concerned."""
         if self.end_id in ids:
             return self.decode(ids)
-        # Half a character at the end is decoded as U+FFFD until its other half is there.
-        return self.decode(without_last_bytes(self.tokenizer, ids)).rstrip("\ufffd") if self._only_grows else ""
+        if not self._only_grows:
+            return ""
+        ids = without_last_bytes(self.tokenizer, [one for one in ids if one != self.pad_id])
+        return self.decode(ids).rstrip("\ufffd")  # as which half a character is decoded
 
     @cached_property
     def _only_grows(self) -> bool:
