@@ -13,11 +13,20 @@ import httpx2
 
 
 class Server:
-    """A server that has said where it is; its log is a file."""
+    """A server that has said where it is; its log is a file.
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    Parameters
+    ----------
+    folder : Path
+    arguments : str
+    before : str
+        Python to run first.
+    """
+
+    def __init__(self, folder: Path, *arguments: str, before: str = "") -> None:
         self.log = folder / "log"
-        command = [sys.executable, "-m", "gradmem", "serve", "--port", "0", *arguments]
+        program = f"{before}\nfrom gradmem.cli import main; raise SystemExit(main())"
+        command = [sys.executable, "-c", program, "serve", "--port", "0", *arguments]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=self.environment(folder))
         assert self.process.stdout is not None

@@ -84,6 +84,37 @@ def test_any_bytes_are_refused(client: TestClient, path: str, body: bytes) -> No
     assert list(answer.json()) == ["error"]
 
 
+MEMORY = "/v1/memories/notes"
+PLACES = ("/", "/main.js", "/docs", "/nowhere", "/healthz", "/v1/memories", MEMORY, f"{MEMORY}/file")
+VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)
+PARAMETERS = ["since", "until", "after", "limit", "tags", "name", "version"]
+RANGES = st.lists(st.from_regex(r"\A(bytes|x)?=?[0-9]{0,30}-?[0-9]{0,3}\Z"), max_size=3).map(",".join)
+
+
+@QUIET
+@given(
+    method=st.sampled_from(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "ODD"]),
+    headers=st.fixed_dictionaries(
+        {},
+        optional={"Range": RANGES | VALUES, "If-Range": VALUES, "If-None-Match": VALUES, "If-Modified-Since": VALUES}
+        | {"Content-Type": VALUES, "Authorization": VALUES, "Accept": VALUES, "Accept-Encoding": VALUES},
+    ),
+    query=st.dictionaries(
+        st.sampled_from(["since", "until", "after", "limit", "tags", "name", "version"]), st.text(max_size=30)
+    ),
+)
+@pytest.mark.parametrize("path", PLACES)
+def test_any_headers_and_any_query_are_answered(
+    client: TestClient, path: str, method: str, headers: dict[str, str], query: dict[str, str]
+) -> None:
+    if (method, path) == ("DELETE", MEMORY):
+        return
+    answer = client.request(method, path, headers=headers, params=query)
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400 and method != "HEAD":
+        assert list(answer.json()) == ["error"], answer.text
+
+
 # Memory files
 
 
@@ -153,6 +184,38 @@ def test_files_that_are_valid_but_mean_nothing_are_answered(client: TestClient, 
             chat = {"model": f"{name}:{ref}", "messages": [{"role": "user", "content": "a7"}]}
             assert client.post("/v1/chat/completions", json=chat).status_code in (200, 422)
             assert client.get("/v1/memories").status_code == 200
+
+
+INFINITE = [float("inf"), float("-inf"), float("nan")]
+ODD_NUMBERS = st.sampled_from([10**400, -(10**400), 2**63, -(2**63) - 1, 2**31, 1e308, -0.0, 0, *INFINITE])
+ODD: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | ODD_NUMBERS | st.floats() | st.integers() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4),
+    max_leaves=12,
+)
+NESTED = st.integers(1, 900).map(lambda depth: json.loads('{"a":' * depth + "1" + "}" * depth))
+ANYTHING = ODD | st.lists(ODD_NUMBERS, max_size=3) | NESTED
+
+
+@QUIET
+@given(more=st.dictionaries(st.sampled_from(sorted(RECORD)), ANYTHING, min_size=1, max_size=3))
+def test_files_with_any_records_are_kept_and_read_or_refused(
+    client: TestClient, tiny: MemoryModel, more: dict[str, Any]
+) -> None:
+    record = {**vars(tiny.write("a7:Qz").records[0]), "model": client.app.state.engines.names[0], **more}
+    told = json.dumps([record])
+    kept = client.post("/v1/memories/files", content=file_of(VECTORS, told))
+    assert kept.status_code in (201, 422), kept.text
+    if kept.status_code == 201:
+        ref = kept.json()["id"]
+        for path in (f"/v1/memories/{ref}", f"/v1/memories/{ref}/file", "/v1/memories", "/v1/models"):
+            assert client.get(path).status_code == 200
+        for path, body in (
+            (f"/v1/memories/{ref}/ask", {"queries": ["a7"]}),
+            (f"/v1/memories/{ref}/append", {"text": "b1:c2", "before": "a7:Qz"}),
+        ):
+            assert client.post(path, json=body).status_code in (200, 409, 422)
+        assert client.delete(f"/v1/memories/{ref}").status_code == 204
 
 
 @QUIET

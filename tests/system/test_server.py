@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -16,9 +18,11 @@ import pytest
 from served import Server
 
 from gradmem import Client, load
+from gradmem.store import Store
 
 TEXT = "a7:Qz\nk2:9f\nzz:aa"
 LONG = 10_000
+CLOSING = "the server is closing"
 
 
 @pytest.fixture
@@ -80,6 +84,49 @@ def test_what_was_accepted_is_finished_when_the_server_ends(server: Server) -> N
         assert "event: memory" in list(lines)
     assert server.process.wait(60) in (0, -signal.SIGTERM)
     assert "Qz" not in server.log.read_text()
+
+
+def test_who_still_waits_at_the_end_is_told_and_nothing_is_half_done(tmp_path: Path) -> None:
+    server = Server(tmp_path, "kv-16", before="from gradmem.serving import connections; connections.GRACE = 0.5")
+    client = Client(server.url)
+    client.write(TEXT, "kv-16", name="kept")
+    wanted = {"text": TEXT, "checkpoint": "kv-16", "steps": LONG}
+    with ThreadPoolExecutor(3) as pool:
+        with httpx2.stream("POST", f"{server.url}/v1/memories", json=wanted | {"stream": True}, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "event: step"
+            others = [pool.submit(httpx2.post, f"{server.url}/v1/memories", json=wanted, timeout=60) for _ in range(3)]
+            assert eventually(lambda: server.metric("gradmem_requests_inside") >= 4)
+            server.process.send_signal(signal.SIGTERM)
+            *_, event, data, _ = lines  # to a proper end
+        assert (event, json.loads(data.removeprefix("data: "))["error"]["message"]) == ("event: error", CLOSING)
+        for other in others:
+            assert other.result().status_code == 503
+            assert other.result().json()["error"]["message"] == CLOSING
+            assert int(other.result().headers["Retry-After"]) > 0
+    assert server.process.wait(60) in (0, -signal.SIGTERM)
+    assert "Traceback" not in server.log.read_text()
+    with Store(tmp_path / "store.db") as store:
+        assert [entry.name for entry in store.list()] == ["kept"]
+
+
+def test_writes_whose_clients_left_take_nobodys_place(server: Server) -> None:
+    """More of them than may wait: they neither run nor count."""
+    client = Client(server.url)
+    client.write(TEXT, "kv-16", name="notes")
+    body = json.dumps({"text": TEXT, "checkpoint": "kv-16", "steps": LONG}).encode()
+    head = b"POST /v1/memories HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    port = int(server.url.rpartition(":")[2])
+    for _ in range(2):
+        leaving = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(150)]
+        for connection in leaving:
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert eventually(lambda: server.metric("gradmem_requests_inside") > 100)
+        for connection in leaving:
+            connection.close()
+        assert eventually(lambda: server.metric("gradmem_requests_inside") == 1)  # the one that asks
+        assert client.ask("notes", "a7").text == "Qz"
+    assert client.write("b1:c2", "kv-16").current.number == 1
 
 
 def test_other_addresses_need_keys(tmp_path: Path) -> None:

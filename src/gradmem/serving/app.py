@@ -50,10 +50,10 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engines.reopen()
         yield
         await engines.close()
         store.close()
+        engines.reopen()  # an application may start again
 
     # FastAPI's pages of documentation would have browsers load scripts of other hosts: `/docs` is a page of ours.
     app = FastAPI(

@@ -71,7 +71,7 @@ class Engines:
         await asyncio.gather(*(asyncio.to_thread(engine.close, grace) for engine in self.loaded.values()))
 
     def reopen(self) -> None:
-        """An application that starts again loads its engines again."""
+        """Take requests again, for which engines are loaded anew."""
         self.loaded, self._closed = {}, False
 
     def _start(self, name: str) -> Engine:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import AsyncIterator
 from concurrent.futures import CancelledError, Future
+from http import HTTPStatus
 from typing import Any, Generic, TypeVar
 
 from fastapi.encoders import jsonable_encoder
@@ -88,8 +89,11 @@ async def server_sent(items: AsyncIterator[tuple[str | None, Any]], end: str = "
             async for item in items:
                 yield _event(*item)
         except Exception as error:  # the status is sent already: say it where the rest is said
-            yield _event("error", json.loads(bytes(problem(error).body)))
-            raise
+            answer = problem(error)
+            yield _event("error", json.loads(bytes(answer.body)))
+            if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise  # for the log
+            return
         yield end
 
     return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})

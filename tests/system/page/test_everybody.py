@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import httpx2
 import pytest
 from browsing import TEXT, Windows, ask, forget, numbers, write
 from playwright.sync_api import Locator, Page, expect
@@ -30,6 +31,15 @@ CONTRASTS = """() => {
   }
   return found.sort((a, b) => a[0] - b[0]);
 }"""
+
+
+def test_the_api_is_described(server: Server, windows: Windows) -> None:
+    page = windows.open(f"{server.url}/docs")
+    asking = page.locator(".card").filter(has_text="POST /v1/memories/{ref}/ask")
+    expect(asking).to_contain_text("queries")
+    expect(asking).to_contain_text("list of string")
+    expect(page.locator(".card")).to_have_count(len(httpx2.get(f"{server.url}/openapi.json").json()["paths"]) + 3)
+    assert {url.partition("/docs")[0].rpartition("/")[0] or url for url in windows.requests} == {"http:/", server.url}
 
 
 def test_all_of_it_works_by_keyboard(page: Page) -> None:
