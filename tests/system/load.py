@@ -1,6 +1,9 @@
 """Many clients use one server that is killed again and again, and keep account of what it acknowledged.
 
-`make load` runs it for ten minutes with 64 clients and prints the table; `test_load.py` runs it for less.
+Then as many use one that is not killed: without, and with three hostile clients beside them (`hostile.py`), whom nobody
+else should notice much.
+
+`make load` runs it for ten minutes with 64 clients and prints the tables; `test_load.py` runs it for less.
 """
 
 from __future__ import annotations
@@ -83,9 +86,9 @@ class Account:
 class User(threading.Thread):
     """One client with memories of its own, which it remembers as a user would."""
 
-    def __init__(self, number: int, url: str, account: Account, over: threading.Event) -> None:
+    def __init__(self, number: int, url: str, account: Account, over: threading.Event, called: str = "user") -> None:
         super().__init__(daemon=True)
-        self.prefix, self.account, self.over = f"user{number}", account, over
+        self.prefix, self.account, self.over = f"{called}{number}", account, over
         self.draw = random.Random(number)
         self.client = Client(url, timeout=PATIENCE)
         self.kept: dict[str, Kept] = {}
@@ -318,11 +321,11 @@ class Result:
             "seconds": self.seconds,
             "requests_answered": len(every),
             "requests_per_s": len(every) / self.seconds,
-            "by_kind": {kind: {"answered": len(each), **_quantiles(each)} for kind, each in sorted(seconds.items())},
+            "by_kind": {kind: {"answered": len(each), **quantiles(each)} for kind, each in sorted(seconds.items())},
             "failed": {f"{kind}: {what}": count for (kind, what), count in sorted(self.account.failed.items())},
             "ended": dict(self.killer.ended),
-            "start_s": _quantiles(self.killer.starting),
-            "sigterm_s": _quantiles(self.killer.ending),
+            "start_s": quantiles(self.killer.starting),
+            "sigterm_s": quantiles(self.killer.ending),
             "resident_bytes": self.killer.resident,
             "memories_acknowledged": self.acknowledged,
             "right": self.account.right / max(1, self.account.asked),
@@ -376,7 +379,7 @@ def compare(store: Store, user: User) -> list[str]:
     return wrong
 
 
-def _quantiles(values: list[float]) -> dict[str, float]:
+def quantiles(values: list[float]) -> dict[str, float]:
     found = np.quantile(values, [0.5, 0.99]) if values else [float("nan")] * 2
     return {"p50_s": float(found[0]), "p99_s": float(found[1])}
 
@@ -406,14 +409,25 @@ def main() -> int:
     command.add_argument("--clients", type=int, default=64, help="at a time")
     command.add_argument("--pause", type=float, nargs=2, default=(10.0, 40.0), help="seconds between two kills")
     command.add_argument("--seed", type=int, default=0, help="of kills")
+    command.add_argument("--only", choices=("killed", "hostile"), help="one of the two runs")
     command.add_argument("--json", type=Path, metavar="FILE", help="save the figures")
     options = command.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        row = run(Path(folder), options.minutes, options.clients, tuple(options.pause), options.seed).row()
-    Console().print(table(row), *row["wrong"][:20], sep="\n")
+    from hostile import beside, beside_table  # which use this module
+
+    found: dict[str, Any] = {}
+    if options.only != "hostile":
+        with tempfile.TemporaryDirectory() as folder:
+            killed = run(Path(folder), options.minutes, options.clients, tuple(options.pause), options.seed).row()
+        Console().print(table(killed), *killed["wrong"][:20], sep="\n")
+        found["killed"] = killed
+    if options.only != "killed":
+        with tempfile.TemporaryDirectory() as folder:
+            compared = beside(Path(folder), options.minutes, options.clients)
+        Console().print(beside_table(compared), *compared["wrong"][:20], sep="\n")
+        found["hostile"] = compared
     if options.json:
-        options.json.write_text(json.dumps(row, indent=1))
-    return bool(row["wrong"])
+        options.json.write_text(json.dumps(found, indent=1))
+    return any(one["wrong"] for one in found.values())
 
 
 if __name__ == "__main__":

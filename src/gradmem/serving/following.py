@@ -15,6 +15,8 @@ from fastapi.responses import StreamingResponse
 
 from .problems import problem
 
+MOST_UNREAD = 1000
+"""Things that may have been told and not been sent: who is so far behind does not follow."""
 T = TypeVar("T")
 
 
@@ -31,8 +33,8 @@ class Following(Generic[T]):
             task.add_done_callback(lambda _: self._leave())
 
     def tell(self, item: T) -> None:
-        """For the engine's thread: pass on one thing. Raises, which ends the work, when nobody follows it."""
-        if self._left:
+        """For the engine's thread: pass on one thing. Raises, which ends the work, when nobody follows it any more."""
+        if self._left or self._told.qsize() > MOST_UNREAD:
             raise CancelledError
         self._loop.call_soon_threadsafe(self._told.put_nowait, item)
 
