@@ -8,7 +8,7 @@ import socket
 import sqlite3
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import Request
 from starlette.testclient import TestClient
 
-from gradmem.serving import bodies, connections
+from gradmem.serving import bodies, connections, following
 from gradmem.serving.arrivals import Arrivals
 from gradmem.serving.connections import Connection
 from gradmem.serving.keys import Keys
@@ -509,3 +509,14 @@ def test_keys_are_as_the_openai_client_sends_them(served: str, keys: Keys, tmp_p
         asked = {"model": f"{served}:notes", "messages": [{"role": "user", "content": "a7"}]}
         found = client.post("/v1/chat/completions", json=asked).json()
         assert found["choices"][0]["message"]["content"] == load(served).write(TEXT).ask("a7")
+
+
+def test_who_does_not_read_what_is_told_ends_the_work() -> None:
+    async def run() -> None:
+        followed = following.Following[int]()
+        with pytest.raises(CancelledError):
+            for number in range(2 * following.MOST_UNREAD):
+                followed.tell(number)
+                await asyncio.sleep(0)
+
+    asyncio.run(run())
