@@ -89,7 +89,7 @@ class User(threading.Thread):
     def __init__(self, number: int, url: str, account: Account, over: threading.Event, called: str = "user") -> None:
         super().__init__(daemon=True)
         self.prefix, self.account, self.over = f"{called}{number}", account, over
-        self.draw = random.Random(number)
+        self.draw = random.Random(self.prefix)  # no two clients write the same
         self.client = Client(url, timeout=PATIENCE)
         self.kept: dict[str, Kept] = {}
         self.unsure: dict[str, str] = {}
