@@ -446,6 +446,8 @@ def spoken(model: MemoryModel, ids: list[int], monkeypatch: pytest.MonkeyPatch) 
 
     def generate(memory: Any, queries: list[list[int]], *_: Any, streamer: Any = None, **__: Any) -> list[list[int]]:
         if streamer is not None:
+            if hasattr(streamer, "begin"):
+                streamer.begin(list(range(len(queries))))
             streamer.put(torch.tensor(queries))
             for token in ids:
                 streamer.put(torch.tensor([token] * len(queries)))
