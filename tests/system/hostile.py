@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
-import signal
 import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
-from load import CHECKPOINT, PATIENCE, Account, Killer, User, quantiles
-from rich.table import Table
 
 LARGE = 2**23 - 2**12
 """Bytes of a body, which are hardly less than a server takes."""
@@ -113,85 +108,18 @@ class Hostile:
                 one.close()
 
 
-class Apart:
-    """`Hostile` in a process of its own, which leaves the processor to others: it stands for other machines."""
-
-    def __init__(self, url: str, checkpoint: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.over, self._done = context.Event(), context.Queue()
-        self.process = context.Process(target=_attack, args=(url, checkpoint, self.over, self._done), daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self.process.start()
-
-    def stop(self) -> dict[str, int]:
-        """What was done until now, which is all."""
-        self.over.set()
-        done: dict[str, int] = self._done.get(timeout=PATIENCE)
-        self.process.join()
-        return done
-
-
-def _attack(url: str, checkpoint: str, over: Any, done: Any) -> None:
-    os.nice(19)
-    hostile = Hostile(url, checkpoint, over)
+def main() -> None:
+    """Attack a server, `hostile.py URL CHECKPOINT`, until standard input ends; then say what was done."""
+    os.nice(10)  # its own work stands for that of other machines
+    over = threading.Event()
+    hostile = Hostile(*sys.argv[1:3], over)
     hostile.start()
-    over.wait()
+    print("ready", flush=True)
+    sys.stdin.read()
+    over.set()
     hostile.join()
-    done.put(dict(hostile.done))
+    print(json.dumps(dict(sorted(hostile.done.items()))))
 
 
-def beside(folder: Path, minutes: float, clients: int) -> dict[str, Any]:
-    """Let clients use a server half of the time alone, and half of it beside hostile ones; compare their times."""
-    killer, quiet, loud = Killer(folder, 0), Account(), Account()
-    done: dict[str, int] = {}
-    for account, with_hostile in ((quiet, False), (loud, True)):
-        over = threading.Event()
-        users = [
-            User(number, killer.url, account, over, f"{'loud' if with_hostile else 'quiet'}")
-            for number in range(clients)
-        ]
-        hostile = Apart(killer.url, CHECKPOINT)
-        for one in (*users, *([hostile] if with_hostile else [])):
-            one.start()
-        killer.watch(30 * minutes)
-        over.set()
-        for user in users:
-            user.join(PATIENCE)
-        if with_hostile:
-            done = dict(sorted(hostile.stop().items()))
-    killer.end(signal.SIGTERM)
-    wrong = [*quiet.wrong, *loud.wrong, *(line for line in killer.logs.splitlines() if '"status": 500' in line)]
-    rows = {
-        kind: {"alone": quantiles(quiet.seconds[kind]), "beside": quantiles(loud.seconds[kind])}
-        for kind in sorted(quiet.seconds.keys() & loud.seconds.keys())
-    }
-    every = [[one for each in account.seconds.values() for one in each] for account in (quiet, loud)]
-    rows["all"] = {"alone": quantiles(every[0]), "beside": quantiles(every[1])}
-    return {
-        "clients": clients,
-        "answered": {"alone": len(every[0]), "beside": len(every[1])},
-        "failed": {"alone": sum(quiet.failed.values()), "beside": sum(loud.failed.values())},
-        "by_kind": rows,
-        "hostile": done,
-        "resident_bytes": killer.resident,
-        "wrong": wrong,
-    }
-
-
-def beside_table(row: dict[str, Any]) -> Table:
-    """Times of honest requests without and with hostile clients."""
-    answered, failed = row["answered"], row["failed"]
-    built = Table(
-        title=f"{row['clients']} clients, alone and beside three hostile ones",
-        caption=f"{answered['alone']:,} and {answered['beside']:,} honest requests answered, {failed['alone']} and "
-        f"{failed['beside']} refused; hostile: {row['hostile']}; server: at most "
-        f"{row['resident_bytes'] / 2**20:.0f} MB; {len(row['wrong'])} things wrong",
-    )
-    for heading in ("request", "p50 alone, s", "p50 beside, s", "p99 alone, s", "p99 beside, s", "p99 ratio"):
-        built.add_column(heading, justify="left" if heading == "request" else "right")
-    for kind, one in row["by_kind"].items():
-        numbers = [one[which][what] for what in ("p50_s", "p99_s") for which in ("alone", "beside")]
-        built.add_row(kind, *(f"{number:.2f}" for number in numbers), f"{numbers[3] / numbers[2]:.1f}")
-    return built
+if __name__ == "__main__":
+    main()

@@ -412,7 +412,7 @@ def main() -> int:
     command.add_argument("--only", choices=("killed", "hostile"), help="one of the two runs")
     command.add_argument("--json", type=Path, metavar="FILE", help="save the figures")
     options = command.parse_args()
-    from hostile import beside, beside_table  # which use this module
+    from beside import beside, beside_table  # which use this module
 
     found: dict[str, Any] = {}
     if options.only != "hostile":

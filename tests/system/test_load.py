@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hostile import beside
+from beside import beside
 from load import run
 
 
