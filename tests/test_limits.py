@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gradmem import MemoryModel, load
+from gradmem.store import Store
 from gradmem.tasks.base import Task
 
 pytest.importorskip("fastapi")
@@ -23,10 +24,12 @@ from fastapi import Request
 from starlette.testclient import TestClient
 
 from gradmem.serving import bodies, connections, following
+from gradmem.serving.app import create_app
 from gradmem.serving.arrivals import Arrivals
 from gradmem.serving.connections import Connection
 from gradmem.serving.keys import Keys
 from gradmem.serving.problems import Refused
+from gradmem.serving.settings import Settings
 from test_serve import TEXT, authorized, client, client_of, keys, refused, served, written
 
 __all__ = ["client", "keys", "served"]  # fixtures
@@ -384,6 +387,27 @@ def test_reads_do_not_wait_for_changes(client: TestClient, served: str, tmp_path
         holder.execute("ROLLBACK")
         assert [change.result().status_code for change in changes] == [200] * 8
     holder.close()
+
+
+def test_a_key_keeps_as_much_as_its_quota_says(served: str, keys: Keys, tmp_path: Path) -> None:
+    """Each its own; what is deleted makes room, and what is refused was not kept."""
+    one, two = (authorized(keys.add(owner)) for owner in ("one", "two"))
+    store = Store(tmp_path / "store.db", max_memories=2)
+    app = create_app(store, Settings(host="0.0.0.0", checkpoints=(served,)), keys)
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        new = [{"text": f"a{number}:Qz", "checkpoint": served} for number in range(3)]
+        client.headers = one
+        kept = [client.post("/v1/memories", json=each).json()["id"] for each in new[:2]]
+        refused(client.post("/v1/memories", json=new[2]), 403, "at most 2 memories")
+        streamed = client.post("/v1/memories", json={**new[2], "stream": True}).text
+        assert "at most 2 memories" in streamed
+        data = client.get(f"/v1/memories/{kept[0]}/file").content
+        client.headers = two
+        assert client.post("/v1/memories/files", content=data).status_code == 201
+        client.headers = one
+        assert client.delete(f"/v1/memories/{kept[0]}").status_code == 204
+        assert client.post("/v1/memories", json=new[2]).status_code == 201
+        assert len(client.get("/v1/memories").json()["memories"]) == 2
 
 
 # The end

@@ -20,6 +20,8 @@ def serve(
     max_body: int = 2**23,
     rate: int = 6000,
     timeout: float = 300.0,
+    max_memories: int = 10_000,
+    max_bytes: int = 2**30,
 ) -> None:
     """Serve the memories of the store over HTTP.
 
@@ -37,6 +39,10 @@ def serve(
         Requests of one key, or of one address without key, in a minute.
     timeout
         Seconds that a request may take.
+    max_memories
+        Memories that each key may keep.
+    max_bytes
+        Bytes of the files of these memories, versions among them.
     """
     try:
         import uvicorn
@@ -50,7 +56,7 @@ def serve(
         raise GradmemError(f"serving needs more packages ({error.name}): pip install 'gradmem[serve]'") from error
     served = tuple(checkpoints or checkpoint_names())
     settings = Settings(host=host, checkpoints=served, max_body=max_body, rate=rate, timeout=timeout)
-    app = create_app(Store(), settings)
+    app = create_app(Store(max_memories=max_memories, max_bytes=max_bytes), settings)
     lines = logging.StreamHandler()
     lines.setFormatter(JsonLines())
     LOG.addHandler(lines)

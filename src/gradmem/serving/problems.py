@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from ..errors import Conflict, GradmemError, Missing, Unavailable
+from ..errors import Conflict, GradmemError, Missing, QuotaExceeded, Unavailable
 from .engine import Busy, Closed
 
 
@@ -81,6 +81,8 @@ def _told(error: BaseException) -> tuple[int, str, float | None]:
         return 503, "the store cannot be used at the moment", 5
     if isinstance(error, Missing):
         return 404, "no such memory, or no such version of it", None
+    if isinstance(error, QuotaExceeded):
+        return 403, _line(str(error)), None
     if isinstance(error, Conflict | NotServed):
         return 409, _line(str(error)), None
     if isinstance(error, GradmemError):
