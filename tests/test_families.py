@@ -217,7 +217,8 @@ def test_answers_do_not_depend_on_the_neighbour(kind: str, tmp_path: Path) -> No
         asked = [(1, memory, SHORT), (1, memory, LONG), (2, other, TEXT)]
         futures = [engine.ask(key, one, query, on_text=told[query].append) for key, one, query in asked]
         for (_, one, query), future in zip(asked, futures, strict=True):
-            assert future.result().text == one.ask(query) == told[query][-1]
+            assert future.result().text == one.ask(query)
+            assert one.ask(query).startswith(told[query][-1])  # what later tokens may change is not told yet
 
 
 GENERATION: dict[str, dict[str, Any]] = {

@@ -103,7 +103,8 @@ def test_ask_imports_little_but_what_transformers_itself_does(kept: Path) -> Non
         "transformers.generation",
         "transformers.quantizers",
     )
-    assert not {name for name in ours - theirs if name.startswith(parts)}
+    needed = {"transformers.generation.streamers"}  # one class, which streams of several batches derive from
+    assert not {name for name in ours - theirs - needed if name.startswith(parts)}
 
 
 def test_import_is_lazy() -> None:
