@@ -271,15 +271,17 @@ class Backbone(nn.Module):
         ----------
         embeds : Tensor, shape (batch, length, d)
         real : Tensor, bool, shape (batch, length), optional
-            Rows of different lengths: their pads stand behind them, where causality and a mask hide them.
+            Rows of different lengths: their pads stand behind them, where causality and a mask hide them. On the CPU,
+            since it is looked at.
         """
         cache = self.new_cache()
         hidden = self.hidden(embeds, cache)
         if real is None or bool(real.all()):
             return Prefix(hidden[:, -1], cache)
-        lengths = real.sum(1)
-        last = hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-        mask = torch.arange(real.shape[1], device=real.device) < lengths[:, None]
+        device = hidden.device
+        lengths = real.sum(1).to(device, non_blocking=True)
+        last = hidden[torch.arange(len(lengths), device=device), lengths - 1]
+        mask = torch.arange(real.shape[1], device=device) < lengths[:, None]
         return Prefix(last, cache, mask, lengths if self.takes_positions else None)
 
     def new_cache(self) -> DynamicCache:

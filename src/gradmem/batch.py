@@ -51,8 +51,10 @@ class Tokens:
         return self if self.host is None else self.host
 
     def __getitem__(self, rows: Tensor | slice) -> Tokens:
-        host = self.host[rows] if self.host is not None and isinstance(rows, slice) else None
-        return Tokens(self.ids[rows], self.mask[rows], host)
+        known = isinstance(rows, slice) or rows.device.type == "cpu"
+        host = self.host[rows] if self.host is not None and known else None
+        own = rows if isinstance(rows, slice) else rows.to(self.ids.device, non_blocking=True)
+        return Tokens(self.ids[own], self.mask[own], host)
 
     def to(self, device: torch.device | str) -> Tokens:
         """Move to a device."""
@@ -81,6 +83,8 @@ class Batch:
     targets : Tensor, int64, shape (targets,)
         Where the targets stand in the flattened labels, in order. Found when the batch is made, on the CPU: to search
         on a device waits for all its work.
+    most : int
+        Most queries of a context; found likewise.
     """
 
     context: Tokens
@@ -89,15 +93,19 @@ class Batch:
     rows: Tensor
     references: list[list[str]] = field(default_factory=list)
     targets: Tensor = field(default=None)  # type: ignore[assignment]
+    most: int = -1
 
     def __post_init__(self) -> None:
         if self.targets is None:
             self.targets = (self.labels != -100).flatten().nonzero()[:, 0]
+        if self.most < 0:
+            self.most = int(self.rows.bincount().max()) if len(self.rows) else 0
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device."""
         labels, rows, targets = (t.to(device, non_blocking=True) for t in (self.labels, self.rows, self.targets))
-        return Batch(self.context.to(device), self.queries.to(device), labels, rows, self.references, targets)
+        context, queries = self.context.to(device), self.queries.to(device)
+        return Batch(context, queries, labels, rows, self.references, targets, self.most)
 
     @property
     def answers(self) -> Tensor:

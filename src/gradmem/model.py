@@ -453,7 +453,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
                     f"not by {mine[:16]} ('{self.name}'): a memory answers only through the model that wrote it"
                 )
         self.method.check(memory, what)
-        tensors = {name: tensor.to(self.device) for name, tensor in memory.tensors.items()}
+        # Counts stay on the CPU: shapes depend on them.
+        found = memory.tensors.items()
+        tensors = {name: tensor.to(self.device) if tensor.is_floating_point() else tensor for name, tensor in found}
         return Memory(tensors, memory.records, self)
 
     def reconstruct(self, memory: Memory, progress: Progress = _silent) -> list[list[int]]:

@@ -52,7 +52,7 @@ def gauss_newton(
     for _ in range(steps):
         losses, solution = _solve(parts, now.tensors)
         active = torch.ones_like(losses, dtype=torch.bool) if until is None else losses > until
-        if not bool(active.any()):
+        if until is not None and not bool(active.any()):
             return
         moved = _flat(now.tensors) - PART * active[:, None] * solution
         now = Step(_shaped(moved, now.tensors), [*now.losses, losses], now.taken + active.long())

@@ -163,7 +163,8 @@ class ChunkedMethod(PrefixMethod):
         self._check_chunks(counts + added)
         order = torch.cat([numbered(counts)[0], numbered(added)[0]]).argsort(stable=True)
         new = apart(more).tensors
-        tensors = {name: torch.cat([tensor, new[name]])[order] for name, tensor in apart(memory).tensors.items()}
+        old = apart(memory).tensors
+        tensors = {name: torch.cat([old[name], new[name]])[order.to(new[name].device)] for name in old}
         return pack(tensors, counts + added)
 
     def cuts(self, context: Tokens) -> list[list[int]]:
@@ -203,10 +204,10 @@ class ChunkedMethod(PrefixMethod):
     def _one_by_one(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
         """Write sequential chunks: all contexts' first ones, then the second ones of those that have one, and so on."""
         chunks, done = self._cut(context), list[_Part]()
-        last = int(chunks.counts.max()) - 1
+        last, of_context = int(chunks.counts.max()) - 1, numbered(chunks.counts)
         for turn in range(last + 1):
-            mine = chunks.places == turn
-            tokens, rows = chunks.tokens[mine], chunks.rows[mine]
+            mine = (of_context[1] == turn).nonzero()[:, 0]
+            tokens, rows = chunks.tokens[mine], of_context[0][mine].to(chunks.rows.device, non_blocking=True)
             before, states = tensors, list[_Part]()
             start = {name: tensor[rows] for name, tensor in before.items()}
             for number, written in enumerate(self.walk(tokens, start, steps, until, more=turn < last)):
@@ -230,13 +231,13 @@ class ChunkedMethod(PrefixMethod):
         """Run `[read_start ; P(M) of each chunk ; read_end]` once for each row."""
         if LENGTHS not in memory.tensors:
             return super().prefix(memory)
-        counts = memory.tensors[LENGTHS]
+        counts = chunk_counts(memory)
         embeds = padded(self._project("read", apart(memory).tensors), counts).flatten(1, 2)
-        real = torch.arange(embeds.shape[1], device=counts.device) < counts[:, None] * self.n_mem
+        real = torch.arange(embeds.shape[1]) < counts[:, None] * self.n_mem
         if self.control:
             start, end = (self.control[f"read_{side}"].expand(len(memory), -1, -1) for side in ("start", "end"))
             embeds, real = torch.cat([start, embeds, end], 1), F.pad(real, (self.n_ctrl, self.n_ctrl), value=True)
-        return self.backbone.prefix(pads_last(embeds, real), real)
+        return self.backbone.prefix(pads_last(embeds, real.to(embeds.device, non_blocking=True)), real)
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Loss of each context token under a memory, shape (batch, length), nats; chunks are read as they are written.

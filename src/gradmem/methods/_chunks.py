@@ -23,7 +23,7 @@ class Chunks:
     rows, places, begins : Tensor, int64, shape (chunks,)
         The context of each chunk, which of its chunks it is, and where it begins.
     counts : Tensor, int64, shape (contexts,)
-        Chunks of each context.
+        Chunks of each context, on the CPU: shapes depend on them.
     """
 
     tokens: Tokens
@@ -54,14 +54,18 @@ class Chunks:
         at = bounds[:, :1] + torch.arange(int((bounds[:, 1] - bounds[:, 0]).max()))
         ids = context.ids[rows[:, None].to(context.ids.device), at.clamp_max(length - 1).to(context.ids.device)]
         tokens = Tokens(ids, (at < bounds[:, 1:]).to(ids.device)).to(device)
-        return cls(tokens, *(tensor.to(device, non_blocking=True) for tensor in (rows, places, bounds[:, 0], counts)))
+        rows, places, begins = (tensor.to(device, non_blocking=True) for tensor in (rows, places, bounds[:, 0]))
+        return cls(tokens, rows, places, begins, counts)
 
     def rejoined(self, values: Tensor, context: Tokens) -> Tensor:
         """Put values of the chunks' tokens (chunks, length) where they stand in the contexts; zero at pads."""
         real = self.tokens.mask
+        length = context.ids.shape[1]
         at = self.begins[:, None] + torch.arange(real.shape[1], device=real.device)
-        rows = self.rows[:, None].expand_as(at)
-        return values.new_zeros(context.ids.shape).index_put((rows[real], at[real]), values[real])
+        # Pads add zeros: to leave them out would wait for a device to count them.
+        places = (self.rows[:, None] * length + at.clamp_max(length - 1)).flatten()
+        every = values.new_zeros(context.ids.numel()).index_add(0, places, values.masked_fill(~real, 0).flatten())
+        return every.view(context.ids.shape)
 
 
 def _spans(ends: list[int], length: int, size: int) -> list[tuple[int, int]]:
@@ -83,6 +87,12 @@ def numbered(counts: Tensor) -> tuple[Tensor, Tensor]:
     return rows, torch.arange(len(rows), device=counts.device) - (counts.cumsum(0) - counts)[rows]
 
 
+def _index(counts: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """`numbered` of counts on the CPU, on the device of what they count."""
+    rows, places = numbered(counts)
+    return rows.to(like.device, non_blocking=True), places.to(like.device, non_blocking=True)
+
+
 def pack(tensors: Tensors, counts: Tensor) -> Memory:
     """Chunks' tensors (chunks, ...) as a memory with so many chunks in each row."""
     return Memory({**{name: padded(tensor, counts) for name, tensor in tensors.items()}, LENGTHS: counts})
@@ -91,18 +101,18 @@ def pack(tensors: Tensors, counts: Tensor) -> Memory:
 def padded(tensor: Tensor, counts: Tensor) -> Tensor:
     """What is of each chunk (chunks, ...) as rows (batch, most chunks, ...), padded with zeros."""
     rows = tensor.new_zeros(len(counts), int(counts.max()), *tensor.shape[1:])
-    return rows.index_put(numbered(counts), tensor)
+    return rows.index_put(_index(counts, tensor), tensor)
 
 
 def apart(memory: Memory) -> Memory:
     """Chunks with vectors of their own as rows of their own; a memory without such chunks is itself."""
     if LENGTHS not in memory.tensors:
         return memory
-    rows, places = numbered(memory.tensors[LENGTHS])
-    return Memory({name: tensor[rows, places] for name, tensor in memory.tensors.items() if name != LENGTHS})
+    counts = chunk_counts(memory)
+    own = {name: tensor for name, tensor in memory.tensors.items() if name != LENGTHS}
+    return Memory({name: tensor[_index(counts, tensor)] for name, tensor in own.items()})
 
 
 def chunk_counts(memory: Memory) -> Tensor:
-    """How many chunks of each row have vectors of their own: int64, shape (batch,)."""
-    like = next(iter(memory.tensors.values()))
-    return memory.tensors.get(LENGTHS, torch.ones(len(memory), dtype=torch.long, device=like.device))
+    """How many chunks of each row have vectors of their own: int64, shape (batch,), on the CPU."""
+    return memory.tensors.get(LENGTHS, torch.ones(len(memory), dtype=torch.long)).cpu()

@@ -20,8 +20,8 @@ class FullContext(OnePassMethod):
     """Keys and values of every context token: the upper bound, and with a budget the simplest compressors.
 
     The memory holds `keys` and `values`, shapes (batch, entries, layers, heads, head width), with rotary positions
-    applied; `lengths`, the entries of each row; and `start`, the position at which its queries begin, which is the
-    length of its context whatever the budget.
+    applied; and on the CPU `lengths`, the entries of each row; and `start`, the position at which its queries begin,
+    which is the length of its context whatever the budget.
 
     Parameters
     ----------
@@ -82,10 +82,11 @@ class FullContext(OnePassMethod):
         if entries:
             for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
                 cache.update(key, value, layer)
-        mask, start = _real(tensors["lengths"], entries), tensors["start"]
+        lengths, start = tensors["lengths"].cpu(), tensors["start"].cpu()
+        mask = None if bool((lengths == entries).all()) else _real(lengths, entries).to(keys.device, non_blocking=True)
         counted = bool((start == entries).all())
         last = keys.new_zeros(len(memory), self.backbone.width)
-        return Prefix(last, cache, None if mask.all() else mask, None if counted else start)
+        return Prefix(last, cache, mask, None if counted else start.to(keys.device, non_blocking=True))
 
     def read_targets(self, memory: Memory, batch: Batch) -> Tensor:
         """As every method, but all queries of a context stand in one row, where none sees another.
@@ -98,11 +99,12 @@ class FullContext(OnePassMethod):
             return super().read_targets(memory, batch)
         prefix = self.prefix(memory)
         place = (rows[:, None] == rows).tril(-1).sum(1)  # of a query among those of its context
-        most, length = int(place.max()) + 1, queries.ids.shape[1]
+        most, length = batch.most, queries.ids.shape[1]
         packed = queries.ids.new_zeros(len(memory), most, length)
         packed[rows, place] = queries.ids
         embeds = self.backbone.embed(packed.flatten(1))
-        start = memory.tensors["start"][:, None] + torch.arange(length, device=rows.device).repeat(most)
+        start = memory.tensors["start"].to(rows.device, non_blocking=True)[:, None]
+        start = start + torch.arange(length, device=rows.device).repeat(most)
         hidden = self.backbone.hidden(embeds, prefix.cache, _apart(prefix, most, length, embeds.dtype), start)
         mine = torch.cat([prefix.last[rows, None], hidden.unflatten(1, (most, length))[rows, place]], dim=1)
         return self.backbone.head(mine[:, :-1].flatten(0, 1)[batch.targets])
@@ -120,7 +122,7 @@ class FullContext(OnePassMethod):
 
     def _unwritten(self, batch: int) -> Memory:
         model = self.backbone.model
-        none = torch.zeros(batch, dtype=torch.long, device=model.device)
+        none = torch.zeros(batch, dtype=torch.long)
         empty = {
             name: torch.zeros(batch, 0, *shape, dtype=model.dtype, device=model.device)
             for name, shape in self.shapes.items()
@@ -129,12 +131,12 @@ class FullContext(OnePassMethod):
 
     def _written(self, context: Tokens) -> Memory:
         keys, values = self._run(self.backbone.embed(context.ids))
-        start = lengths = context.lengths
+        start = lengths = context.values.lengths.cpu()
         if self.budget is not None and self.budget < context.ids.shape[1]:
             index = self._choose(keys.detach(), context.mask)[..., None]
             keys, values = (tensor.take_along_dim(index, dim=1) for tensor in (keys, values))
             lengths = lengths.clamp_max(self.budget)
-        pads = ~_real(lengths, keys.shape[1])[:, :, None, None, None]
+        pads = ~_real(lengths, keys.shape[1]).to(keys.device, non_blocking=True)[:, :, None, None, None]
         tensors = {"keys": keys.masked_fill(pads, 0), "values": values.masked_fill(pads, 0)}
         return Memory({**tensors, "lengths": lengths, "start": start})
 

@@ -103,7 +103,7 @@ class RMT(ChunkedMethod):
                 # The pass predicts the context from the memory that it is to replace.
                 loss = sample_losses(self._losses_of(hidden, context), context.mask)
                 active = torch.ones_like(loss, dtype=torch.bool) if until is None else loss > until
-                if not active.any():
+                if until is not None and not active.any():
                     return
                 new = torch.where(active[:, None, None], new, memory)
                 losses, taken = torch.cat([losses, loss[None]]), taken + active

@@ -1,0 +1,188 @@
+"""Training and use on a device that is not the CPU: nothing mixes the two, and a training step waits for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import standin
+from conftest import assert_same_gradients, distance, make_batch, make_method, random_tokens, tiny_model
+from gradmem.batch import Tokens
+from gradmem.evaluation import calibrate
+from gradmem.evaluation.evaluate import evaluate
+from gradmem.memory import Memory
+from gradmem.methods import ARMT, RMT, FullContext, GradMem, Mamba, MeanPool, Method
+from gradmem.model import MemoryModel
+from gradmem.serving.engine import Engine
+from gradmem.training import Recipe, Stage
+from gradmem.training.loop import Trainer
+from gradmem.training.step import MetaStep, outer_loss
+
+pytestmark = pytest.mark.skipif(bool(standin.MISSING), reason=standin.MISSING)
+
+LEARNED = {"learn_inner_lr": True, "learn_momentum": True, "write_steps": 3, "n_mem": 3, "inner_lr": 0.3}
+CHUNKED = {mode: {**LEARNED, "chunk": 3, "chunks": mode} for mode in ("joint", "sequential", "independent")}
+MAMBA = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "residual_in_fp32": False}
+METHODS: dict[str, tuple[type[Method], str, dict[str, Any]]] = {
+    "whole": (GradMem, "llama", LEARNED),
+    **{mode: (GradMem, "llama", options) for mode, options in CHUNKED.items()},
+    "reconstruction": (
+        GradMem,
+        "gpt2",
+        {"reconstruction": True, "n_ctrl": 2, "projection": "per_sample", "clip_norm": 1.0, "clip_value": 1.0},
+    ),
+    "reconstruction of chunks": (
+        GradMem,
+        "qwen2",
+        {"reconstruction": True, "n_ctrl": 1, "inner_optimizer": "adam", "write_head": "copy", **CHUNKED["independent"]}
+        | {"learn_momentum": False},
+    ),
+    "adapters": (GradMem, "llama", {"write_lora": 2, "read_lora": 2}),
+    "gauss_newton": (GradMem, "gpt2", {"gauss_newton_after": 1, "chunk": 4, "chunks": "joint"}),
+    "rmt": (RMT, "llama", {"n_mem": 3, "reconstruction": True, "residual": True}),
+    "rmt sequential": (RMT, "llama", {"n_mem": 3, "chunk": 3}),
+    "rmt independent": (RMT, "llama", {"n_mem": 3, "chunk": 3, "chunks": "independent", "n_ctrl": 1}),
+    "armt": (ARMT, "llama", {"n_mem": 2, "d_mem": 4, "segment_length": 3, "reconstruction": True}),
+    "full_context": (FullContext, "llama", {}),
+    "full_context last": (FullContext, "llama", {"budget": 3}),
+    "full_context keys": (FullContext, "llama", {"budget": 3, "keep": "lowest-key-norm"}),
+    "mean_pool": (MeanPool, "llama", {"n_mem": 3}),
+    "mamba": (Mamba, "mamba", {"config": MAMBA, "reconstruction": True}),
+}
+STEPS = {"whole": (1, 3), "joint": (1, 3), "sequential": (1, 3), "independent": (1, 3)}
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The device, switched on."""
+    with standin.standin() as found:
+        yield found
+
+
+def test_the_device_refuses_what_a_gpu_refuses(device: torch.device) -> None:
+    there, here = torch.ones(3, device=device), torch.ones(3)
+    for mixed in (lambda: there + here, lambda: here + there, lambda: torch.cat([there, here])):
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed()
+    assert (there + torch.tensor(1.0) + 1).tolist() == [3, 3, 3]
+
+
+def test_the_device_counts_what_a_gpu_waits_for(device: torch.device) -> None:
+    there, flags = torch.arange(3, device=device), torch.tensor([True, False, True]).to(device, non_blocking=True)
+    waits: list[Any] = [
+        lambda: there.tolist(),
+        lambda: there[0].item(),
+        lambda: bool(flags.all()),
+        lambda: float(there.sum()),
+        lambda: there.cpu(),
+        lambda: there[flags],
+        lambda: there[torch.tensor([0, 1])],
+        lambda: flags.nonzero(),
+        lambda: there.repeat_interleave(there),
+        lambda: torch.equal(there, there),
+        lambda: torch.tensor([1, 2], device=device),
+        lambda: torch.zeros(3).to(device),
+        lambda: torch.accelerator.synchronize(device),
+    ]
+    for wait in waits:
+        with standin.waiting() as counted:
+            wait()
+        assert counted.total() == 1, counted
+    with standin.waiting() as counted:
+        there = there.masked_fill(flags, 7) + torch.zeros(3).to(device, non_blocking=True)
+        there[flags] = 5
+        there[there.argsort()[:2]] = torch.zeros_like(there[:2])
+    assert not counted
+    assert there.tolist() == [0, 0, 5] or there.tolist() == [5, 0, 0]
+
+
+def step(name: str, steps: int, strategy: Any, device: Any = "cpu") -> tuple[list[torch.Tensor], Any, Any]:
+    """A training step on a device: its results, gradients on the CPU, and what was waited for."""
+    cls, kind, options = METHODS[name]
+    method, batch = make_method(cls, kind, **options).to(device), make_batch().to(device)
+    method.train()
+    method.strategy = strategy
+    scored = (batch.labels != -100).to(torch.bool)
+    with standin.waiting() as counted:
+        loss, write_loss, correct = MetaStep(method)(batch, steps, scored, True)
+        outer_loss(loss, write_loss, 0.5).backward()
+        waited = dict(counted)
+    grads = {name: p.grad.cpu() for name, p in method.named_parameters() if p.grad is not None}
+    return [loss.cpu(), write_loss.cpu(), correct.cpu()], grads, waited
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_training_step_waits_for_nothing(name: str) -> None:
+    for steps in STEPS.get(name, (2,)):
+        for strategy in ("recompute", "unroll") if steps > 1 else ("recompute",):
+            results, grads, _ = step(name, steps, strategy)
+            with standin.standin() as device:
+                found, theirs, waited = step(name, steps, strategy, device)
+            assert waited == {}
+            for got, wanted in zip(found, results, strict=True):
+                assert distance(got.double(), wanted.double()) < 1e-9
+            assert_same_gradients(theirs, grads, 1e-8)
+
+
+BACKBONE = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+class _There(Accelerator):
+    """As Accelerate would find the device."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(standin.NAME, 0)
+
+
+def test_training_looks_at_numbers_once_a_step(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradmem.training.loop.Accelerator", _There)
+    monkeypatch.setattr("gradmem.training.loop.clock", lambda device: 0.0)
+    method = {"name": "gradmem", "n_mem": 2, "write_steps": 2, "inner_lr": 0.3, "chunk": 8, "chunks": "joint"}
+    stage = Stage(max_steps=4, write_steps=[1, 2], batch_size=4, warmup=1, decay=1)
+    recipe = Recipe({"name": "kv", "pairs": 2}, BACKBONE, method, [stage], save_every=100, valid_samples=4)
+    trainer = Trainer(recipe, tmp_path / "run", "never")
+    waited, own = [], Trainer._step
+
+    def counted(self: Trainer, *given: Any) -> Any:
+        with standin.waiting() as counts:
+            row = own(self, *given)
+            waited.append(dict(counts))
+        return row
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    model = trainer.run()
+    assert model.device.type == standin.NAME
+    assert len(waited) == 4
+    for counts in waited:
+        (where, times) = next(iter(counts.items()))
+        assert len(counts) == times == 1, counts
+        assert "training/loop.py" in where
+
+
+def results(device: Any, tmp_path: Path) -> Any:
+    """What a model measures, writes and answers on a device."""
+    model = tiny_model(0).to(device)
+    measured = evaluate(model, [0, 2], samples=4, seed=2)
+    text = model.task.example(3)[0]
+    queries = [query for query, _ in model.task.examples(text)]
+    memory = model.write(text)
+    again = model.open(memory.save(tmp_path / "memory.safetensors"))
+    assert again.tensors["memory"].device.type == torch.device(device).type
+    answers = [(a.text, round(a.logprob, 4), round(a.margin, 4), round(a.near_loss, 4)) for a in again.answer(queries)]
+    rows = [{**r.row(), "mean_loss": 0.0} for r in measured]
+    return rows, again.ask(queries), answers, model.reconstruct(again), memory.records[0].row()
