@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,9 @@ import torch
 from accelerate import Accelerator
 
 import standin
-from conftest import assert_same_gradients, distance, make_batch, make_method, random_tokens, tiny_model
-from gradmem.batch import Tokens
-from gradmem.evaluation import calibrate
+from conftest import assert_same_gradients, distance, make_batch, make_method, tiny_model
+from gradmem.evaluation.calibrate import calibrate
 from gradmem.evaluation.evaluate import evaluate
-from gradmem.memory import Memory
 from gradmem.methods import ARMT, RMT, FullContext, GradMem, Mamba, MeanPool, Method
 from gradmem.model import MemoryModel
 from gradmem.serving.engine import Engine
@@ -151,10 +150,12 @@ def test_training_looks_at_numbers_once_a_step(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gradmem.training.loop.Accelerator", _There)
-    monkeypatch.setattr("gradmem.training.loop.clock", lambda device: 0.0)
+    monkeypatch.setattr("gradmem.training.loop.clock", lambda device: time.perf_counter())
     method = {"name": "gradmem", "n_mem": 2, "write_steps": 2, "inner_lr": 0.3, "chunk": 8, "chunks": "joint"}
-    stage = Stage(max_steps=4, write_steps=[1, 2], batch_size=4, warmup=1, decay=1)
-    recipe = Recipe({"name": "kv", "pairs": 2}, BACKBONE, method, [stage], save_every=100, valid_samples=4)
+    stage = Stage(max_steps=3, write_steps=[1, 2], batch_size=4, warmup=1, decay=1)
+    recipe = Recipe(
+        {"name": "kv", "pairs": 2}, BACKBONE, method, [stage], save_every=2, valid_samples=4, strategy="unroll"
+    )
     trainer = Trainer(recipe, tmp_path / "run", "never")
     waited, own = [], Trainer._step
 
@@ -167,22 +168,74 @@ def test_training_looks_at_numbers_once_a_step(
     monkeypatch.setattr(Trainer, "_step", counted)
     model = trainer.run()
     assert model.device.type == standin.NAME
-    assert len(waited) == 4
+    assert len(waited) == 3
     for counts in waited:
         (where, times) = next(iter(counts.items()))
         assert len(counts) == times == 1, counts
         assert "training/loop.py" in where
 
 
-def results(device: Any, tmp_path: Path) -> Any:
-    """What a model measures, writes and answers on a device."""
-    model = tiny_model(0).to(device)
-    measured = evaluate(model, [0, 2], samples=4, seed=2)
-    text = model.task.example(3)[0]
-    queries = [query for query, _ in model.task.examples(text)]
-    memory = model.write(text)
-    again = model.open(memory.save(tmp_path / "memory.safetensors"))
-    assert again.tensors["memory"].device.type == torch.device(device).type
-    answers = [(a.text, round(a.logprob, 4), round(a.margin, 4), round(a.near_loss, 4)) for a in again.answer(queries)]
-    rows = [{**r.row(), "mean_loss": 0.0} for r in measured]
-    return rows, again.ask(queries), answers, model.reconstruct(again), memory.records[0].row()
+SPECS: dict[str, dict[str, Any]] = {
+    "gradmem": {"name": "gradmem", "n_mem": 8, "write_steps": 2, "inner_lr": 0.3},
+    "joint": {"name": "gradmem", "n_mem": 8, "write_steps": 2, "inner_lr": 0.3, "chunk": 9, "chunks": "joint"},
+    "independent": {"name": "gradmem", "n_mem": 2, "write_steps": 2, "inner_lr": 0.3, "chunk": 9}
+    | {"chunks": "independent"},
+    "armt": {"name": "armt", "n_mem": 2, "d_mem": 4},
+    "full_context": {"name": "full_context"},
+    "mamba": {"name": "mamba"},
+}
+TEXTS = ["a7:Qz", "a7:Qz\nk2:5m\n0b:xY", "11:22\n33:44"]
+
+
+def model_on(device: Any, name: str) -> MemoryModel:
+    backbone = {"model_type": "mamba", **MAMBA} if name == "mamba" else BACKBONE
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MemoryModel.from_spec({"name": "kv", "pairs": 3}, backbone, SPECS[name]).to(device)
+
+
+def used(device: Any, name: str, folder: Path) -> dict[str, Any]:
+    """What a model measures, writes, answers and reads back on a device."""
+    model, queries = model_on(device, name), ["a7", "zz", "k2"]
+    memory = model.open(model.write(TEXTS[1]).save(folder / "memory.safetensors"))
+    floats = [tensor for tensor in memory.tensors.values() if tensor.is_floating_point()]
+    assert {tensor.device.type for tensor in floats} == {torch.device(device).type}
+    many = model.write(TEXTS)
+    with Engine(model, max_wait_ms=50) as engine:
+        written = engine.write(TEXTS[0]).result()
+        served = [engine.ask(i, m, q) for i, m in enumerate([memory, written]) for q in queries]
+        answers = [answer.result() for answer in served]
+    found = {
+        "exact": [memory.ask(queries), many.ask([["a7"], ["a7", "0b"], ["33"]])],
+        "receipts": [record.loss_after for record in [*memory.records, *many.records]],
+        "answers": [[getattr(answer, n) for n in NUMBERS] for answer in [*memory.answer(queries), *answers]],
+        "measured": [[r.exact_match, r.unwritten, r.swapped] for r in evaluate(model, None, samples=4, seed=2)],
+    }
+    if name != "joint":
+        found["exact"].append(model.reconstruct(memory))
+    if name in ("joint", "independent"):
+        longer = model.append(memory, "c4:d5")
+        found["exact"].append(longer.ask([*queries, "c4"]))
+        found["receipts"] += [record.loss_after for record in longer.parts]
+    return found
+
+
+NUMBERS = ("logprob", "lowest", "margin", "near_loss")
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_using_a_model_there_gives_what_it_gives_here(name: str, tmp_path: Path) -> None:
+    """Writing, files, asking with evidence, serving, reading back and measuring, in float32."""
+    wanted = used("cpu", name, tmp_path)
+    with standin.standin() as device:
+        found = used(device, name, tmp_path)
+    assert found.pop("exact") == wanted.pop("exact")
+    for what, numbers in wanted.items():
+        torch.testing.assert_close(torch.tensor(found[what]), torch.tensor(numbers), atol=1e-3, rtol=1e-3)
+
+
+def test_calibration_there_is_that_of_here() -> None:
+    wanted = calibrate(tiny_model(0), 6, seed=2)
+    with standin.standin() as device:
+        found = calibrate(tiny_model(0).to(device), 6, seed=2)
+    assert found.abstain.weights == pytest.approx(wanted.abstain.weights, rel=0.05, abs=1e-3)

@@ -101,7 +101,7 @@ def claim_losses(method: Method, memory: Memory, claims: list[list[int]]) -> lis
     apart = method.apart(memory)
     counts = memory.tensors[LENGTHS].tolist() if len(apart) > len(memory) else [1] * len(memory)
     every = [claim for claim, count in zip(claims, counts, strict=True) for _ in range(count)]
-    tokens = Tokens.from_lists(every).to(next(iter(apart.tensors.values())).device)
+    tokens = Tokens.from_lists(every).to(next(method.parameters()).device)
     losses = method.token_losses(apart, tokens).detach().float().sum(1) / tokens.lengths
     return [float(own.min()) for own in losses.split(counts)]
 
