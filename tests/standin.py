@@ -190,6 +190,16 @@ def standin() -> Iterator[torch.device]:
 
 
 @contextmanager
+def absent() -> Iterator[None]:
+    """Switch the device off for a while."""
+    Standin.here = False
+    try:
+        yield
+    finally:
+        Standin.here = True
+
+
+@contextmanager
 def waiting() -> Iterator[Counter[str]]:
     """Count what the CPU waits for."""
     waits.clear()

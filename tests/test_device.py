@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,15 @@ from accelerate import Accelerator
 
 import standin
 from conftest import assert_same_gradients, distance, make_batch, make_method, tiny_model
+from gradmem import cli
+from gradmem.device import device_named
+from gradmem.errors import GradmemError
 from gradmem.evaluation.calibrate import calibrate
 from gradmem.evaluation.evaluate import evaluate
 from gradmem.methods import ARMT, RMT, FullContext, GradMem, Mamba, MeanPool, Method
 from gradmem.model import MemoryModel
 from gradmem.serving.engine import Engine
+from gradmem.store import commands as store_commands
 from gradmem.training import Recipe, Stage
 from gradmem.training.loop import Trainer
 from gradmem.training.step import MetaStep, outer_loss
@@ -239,3 +244,49 @@ def test_calibration_there_is_that_of_here() -> None:
     with standin.standin() as device:
         found = calibrate(tiny_model(0).to(device), 6, seed=2)
     assert found.abstain.weights == pytest.approx(wanted.abstain.weights, rel=0.05, abs=1e-3)
+
+
+COMMANDS = {"write", "ask", "restore", "eval", "sweep", "compare", "calibrate", "serve", "demo"}
+
+
+def test_every_command_that_runs_a_model_takes_a_device_and_finds_it_by_default() -> None:
+    taking = {name for name, function in cli.FUNCTIONS.items() if "device" in inspect.signature(function).parameters}
+    assert taking == COMMANDS
+    functions = [cli.FUNCTIONS[name] for name in COMMANDS] + [store_commands.append]
+    assert {inspect.signature(function).parameters["device"].default for function in functions} == {"auto"}
+
+
+def test_commands_run_on_the_accelerator_where_there_is_one(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, to = [], MemoryModel.to
+    monkeypatch.setattr(MemoryModel, "to", lambda self, where: found.append(torch.device(where).type) or to(self, where))
+    model, file = str(tmp_path / "model"), tmp_path / "memory.safetensors"
+    tiny_model(0).save_pretrained(model)
+    (tmp_path / "text").write_text(TEXTS[1])
+    lines = [
+        ["write", model, str(tmp_path / "text"), "-o", str(file)],
+        ["ask", str(file), "a7"],
+        ["restore", str(file), "-o", str(tmp_path / "restored")],
+        ["eval", model, "--samples", "2", "--steps", "1"],
+        ["ask", str(file), "a7", "--device", "cpu"],
+    ]
+    for number, line in enumerate(lines):
+        assert cli.main(line) == 0
+        assert len(found) == number + 1
+    assert found == [standin.NAME] * 4 + ["cpu"]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:9", "meta", "", f"{standin.NAME}:1"])
+def test_a_device_that_is_not_here_is_refused(name: str, device: torch.device, capsys: Any) -> None:
+    assert cli.main(["serve", "--port", "0", "--device", name]) == 2
+    assert f"no device '{name}' here: use auto, cpu or {standin.NAME}" in capsys.readouterr().err
+
+
+def test_devices_by_name(device: torch.device) -> None:
+    assert device_named("auto").type == device_named(standin.NAME).type == standin.NAME
+    assert device_named("cpu") == device_named("cpu:0") == torch.device("cpu")
+    with standin.absent():
+        assert device_named("auto") == torch.device("cpu")
+        with pytest.raises(GradmemError, match="use auto, cpu$"):
+            device_named(standin.NAME)

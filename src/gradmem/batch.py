@@ -115,7 +115,7 @@ class Batch:
     def prompts(self) -> list[list[int]]:
         """Token ids of each query before its target."""
         lengths = (self.labels != -100).long().argmax(1).tolist()
-        return [ids[:length].tolist() for ids, length in zip(self.queries.ids, lengths, strict=True)]
+        return [ids[:length].tolist() for ids, length in zip(self.queries.values.ids, lengths, strict=True)]
 
     def split(self, size: int) -> Iterator[Batch]:
         """Parts of up to `size` contexts, each with its queries; sizes differ by at most one.

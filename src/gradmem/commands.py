@@ -16,7 +16,8 @@ from typing import Any
 import gradmem
 
 from .choices import Precision
-from .console import console, device_named, dumps, notes, progress_bar, read_stdin, read_text
+from .console import console, dumps, notes, progress_bar, read_stdin, read_text
+from .device import device_named
 from .errors import GradmemError, Missing
 from .files import write_bytes
 from .interruption import Interruptible
@@ -42,7 +43,7 @@ def write(
     until: float | None = None,
     max_steps: int | None = None,
     precision: Precision = "float32",
-    device: str = "cpu",
+    device: str = "auto",
     options: dict[str, Any] | None = None,
 ) -> None:
     """Write a text file into a memory file and print the receipt.
@@ -80,7 +81,7 @@ def write(
     precision
         Precision of the memory file.
     device
-        Device to run on.
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     options
         Options of the method, each by its own name: --n_mem 32 --inner_lr 0.03; of a checkpoint's method only
         --chunks sequential, independent or joint.
@@ -167,7 +168,7 @@ def ask(
     checkpoint: str | None = None,
     jsonl: bool = False,
     abstain: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Answer queries from a memory file alone.
 
@@ -186,7 +187,7 @@ def ask(
     abstain
         Say where the answer is not in the memory, and how sure each answer is.
     device
-        Device to run on.
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     """
     opened = _open(memory, checkpoint)
     if opened.model is None or len(opened) != 1:
@@ -226,7 +227,7 @@ def restore(
     checkpoint: str | None = None,
     output: Path | None = None,
     context: Path | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Read the text back from a memory file alone, and say how sure that is.
 
@@ -241,7 +242,7 @@ def restore(
     context
         The text that was written: shows where the restored one differs.
     device
-        Device to run on.
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     """
     opened = _open(memory, checkpoint)
     if opened.model is None:

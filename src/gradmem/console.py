@@ -1,4 +1,4 @@
-"""What all commands share: the console, progress, files and devices."""
+"""What all commands share: the console, progress and files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from rich import console as rich
 from rich.progress import (
@@ -23,9 +23,6 @@ from rich.segment import Segment
 from .errors import GradmemError
 from .interruption import Interruptible
 from .visible import visible
-
-if TYPE_CHECKING:
-    import torch
 
 T = TypeVar("T")
 WIDE = 200
@@ -102,17 +99,6 @@ def read_stdin() -> str:
         raise GradmemError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise GradmemError(f"cannot read standard input: {error.strerror or error}") from error
-
-
-def device_named(name: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise GradmemError(f"no device '{name}' here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def progress_bar(

@@ -11,6 +11,7 @@ from rich.text import Text
 import gradmem
 
 from .console import console, progress_bar, read_text
+from .device import device_named
 from .errors import GradmemError
 
 STORY = """
@@ -32,6 +33,7 @@ def demo(
     output: Path = Path("demo-out"),
     samples: int = 0,
     seed: int = 7,
+    device: str = "auto",
 ) -> None:
     """Write key-value pairs into a few vectors, delete them, and answer every query; then the same with a story.
 
@@ -49,8 +51,10 @@ def demo(
         Also measure exact match by write steps on so many fresh contexts, after the answers; 100 take a minute or two.
     seed
         Seed of the drawn pairs.
+    device
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     """
-    model = gradmem.load(checkpoint)
+    model = gradmem.load(checkpoint).to(device_named(device))
     text = _text(model, pairs, seed)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -66,14 +70,14 @@ def demo(
     console.print(f"wrote {len(truth)} pairs into {file} in {written.records[0].steps} steps and deleted them")
     del written
 
-    memory = gradmem.open(file)
+    memory = _opened(file, device)
     answers = memory.ask([query for query, _ in truth])
     console.print(_answers(truth, answers))
     right = sum(answer == value for answer, (_, value) in zip(answers, truth, strict=True))
     console.print(f"{right} of {len(truth)} right, from {file} alone\n")
     console.print(_sizes(model, text, memory.nbytes, file.stat().st_size))
     if story is not None:
-        _tell(gradmem.load(story), output)
+        _tell(gradmem.load(story).to(device_named(device)), output)
     if samples:
         _measure(model, samples, seed, output / "steps.png")
 
@@ -92,11 +96,18 @@ def _measure(model: gradmem.MemoryModel, samples: int, seed: int, file: Path) ->
         console.print(f"no figure: {error}", markup=False)
 
 
+def _opened(file: Path, device: str) -> gradmem.Memory:
+    """A memory file alone, on a device."""
+    memory = gradmem.open(file)
+    assert memory.model is not None  # open binds
+    return memory.model.to(device_named(device)).bind(memory)
+
+
 def _tell(model: gradmem.MemoryModel, output: Path) -> None:
     """Tell a story, forget it, and answer from the memory file."""
     file = model.write(STORY).save(output / "story.safetensors")
     console.print(f"\na story: {' '.join(STORY.split())}\nwritten into {file}, and forgotten\n", highlight=False)
-    console.print(_answers(WHERE, gradmem.open(file).ask([question for question, _ in WHERE])))
+    console.print(_answers(WHERE, _opened(file, str(model.device)).ask([question for question, _ in WHERE])))
 
 
 def _text(model: gradmem.MemoryModel, pairs: Path | None, seed: int) -> str:

@@ -6,13 +6,15 @@ What computes is imported where it is used, so that `--help` need not wait for i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradmem
 
 from ..choices import Precision, Split
-from ..console import console, device_named, progress_bar
+from ..console import console, progress_bar
+from ..device import device_named
 from ..errors import GradmemError
 from ..packaged import checkpoint_names
 from ..training.commands import train
@@ -50,7 +52,7 @@ def measure(
     seed: int = 1,
     split: Split = "test",
     precision: Precision = "float32",
-    device: str = "cpu",
+    device: str = "auto",
     json: Path | None = None,
     figure: Path | None = None,
     task: dict[str, Any] | None = None,
@@ -76,7 +78,7 @@ def measure(
     precision
         Precision that memories are stored in before they are read.
     device
-        Device to run on.
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     json
         Also save the results to this file, as a list of rows.
     figure
@@ -126,7 +128,7 @@ def sweep(
     samples: int = 500,
     valid_samples: int = 200,
     seed: int = 1,
-    device: str = "cpu",
+    device: str = "auto",
     json: Path | None = None,
     csv: Path | None = None,
     figure: Path | None = None,
@@ -151,7 +153,7 @@ def sweep(
     seed
         Seed of the contexts.
     device
-        Device to run on.
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     json
         Also save all results to this file, as a list of rows.
     csv
@@ -194,6 +196,7 @@ def compare(
     samples: int = 500,
     seed: int = 1,
     output: Path = Path("runs"),
+    device: str = "auto",
     json: Path | None = None,
     csv: Path | None = None,
     figures: Path | None = None,
@@ -212,6 +215,8 @@ def compare(
         Seed of the contexts.
     output
         Directory of the runs.
+    device
+        Device to train and run on: auto for the accelerator where there is one; or cpu, cuda.
     json
         Also save all numbers to this file, as a list of rows.
     csv
@@ -224,7 +229,7 @@ def compare(
     from .report import save_csv, save_json
 
     entries = comparison.compare(
-        [_system(name, output) for name in systems],
+        [_system(name, output, device) for name in systems],
         pairs or [4, 8, 16, 32, 64, 96],
         samples,
         seed,
@@ -245,17 +250,17 @@ def _tell_saved(paths: Iterable[Path | None]) -> None:
         console.print(f"saved {path}")
 
 
-def _system(name: str, output: Path) -> tuple[gradmem.MemoryModel, Any]:
+def _system(name: str, output: Path, device: str) -> tuple[gradmem.MemoryModel, Any]:
     """Load a checkpoint, that of a run, or what a recipe trains."""
     from .compare import Training
 
     run, packaged = Path(name), name in checkpoint_names()
     if not packaged and (name in recipe_names() or name.endswith((".yaml", ".yml"))):
         run = output / run.stem
-        train(load_recipe(name), run)
+        train(replace(load_recipe(name), device=device), run)
     elif packaged or not (run / "checkpoint").is_dir():
-        return gradmem.load(name), Training()
-    model = gradmem.load(run / "checkpoint")
+        return gradmem.load(name).to(device_named(device)), Training()
+    model = gradmem.load(run / "checkpoint").to(device_named(device))
     model.name = run.name
     return model, Training.of(run)
 
@@ -264,7 +269,7 @@ def calibrate(
     checkpoint: str,
     samples: int = 100,
     seed: int = 1,
-    device: str = "cpu",
+    device: str = "auto",
     output: Path | None = None,
     json: Path | None = None,
     figure: Path | None = None,
@@ -281,7 +286,7 @@ def calibrate(
     seed
         Seed of the contexts.
     device
-        Device to run on.
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     output
         Directory to save abstain.json in (short: -o); default: the checkpoint's.
     json

@@ -269,12 +269,12 @@ def _score(method: Method, task: Task, memory: Memory, batch: Batch) -> dict[str
         found |= task.judge(method.read_targets(memory, batch), batch)
     if task.generates:
         found |= task.judge_generated(_generate(method, task, memory, batch), batch)
-    count = torch.bincount(batch.rows, minlength=len(batch.context))
+    rows = batch.rows.cpu()  # not every device counts in float64
+    count = torch.bincount(rows, minlength=len(batch.context))
     means = {}
     for name, values in found.items():
-        values = values.to(batch.rows.device, torch.double)
-        total = torch.zeros(len(batch.context), dtype=torch.double, device=values.device)
-        means[name] = total.index_add(0, batch.rows, values) / count
+        total = torch.zeros(len(batch.context), dtype=torch.double)
+        means[name] = total.index_add(0, rows, values.cpu().double()) / count
     return means
 
 

@@ -46,7 +46,7 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
     settings, keys = settings or Settings(), keys or Keys()
     if not settings.local and not keys.owners():
         raise GradmemError(f"'{settings.host}' is no loopback address: make a key first (gradmem keys add OWNER)")
-    engines, watch = Engines(settings.checkpoints, settings.max_queue), Watch()
+    engines, watch = Engines(settings.checkpoints, settings.max_queue, settings.device), Watch()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..console import console
+from ..device import device_named
 from ..errors import GradmemError
 from ..packaged import checkpoint_names
 from .keys import Keys
@@ -22,6 +23,7 @@ def serve(
     timeout: float = 300.0,
     max_memories: int = 10_000,
     max_bytes: int = 2**30,
+    device: str = "auto",
 ) -> None:
     """Serve the memories of the store over HTTP.
 
@@ -43,6 +45,8 @@ def serve(
         Memories that each key may keep.
     max_bytes
         Bytes of the files of these memories, versions among them.
+    device
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     """
     try:
         import uvicorn
@@ -55,7 +59,8 @@ def serve(
     except ImportError as error:
         raise GradmemError(f"serving needs more packages ({error.name}): pip install 'gradmem[serve]'") from error
     served = tuple(checkpoints or checkpoint_names())
-    settings = Settings(host=host, checkpoints=served, max_body=max_body, rate=rate, timeout=timeout)
+    device = str(device_named(device))  # refused here, before anybody is served
+    settings = Settings(host=host, checkpoints=served, max_body=max_body, rate=rate, timeout=timeout, device=device)
     app = create_app(Store(max_memories=max_memories, max_bytes=max_bytes), settings)
     lines = logging.StreamHandler()
     lines.setFormatter(JsonLines())

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from ..checkpoints import load
+from ..device import device_named
 from ..errors import unknown
 from ..memory import Memory
 from ..store import Entry
@@ -26,10 +27,12 @@ class Engines:
         Checkpoints that may be loaded. What clients send never decides what else is.
     max_queue : int
         Of each engine.
+    device : str
+        Device that they run on.
     """
 
-    def __init__(self, names: Sequence[str], max_queue: int) -> None:
-        self.names, self.max_queue = tuple(names), max_queue
+    def __init__(self, names: Sequence[str], max_queue: int, device: str = "auto") -> None:
+        self.names, self.max_queue, self.device = tuple(names), max_queue, device
         self.loaded: dict[str, Engine] = {}
         self._closed = False
         self._loading = {name: asyncio.Lock() for name in names}
@@ -75,7 +78,7 @@ class Engines:
         self.loaded, self._closed = {}, False
 
     def _start(self, name: str) -> Engine:
-        model = load(name)
+        model = load(name).to(device_named(self.device))
         # Found once and here: later the weights are the engine's own thread's.
         _ = model.fingerprints, model.method.backbone.token_cache_bytes
         return Engine(model, max_queue=self.max_queue)

@@ -29,6 +29,8 @@ class Settings:
         Requests of one key, or of one address without key, in a minute.
     timeout : float
         Seconds that a request may take.
+    device : str
+        Device that checkpoints run on; see `device_named`.
     """
 
     host: str = "127.0.0.1"
@@ -38,6 +40,7 @@ class Settings:
     max_queue: int = 128
     rate: int = 6000
     timeout: float = 300.0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_body", "max_requests", "max_queue", "rate", "timeout"):

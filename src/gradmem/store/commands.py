@@ -9,6 +9,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from ..console import console, dumps, progress_bar, read_text
+from ..device import device_named
 from ..errors import GradmemError
 from ..files import write_bytes
 from .entries import Diff, Entry
@@ -163,7 +164,12 @@ def pin(ref: str, off: bool = False) -> Entry:
 
 
 def append(
-    ref: str, file: Path, checkpoint: str | None = None, before: Path | None = None, steps: int | None = None
+    ref: str,
+    file: Path,
+    checkpoint: str | None = None,
+    before: Path | None = None,
+    steps: int | None = None,
+    device: str = "auto",
 ) -> Entry:
     """Write more text into a memory, as its next version, and show what became of the text before.
 
@@ -179,6 +185,8 @@ def append(
         The text that was written before: measures what is still kept of it. The memory itself holds no text.
     steps
         Write steps; default: as many as the checkpoint was trained for.
+    device
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     """
     more = read_text(file)
     given = {} if before is None else {"before": read_text(before)}
@@ -187,6 +195,7 @@ def append(
         last = found.current.number
         model = store.open(found.id, last, checkpoint).model
         assert model is not None  # open binds
+        model.to(device_named(device))
         entry = store.append(found.id, more, model, steps=steps, progress=progress_bar, **given)
         changes = store.diff(entry.id, last, entry.current.number)
     console.print(diff_table(changes))

@@ -89,11 +89,11 @@ class Text(FileTask):
 
         A chunk whose every token is right here is what greedy generation gives: exact match is the same for both.
         """
-        wanted, targets = batch.labels != -100, batch.answers
-        right = (logits.argmax(-1) == targets).double()
-        bits = F.cross_entropy(logits.float(), targets, reduction="none").double() / np.log(2)
-        rows = batch.targets // wanted.shape[1]
-        total = torch.zeros(len(wanted), dtype=torch.double, device=logits.device)
+        wanted, targets = (batch.labels != -100).cpu(), batch.answers
+        right = (logits.argmax(-1) == targets).cpu().double()
+        bits = F.cross_entropy(logits.float(), targets, reduction="none").cpu().double() / np.log(2)
+        rows = batch.targets.cpu() // wanted.shape[1]
+        total = torch.zeros(len(wanted), dtype=torch.double)
         return super().judge(logits, batch) | {
             "token_accuracy": total.index_add(0, rows, right) / wanted.sum(1),
             "bits": total.index_add(0, rows, bits),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..checkpoints import load
+from ..device import device_named
 from ..errors import GradmemError
 from ..evaluation.report import save_json
 from ..evaluation.results import evaluate
@@ -30,7 +31,7 @@ from ..model import MemoryModel
 from ..specs import build_task
 from ..tasks.base import Task
 from .optim import build_optimizers
-from .plan import choose_device, gigabytes, plan_stage, stage_precision
+from .plan import gigabytes, plan_stage, stage_precision
 from .precision import matmul_precision
 from .recipe import Recipe, Stage
 from .state import Place, load_state, replace, save_state, states, take_weights
@@ -97,7 +98,10 @@ class Trainer:
         resume: Literal["auto", "never"] = "auto",
         report: Report | None = None,
     ) -> None:
-        device = choose_device(recipe.device)
+        device = device_named(recipe.device)
+        if device.index is not None:
+            name = device.type
+            raise GradmemError(f"each process of a run takes a device of its own: say `device: {name}`, not {device}")
         self.recipe, self.output, self.report = recipe, output, report
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",

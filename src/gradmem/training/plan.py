@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..device import device_named
 from ..errors import GradmemError
 from ..inner.meta_gradient import Strategy
 from ..methods.base import Method
@@ -128,20 +129,6 @@ def make_plan(
     return Plan(trials, chosen, budget)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a recipe: cpu, the name of an accelerator, or auto for the accelerator where there is one.
-
-    Raises
-    ------
-    GradmemError
-        When it is not here.
-    """
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if name not in ("auto", "cpu", found and found.type):
-        raise GradmemError(f"no device '{name}' here: use cpu{f' or {found.type}' if found else ''}")
-    return torch.device("cpu") if name == "cpu" or found is None else found
-
-
 def stage_precision(
     recipe: Recipe, stage: Stage, method: Method, tasks: Sequence[Task], device: torch.device
 ) -> tuple[Precision, str]:
@@ -172,7 +159,7 @@ def _longest(recipe: Recipe, tasks: Sequence[Task], contexts: int) -> tuple[int,
 
 def plan_recipe(recipe: Recipe) -> Iterator[tuple[Stage, Plan]]:
     """Measure every stage of a recipe, without training anything."""
-    device = choose_device(recipe.device)
+    device = device_named(recipe.device)
     model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method).to(device)
     for stage in recipe.stages:
         tasks = [build_task({**recipe.task, **options}) for options in stage.tasks]

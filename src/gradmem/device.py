@@ -1,0 +1,42 @@
+"""The device that models run on, by its name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import GradmemError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device_named(name: str) -> torch.device:
+    """Find a device by its name.
+
+    Parameters
+    ----------
+    name : str
+        auto for the accelerator where there is one and the CPU elsewhere; cpu; or the accelerator by its own name, with
+        a number where there are several: cuda, cuda:1.
+
+    Raises
+    ------
+    GradmemError
+        When it is not here.
+    """
+    import torch  # slow to import, and not wanted before a command runs
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is not None and device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.accelerator.device_count() if found else 0
+    if device is None or found is None or device.type != found.type or (device.index or 0) >= count:
+        others = "" if found is None else f" or {found.type}" + (f", or {found.type}:0 and so on" if count > 1 else "")
+        raise GradmemError(f"no device '{name}' here: use auto, cpu{others}")
+    return device
