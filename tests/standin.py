@@ -56,7 +56,7 @@ class _Module:
 
     is_initialized = is_available = staticmethod(lambda: Standin.here)
     current_device = staticmethod(lambda: 0)
-    device_count = staticmethod(lambda: int(Standin.here))
+    device_count = staticmethod(lambda: Standin.count if Standin.here else 0)
     _is_in_bad_fork = staticmethod(lambda: False)
     manual_seed_all = staticmethod(lambda seed: None)
     get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
@@ -69,6 +69,7 @@ class Standin(Tensor):
 
     here = False
     """Whether the device is switched on."""
+    count = 1
     held: Tensor
 
     @staticmethod

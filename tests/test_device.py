@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -25,6 +27,7 @@ from gradmem.serving.engine import Engine
 from gradmem.store import commands as store_commands
 from gradmem.training import Recipe, Stage
 from gradmem.training.loop import Trainer
+from gradmem.training.plan import SHARE, make_plan
 from gradmem.training.step import MetaStep, outer_loss
 
 pytestmark = pytest.mark.skipif(bool(standin.MISSING), reason=standin.MISSING)
@@ -260,7 +263,9 @@ def test_commands_run_on_the_accelerator_where_there_is_one(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, to = [], MemoryModel.to
-    monkeypatch.setattr(MemoryModel, "to", lambda self, where: found.append(torch.device(where).type) or to(self, where))
+    monkeypatch.setattr(
+        MemoryModel, "to", lambda self, where: found.append(torch.device(where).type) or to(self, where)
+    )
     model, file = str(tmp_path / "model"), tmp_path / "memory.safetensors"
     tiny_model(0).save_pretrained(model)
     (tmp_path / "text").write_text(TEXTS[1])
@@ -288,5 +293,47 @@ def test_devices_by_name(device: torch.device) -> None:
     assert device_named("cpu") == device_named("cpu:0") == torch.device("cpu")
     with standin.absent():
         assert device_named("auto") == torch.device("cpu")
-        with pytest.raises(GradmemError, match="use auto, cpu$"):
+        with pytest.raises(GradmemError, match=r"use auto, cpu$"):
             device_named(standin.NAME)
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "there"),
+    [(1, [], False), (2, [], True), (2, ["--device", standin.NAME], True), (2, ["--device", "cpu"], False)],
+    ids=str,
+)
+def test_processes_have_a_device_each_or_the_cpu(
+    count: int,
+    options: list[str],
+    there: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    launched: list[list[str]] = []
+    monkeypatch.setattr(standin.Standin, "count", count)
+    monkeypatch.setattr("torch.distributed.run.main", launched.append)
+    monkeypatch.setattr("os.environ", {k: v for k, v in os.environ.items() if k not in ("RANK", "OMP_NUM_THREADS")})
+    given = ["train", "kv-32", "--processes", "2", *options]
+    assert cli.main(given) == 0
+    started = launched[0][launched[0].index("train") :]
+    assert started == given if there else started == [*given, "--device", "cpu"]
+    assert os.environ.get("OMP_NUM_THREADS") == (None if there else "1")
+    said = f"2 processes and 1 {standin.NAME} device: training on the CPU"
+    assert (said in capsys.readouterr().err) == (count < 2)
+
+
+def test_more_processes_than_devices_that_were_named_are_refused(
+    device: torch.device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "kv-32", "--processes", "2", "--device", standin.NAME]) == 2
+    assert "give at most --processes 1, or --device cpu" in capsys.readouterr().err
+
+
+def test_a_process_with_a_device_of_its_own_has_all_of_its_memory(device: torch.device) -> None:
+    plans = [
+        make_plan(lambda strategy, contexts: None, 4, 10, place, micro_batch=1, processes=2)
+        for place in (device, torch.device("cpu"))
+    ]
+    assert plans[0].budget == int(SHARE * torch.accelerator.get_memory_info(device)[0])
+    assert 2 * plans[1].budget < SHARE * psutil.virtual_memory().total

@@ -25,6 +25,7 @@ from jsonargparse.typing import register_type
 from . import __version__, commands
 from .console import use_utf8
 from .demo import demo
+from .device import device_named
 from .errors import GradmemError
 from .evaluation import commands as evaluation_commands
 from .serving import commands as serving_commands
@@ -52,6 +53,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 CHECKPOINTS_HELP = "names of packaged checkpoints, directories, or hub names"
 SYSTEMS_HELP = "recipes, each trained in OUTPUT/NAME where that is not done yet, directories of runs, and checkpoints"
 QUERIES_HELP = "queries; without any, one a line from standard input, answered as JSON lines"
+PROCESSES_HELP = "data-parallel: each on an accelerator of its own, else on the CPU with one thread each"
 KEYS_HELP = "API keys of `gradmem serve` (GRADMEM_KEYS: the file of their hashes)."
 STORE_HELP = "Memories that are kept, under names and tags (GRADMEM_STORE: file or PostgreSQL URL)."
 GROUPS = {
@@ -238,7 +240,7 @@ def _given_recipe(arguments: list[str]) -> str | None:
 def _train_parser(recipe: str | None) -> ArgumentParser:
     parser = _recipe_parser(training_commands.train, recipe)
     parser.add_argument("--output", type=Path | None, default=None, help="directory of the run (default: runs/RECIPE)")
-    parser.add_argument("--processes", type=int, default=1, help="data-parallel CPU processes, one thread each")
+    parser.add_argument("--processes", type=int, default=1, help=PROCESSES_HELP)
     return parser
 
 
@@ -255,7 +257,7 @@ def _recipe_parser(function: Callable[..., Any], recipe: str | None) -> Argument
 
 def _train(options: Namespace, arguments: list[str]) -> None:
     if options.processes > 1 and "RANK" not in os.environ:
-        _launch(options.processes, arguments)
+        _launch(options.processes, options.device, arguments)
         return
     output = options.output or Path("runs") / Path(options.recipe).stem
     training_commands.train(_recipe(options), output, options.resume)
@@ -265,15 +267,27 @@ def _recipe(options: Namespace) -> Recipe:
     return Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
 
 
-def _launch(processes: int, arguments: list[str]) -> None:
-    """Run the same command in several processes; two with one thread each beat one with two threads on a CPU."""
+def _launch(processes: int, device: str, arguments: list[str]) -> None:
+    """Run the same command in several processes, each on an accelerator of its own where there are as many.
+
+    On a CPU two with one thread each beat one with two threads.
+    """
+    import torch
     import torch.distributed.run as launcher
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    found = device_named(device).type
+    if found != "cpu" and (count := torch.accelerator.device_count()) < processes:
+        short = f"{processes} processes and {count} {found} device{'s' if count > 1 else ''}"
+        if device != "auto":
+            raise GradmemError(f"{short}: give at most --processes {count}, or --device cpu")
+        print(f"{short}: training on the CPU", file=sys.stderr)
+        found = "cpu"
+    if found == "cpu":
+        arguments = [*arguments, "--device", "cpu"]
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns once that it need not look for unused parameters
     try:
         launcher.main(["--standalone", f"--nproc-per-node={processes}", "-m", "gradmem", *arguments])

@@ -95,14 +95,14 @@ def make_plan(
     micro_batch : int, optional
         Contexts at a time, where that is settled.
     processes : int
-        Processes that share the memory.
+        Processes of the run, which share the memory on a CPU; elsewhere each has a device of its own.
 
     Raises
     ------
     GradmemError
         When nothing fits.
     """
-    budget = int(SHARE * free_memory(device)) // processes
+    budget = int(SHARE * free_memory(device)) // (processes if device.type == "cpu" else 1)
     run("recompute", 1)  # libraries and threads start
     probes = {strategy: _measure(run, strategy, 1, contexts, device) for strategy in strategies}
     most = contexts if device.type != "cpu" else min(contexts, max(1, MICRO_TOKENS // tokens))
