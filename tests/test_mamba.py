@@ -27,7 +27,7 @@ from gradmem.batch import Tokens
 from gradmem.errors import GradmemError
 from gradmem.memory import Memory
 from gradmem.methods import ARMT, RMT, FullContext, GradMem, Mamba
-from gradmem.methods._selective_scan import selective_scan
+from gradmem.methods._selective_scan import PairScan, TokenScan, selective_scan
 from gradmem.training import Recipe, Stage
 from gradmem.training.optim import build_optimizers
 
@@ -73,12 +73,35 @@ def test_write_and_read_equal_one_forward(name: str, lengths: list[int]) -> None
     assert_same_gradients(gradients(got, method), gradients(wanted, method))
 
 
-def test_the_scan_has_the_gradients_of_finite_differences() -> None:
+def scanned(length: int) -> list[Tensor]:
+    """Two sequences for a scan: inputs, step sizes, rates, what is written and read, and the state before."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(2, length, 3), (2, length, 3), (3, 5), (2, length, 5), (2, length, 5), (2, 3, 5)]
+    x, dt, a, b, c, state = (torch.randn(shape, generator=generator, dtype=torch.double) for shape in shapes)
+    return [tensor.requires_grad_() for tensor in (x, dt.abs(), -a.abs(), b, c, state)]
+
+
+@pytest.mark.parametrize("scan", [TokenScan, PairScan])
+def test_the_scan_has_the_gradients_of_finite_differences(scan: type[torch.autograd.Function]) -> None:
     """Of the outputs and of the state after the last token, for everything that it is given."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, 4, 3), (2, 4, 3), (3, 5), (2, 4, 5), (2, 4, 5), (2, 3, 5)]
-    given = [torch.randn(shape, generator=generator, dtype=torch.double, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(selective_scan, given)
+    assert torch.autograd.gradcheck(scan.apply, scanned(4))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 6, 7, 8, 9, 21])
+def test_both_scans_agree(length: int) -> None:
+    """On sequences of any length, in outputs, last states and all gradients."""
+    given = scanned(length)
+    outputs = [scan.apply(*given) for scan in (TokenScan, PairScan)]
+    losses = [y.sin().sum() + (state**2).sum() for y, state in outputs]
+    for got, wanted in zip(outputs[1], outputs[0], strict=True):
+        assert distance(got, wanted) < TOLERANCE
+    grads = [torch.autograd.grad(loss, given) for loss in losses]
+    for got, wanted in zip(grads[1], grads[0], strict=True):
+        assert distance(got, wanted) < TOLERANCE
+
+
+def test_the_scan_goes_token_by_token_on_a_cpu() -> None:
+    assert selective_scan(*scanned(3))[0].grad_fn.name().startswith("TokenScan")
 
 
 def test_memory_is_the_state_of_transformers() -> None:

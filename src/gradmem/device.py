@@ -29,6 +29,7 @@ def device_named(name: str) -> torch.device:
     found = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return found or torch.device("cpu")
+    device: torch.device | None
     try:
         device = torch.device(name)
     except RuntimeError:

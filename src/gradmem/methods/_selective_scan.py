@@ -1,7 +1,11 @@
-"""The scan of a selective state-space model, with gradients, one token at a time (arXiv 2312.00752, section 3).
+"""The scan of a selective state-space model, with gradients (arXiv 2312.00752, section 3).
 
-Operations on whole sequences would hold a tensor of (batch, length, channels, n) each, and on a CPU wait for memory
-most of the time. Here the states alone are kept.
+On a CPU it goes token by token: operations on whole sequences would hold a tensor of (batch, length, channels, n) each,
+and wait for memory most of the time. Elsewhere a loop of small operations would take its time in launching them, so
+pairs of tokens are joined, and pairs of pairs (Blelloch, "Prefix sums and their applications", 1990).
+
+The kernels of `mamba_ssm`, which transformers takes, do not serve here: they begin at a state of zero, and have no
+gradient for the state after the last token, which is the memory.
 """
 
 from __future__ import annotations
@@ -35,10 +39,13 @@ def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state
     state : Tensor, shape (batch, channels, n)
         State after the last token.
     """
-    return _SelectiveScan.apply(x, dt, a, b, c, state)
+    scan = TokenScan if x.device.type == "cpu" else PairScan
+    return scan.apply(x, dt, a, b, c, state)
 
 
-class _SelectiveScan(torch.autograd.Function):
+class TokenScan(torch.autograd.Function):
+    """Token by token; the states alone are kept."""
+
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
         x, dt, a, b, c, state = given
@@ -75,3 +82,56 @@ class _SelectiveScan(torch.autograd.Function):
                 of_dt[:, t] = x[:, t] * written + torch.einsum("bcn,cn->bc", of_exponent, a)
                 of_a += torch.einsum("bcn,bc->cn", of_exponent, dt[:, t])
         return of_x, of_dt, of_a, of_b, of_c, of_state
+
+
+class PairScan(torch.autograd.Function):
+    """All tokens of a sequence at once, in about two operations for each doubling of its length."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
+        x, dt, a, b, c, state = given
+        with no_autocast(x):
+            decays, writes = torch.exp(dt[..., None] * a), (dt * x)[..., None] * b[:, :, None]
+            writes[:, 0] += decays[:, 0] * state
+            states = _joined(decays, writes)
+            y = (states @ c[..., None])[..., 0]
+        ctx.save_for_backward(*given, states)
+        return y, states[:, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, ...]:
+        x, dt, a, b, c, state, states = ctx.saved_tensors
+        of_y, of_state = given
+        with no_autocast(x):
+            decays = torch.exp(dt[..., None] * a)
+            # A state acts on its own output, and on the next state: the same scan, backwards.
+            own = of_y[..., None] * c[:, :, None]
+            own[:, -1] += of_state
+            ahead = torch.cat([torch.ones_like(decays[:, :1]), decays[:, 1:].flip(1)], 1)
+            of_states = _joined(ahead, own.flip(1)).flip(1)
+            of_c = (of_y[:, :, None] @ states)[:, :, 0]
+            # Through what the tokens write: dt x b.
+            of_b = ((dt * x)[:, :, None] @ of_states)[:, :, 0]
+            written = (of_states @ b[..., None])[..., 0]
+            # Through what they leave of the state before: exp(dt a).
+            left = of_states * decays
+            of_exponent = left * torch.cat([state[:, None], states[:, :-1]], 1)
+            of_dt = x * written + (of_exponent * a).sum(-1)
+            of_a = (of_exponent * dt[..., None]).sum((0, 1))
+        return dt * written, of_dt, of_a, of_b, of_c, left[:, 0]
+
+
+def _joined(decays: Tensor, writes: Tensor) -> Tensor:
+    """The states s_t = decays_t s_(t-1) + writes_t from s_(-1) = 0; all of shape (batch, length, ...)."""
+    length = writes.shape[1]
+    if length == 1:
+        return writes
+    pairs, even = length // 2, (length + 1) // 2
+    first, second = slice(0, 2 * pairs, 2), slice(1, None, 2)
+    odd = _joined(decays[:, first] * decays[:, second], decays[:, second] * writes[:, first] + writes[:, second])
+    states = torch.empty_like(writes)
+    states[:, 1::2] = odd
+    states[:, :1] = writes[:, :1]
+    states[:, 2::2] = decays[:, 2::2] * odd[:, : even - 1] + writes[:, 2::2]
+    return states

@@ -27,7 +27,7 @@ class Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            shapes: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+            shapes: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     shapes[parameter.shape, parameter.dtype, parameter.device].append(parameter)
@@ -35,12 +35,15 @@ class Muon(torch.optim.Muon):
                 self._step_together(group, alike)
         return loss
 
-    def _step_together(self, group: dict[str, Any], alike: list[nn.Parameter]) -> None:
+    def _step_together(self, group: dict[str, Any], alike: list[Tensor]) -> None:
         """Take a step of parameters of one shape."""
         rate, momentum, (rows, columns) = float(group["lr"]), group["momentum"], alike[0].shape
-        buffers, grads = [], [parameter.grad for parameter in alike]
-        for parameter in alike:
-            buffers.append(self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter)))
+        grads = [parameter.grad for parameter in alike if parameter.grad is not None]
+        states = [self.state[parameter] for parameter in alike]
+        for state, parameter in zip(states, alike, strict=True):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [state["momentum_buffer"] for state in states]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
         directions = orthogonalized(
