@@ -99,12 +99,12 @@ class Trainer:
         report: Report | None = None,
     ) -> None:
         device = device_named(recipe.device)
-        if device.index is not None:
-            name = device.type
-            raise GradmemError(f"each process of a run takes a device of its own: say `device: {name}`, not {device}")
+        kind = device.type
+        if device != torch.device(kind):
+            raise GradmemError(f"each process of a run takes a device of its own: say `device: {kind}`, not {device}")
         self.recipe, self.output, self.report = recipe, output, report
         self.accelerator = Accelerator(
-            cpu=device.type == "cpu",
+            cpu=kind == "cpu",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         set_seed(recipe.seed)
