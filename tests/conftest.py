@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import standin  # noqa: F401 - makes its device known before anything is differentiated
 from gradmem.backbone import Backbone
 from gradmem.batch import Batch, Tokens
 from gradmem.memory import Memory
