@@ -115,6 +115,7 @@ def step(name: str, steps: int, strategy: Any, device: Any = "cpu") -> tuple[lis
     method.train()
     method.strategy = strategy
     scored = (batch.labels != -100).to(torch.bool)
+    assert method.backbone.takes_masks is not None  # what is probed once is probed now
     with standin.waiting() as counted:
         loss, write_loss, correct = MetaStep(method)(batch, steps, scored, True)
         outer_loss(loss, write_loss, 0.5).backward()
