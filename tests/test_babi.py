@@ -21,11 +21,13 @@ import gradmem
 from conftest import DATA, needs
 from gradmem import GradmemError
 from gradmem.batch import Batch
+from gradmem.data.babi_files import WORDS
 from gradmem.data.babi_stories import GIVERS, OBJECTS, PEOPLE, ROOMS, Told
 from gradmem.data.babi_stories import TASKS as GENERATED
 from gradmem.evaluation import evaluate
 from gradmem.model import MemoryModel
-from gradmem.tasks.babi import NAMES, WORDS, Babi
+from gradmem.tasks.babi import NAMES, Babi
+from gradmem.tasks.base import WRITTEN
 from test_training import BACKBONE, METHOD
 
 OFFICIAL = DATA / "babi_v1.1_en"
@@ -525,6 +527,120 @@ def test_people_may_write_as_they_like(text: str) -> None:
     assert Babi().context_text(text) == "mary moved to the bathroom. john went to the hallway."
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Mary moved to the bathroom.\nJohn went to the hallway.\t\n",
+        "Mary moved to the bathroom.\n\tJohn went to the hallway.\n",
+        "Mary moved to the bathroom.\tJohn went to the hallway.",
+        "1 Mary moved to the bathroom.\n2\tJohn went to the hallway.",
+        "\tMary moved\tto the bathroom.\t\n\tJohn went to the hallway.\t\n\t\n",
+    ],
+)
+def test_tabs_are_white_space(text: str) -> None:
+    assert Babi().context_text(text) == "mary moved to the bathroom. john went to the hallway."
+
+
+BATHROOM = "Mary moved to the bathroom.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BATHROOM + "Where is Mary?\t", "line 2: 'Where is Mary.' is no statement"),
+        (BATHROOM + "John went to the hall. Where is Mary?\tbathroom", "line 2"),
+        (BATHROOM + "3 Where is Mary?\tbathroom. John went to the hallway.", "line 2: .*no statement"),
+        (BATHROOM + "\n-----\n", "line 3: '-----' is no sentence"),
+        (BATHROOM + "...", "line 2: '...' is no sentence"),
+        (BATHROOM + "Mary is in the garden.", "line 2: 'Mary is in the garden.' is no sentence .* 'Mary went to the k"),
+        (BATHROOM + "She went to the garden.", "line 2: 'She went"),
+        ("Mary and John went to the garden.", "'Mary and John went to the garden.' is no sentence"),
+        ("Mary went to the garden; John went to the office.", "no sentence"),
+        ("Mary went to the garden \N{PARTY POPPER}.", "characters that 'unnamed' does not know: \\['\N{PARTY POPPER}'"),
+        ("Mary got the chocolate.", "no sentence"),
+        ("The garden is north of the office. Mary went to the garden.", "write two"),
+    ],
+)
+def test_no_line_vanishes(text: str, message: str) -> None:
+    """What the model was not trained on is refused, with the sentence and its line."""
+    model = MemoryModel.from_spec({"name": "babi", "tasks": "qa1,qa2,qa4"}, BACKBONE, METHOD)
+    with pytest.raises(GradmemError, match=message):
+        model.write(text)
+
+
+def test_sentences_of_other_tasks_are_refused() -> None:
+    assert Babi("qa2").context_text("Mary got the milk there.") == "mary got the milk there."
+    with pytest.raises(GradmemError, match="is no sentence"):
+        Babi("qa1").context_text("Mary got the milk there.")
+    assert Babi("qa1,qa8", data="somewhere").context_text("Mary is here.") == "mary is here."  # forms not known
+
+
+@pytest.mark.parametrize(
+    ("query", "asked"),
+    [
+        ("where is mary", "where is mary?"),
+        ("Where\tis Mary?", "where is mary?"),
+        ("3 Where is Mary? \tkitchen\t2", "where is mary?"),
+        ("Where is Mary?\tkitchen", "where is mary?"),
+        ("Is Mary in the garden?", None),
+        ("Where is Mary? Where is John?", None),
+        ("Where is the milk?", None),
+        ("Where is Mary? She went to the garden.\tkitchen", None),
+    ],
+)
+def test_questions_that_it_does_not_know_are_refused(query: str, asked: str | None) -> None:
+    task = Babi("qa1")
+    if asked:
+        assert task.query_text(query) == asked
+    else:
+        with pytest.raises(GradmemError, match="is no question that it knows; ask 'Where is Mary"):
+            task.query_text(query)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_story_is_read_as_the_solver_reads_it(name: str) -> None:
+    """All that was asked of the story is among what it answers, and all of that is right."""
+    task, asked = Babi(name), 0
+    for seed in range(30):
+        text, questions = task.example(seed)
+        found = task.examples(text)
+        assert {question for question, _ in questions} <= {question for question, _ in found}
+        for question, answer in found:
+            assert answers(re.findall(r"[^.]+\.", text.replace(". ", ".")), question)[-1] == answer
+            asked += 1
+    assert asked > 60
+
+
+def test_what_calibration_asks() -> None:
+    """Short and long stories. The solver knows what they answer; the rest is of names that they have not, or untold."""
+    task = Babi("qa1,qa2,qa3")
+    found = task.calibration("valid", 0, 60)
+    stories = [re.findall(r"[^.]+\.", as_told(story)) for story in contexts(task, found[WRITTEN])]
+    assert min(map(len, stories)) == 1
+    assert max(map(len, stories)) > 20
+    strange = {"of what is not named": True, "of what is not told": False}
+    for kind, batch in found.items():
+        assert torch.equal(batch.context.ids, found[WRITTEN].context.ids)
+        assert len(batch.rows) > 100
+        for prompt, labels, row in zip(batch.prompts(), batch.labels, batch.rows.tolist(), strict=True):
+            question = as_told(task.text(prompt))
+            known = answers(stories[row], question)
+            if kind == WRITTEN:
+                assert known[-1] == task.decode(labels[labels >= 0].tolist())
+            else:
+                assert not known
+                names = re.findall(f"{ROOM}|{THING}|{'|'.join(map(str.capitalize, NAMES))}", question)
+                assert strange[kind] == any(name not in " ".join(stories[row]) for name in names)
+    again = task.calibration("valid", 0, 60)
+    assert all(torch.equal(batch.queries.ids, again[kind].queries.ids) for kind, batch in found.items())
+
+
+def as_told(text: str) -> str:
+    """A text of the word-level tokenizer as it stands in the files."""
+    text = re.sub(r" ([.?]) ?", r"\1", text)
+    return re.sub("|".join(NAMES) + "|where", lambda word: word[0].capitalize(), text)
+
+
 def test_text_is_tokenized_as_samples_are(small: Path) -> None:
     task = Babi("qa1", data=str(small))
     batch = task.batch("test", 0, 1)
@@ -533,7 +649,9 @@ def test_text_is_tokenized_as_samples_are(small: Path) -> None:
     for question in ("Where is Mary?", "where is mary", "Where is Mary? \tbathroom\t1"):
         ids = task.encode(task.query_text(question))
         assert ids == batch.queries.ids[0, : len(ids)].tolist()
-    assert task.examples(SMALL)[:2] == [("Where is Mary?", "bathroom"), ("Where is John?", "hallway")]
+    assert task.examples(SMALL) == [("Where is Mary?", "office"), ("Where is John?", "garden")]
+    # Of stories whose sentences it does not know, those that stand after the last of them.
+    assert Babi("qa6", data="somewhere").examples(SMALL) == [("Where is John?", "garden")]
 
 
 @pytest.mark.parametrize("answer", ["Bill", "kitchen", "apple,milk", "milk,football,apple", "n,w", "nothing"])
@@ -565,6 +683,31 @@ def test_the_packaged_checkpoint_answers_what_people_type() -> None:
     assert memory.ask(["Where is Mary?", "where is john"]) == ["kitchen", "office"]
     with pytest.raises(GradmemError, match="tower"):
         memory.ask("Where is the tower?")
+
+
+def test_the_packaged_checkpoint_abstains() -> None:
+    """From people and things that the story does not name, and hardly ever from what it tells."""
+    memory = gradmem.load("babi").write(
+        "Mary went to the garden. John moved to the office. Mary travelled to the kitchen."
+    )
+    sure = memory.answer(["Where is Mary?", "Where is John?"])
+    assert [(one.text, one.abstained) for one in sure] == [("kitchen", False), ("office", False)]
+    strange = ["Where is Jeff?", "Where is Sandra?", "Where is Antoine?", "Where is the milk?", "Who gave the milk?"]
+    strange += [
+        "What did Fred give to Jeff?",
+        "Where was the apple before the kitchen?",
+        "What is north of the kitchen?",
+    ]
+    assert all(one.abstained for one in memory.answer(strange))
+    assert (memory.records[0].answers, memory.records[0].at_risk) == ([0.0, 0.0], [])
+    # Where it answers wrong, it does not know either: what was dropped stays when its holder goes on.
+    moved = "Mary went to the garden. Mary grabbed the milk. Mary dropped the milk. Mary went to the kitchen."
+    where, milk, apple = (
+        gradmem.load("babi").write(moved).answer(["Where is Mary?", "Where is the milk?", "Where is the apple?"])
+    )
+    assert (where.text, where.abstained) == ("kitchen", False)
+    assert milk.text == "garden" or milk.abstained
+    assert apple.abstained
 
 
 @needs("babi_v1.1_en")

@@ -21,6 +21,7 @@ from gradmem.evaluation import evaluate
 from gradmem.methods import RMT, MeanPool
 from gradmem.records import Record
 from gradmem.training.commands import plan, train
+from gradmem.writing import answer_losses
 from test_chunks import MODES, SIZE, chunked
 from test_training import recipe
 
@@ -68,7 +69,7 @@ def test_append(model: MemoryModel, tmp_path: Path) -> None:
     """What is appended is the next chunk: the same as when all chunks are written at once, one by one where joint."""
     first = model.write("\n".join(PAIRS[:2]))
     before = {name: tensor.clone() for name, tensor in first.tensors.items()}
-    second = model.append(first, "\n".join(PAIRS[2:4]))
+    second = model.append(first, "\n".join(PAIRS[2:4]), may_forget=True)
     assert all(torch.equal(first.tensors[name], tensor) for name, tensor in before.items())
     ids = [model.task.encode(model.task.context_text("\n".join(PAIRS[i : i + 2]))) for i in (0, 2)]
     model.method.may_end = lambda tokens: tokens == model.task.encode("|")[0]
@@ -85,40 +86,47 @@ def test_append(model: MemoryModel, tmp_path: Path) -> None:
 
 def test_append_to_several(model: MemoryModel) -> None:
     """Each row gets its own text, whatever was there before."""
-    rows = model.append(model.write([TEXT, LAST]), [LAST, MORE])
+    rows = model.append(model.write([TEXT, LAST]), [LAST, MORE], may_forget=True)
     for row, (text, more) in enumerate([(TEXT, LAST), (LAST, MORE)]):
-        alone = model.append(model.write(text), more)
+        alone = model.append(model.write(text), more, may_forget=True)
         assert distance(logits(model, rows[row]), logits(model, alone)) < 1e-4
         assert rows.records[row].losses == pytest.approx(alone.records[0].losses, abs=1e-4)
 
 
 def test_receipts_of_appended_texts(model: MemoryModel, tmp_path: Path) -> None:
     first = model.write(TEXT)
-    second = model.append(first, MORE)
-    third = model.append(second, LAST)
+    second = model.append(first, MORE, may_forget=True)
+    third = model.append(second, LAST, may_forget=True)
     (record,) = third.records
     assert [part.context_tokens for part in record.parts] == [29, 22, 8]
-    assert record.earlier[0] == first.records[0]
-    assert record.earlier[1] == dataclasses.replace(second.records[0], earlier=[])
+    # Vectors of their own keep their losses, but READ sees more of them now; of the same vectors nobody knows.
+    since = {"answers": None, "measured": model.method.chunks == "independent", "earlier": []}
+    assert record.earlier == [dataclasses.replace(one.records[0], **since) for one in (first, second)]
+    assert (record.measured, len(record.answers)) == (True, 1)
     own = model.write(LAST).records[0]
     assert record.context_sha256 == own.context_sha256
-    measured = model.append(second, LAST, before=TEXT + MORE).records[0]
+    again = model.append(second, LAST, before=TEXT + MORE, may_forget=True)
+    measured = again.records[0]
     assert measured.token_losses == record.token_losses
     for part, text in zip(measured.earlier, (TEXT, MORE), strict=True):
         context = Tokens.from_lists([model.task.encode(model.task.context_text(text))])
         known = next(one for one in record.earlier if one.context_sha256 == part.context_sha256)
         assert part.losses[:-1] == known.losses[:-1]
+        assert part.measured
+        assert part.answers == answer_losses(model, again, [text])[0]
         if model.method.chunks == "independent":
-            assert part == known
+            assert dataclasses.replace(part, answers=None) == known
         else:
             with torch.no_grad():
                 wanted = model.method.token_losses(third, context)[0].tolist()
             assert part.token_losses == pytest.approx(wanted, abs=1e-3)
             assert part.losses[-1] == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
             assert part.token_losses != known.token_losses
-    assert json.loads(json.dumps(record.row()))["earlier"][0]["lost"] == first.records[0].lost
+    shown = json.loads(json.dumps(record.row()))["earlier"][0]
+    kept = first.records[0].lost if model.method.chunks == "independent" else None
+    assert (shown["lost"], shown["at_risk"]) == (kept, None)
     with pytest.raises(GradmemError, match="`before` is not the text"):
-        model.append(second, LAST, before=MORE + TEXT)
+        model.append(second, LAST, before=MORE + TEXT, may_forget=True)
     assert Memory.load(third.save(tmp_path / "m")).records == third.records
 
 
@@ -127,7 +135,7 @@ def test_an_appended_text_is_read_back(tmp_path: Path, capsys: pytest.CaptureFix
     model = tiny_model(0)
     model.save_pretrained(tmp_path / "checkpoint")
     model = gradmem.load(tmp_path / "checkpoint", {"chunk": 15, "chunks": "independent"})
-    memory = model.append(model.write(TEXT), MORE)
+    memory = model.append(model.write(TEXT), MORE, may_forget=True)
     ids = model.reconstruct(memory)
     assert ids[0] == model.reconstruct(model.write(TEXT))[0]
     assert ids[1] == model.reconstruct(model.write(MORE))[0]
@@ -153,12 +161,12 @@ def test_long_memories_leave_less_room() -> None:
     model.method.backbone.model.config.max_position_embeddings = 60
     memory = model.write(LAST)
     while len(memory.records[0].parts) < model.method.max_chunks:
-        memory = model.append(memory, LAST)
+        memory = model.append(memory, LAST, may_forget=True)
     assert memory.ask("h7", max_new_tokens=20) is not None
     with pytest.raises(GradmemError, match=r"the query has 5 tokens; the limit of 'unnamed' is 3"):
         memory.ask("h7", max_new_tokens=60 - 8 * model.method.max_chunks - 3)
     with pytest.raises(GradmemError, match=f"the limit is {model.method.max_chunks}: take longer chunks"):
-        model.append(memory, LAST)
+        model.append(memory, LAST, may_forget=True)
 
 
 # --- Refused ----------------------------------------------------------------------------------------------
@@ -191,7 +199,7 @@ def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(GradmemError, match="has a method of its own"):
         model.choose({"n_mem": 3})
     with pytest.raises(GradmemError, match="2 texts for 1 memories"):
-        model.append(model.write(TEXT), [MORE, LAST])
+        model.append(model.write(TEXT), [MORE, LAST], may_forget=True)
     with pytest.raises(GradmemError, match="not by"):
         model.append(tiny_model(1).write(TEXT), MORE)
     pool = MemoryModel.from_spec(model.spec["task"], model.spec["backbone"], {"name": "mean_pool"})
@@ -205,10 +213,10 @@ def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         make_method(MeanPool).chunk_by(3)
     apart = model.write(TEXT)
     model.choose({"chunk": 15, "chunks": "independent"})
-    apart = model.append(apart, MORE)
+    apart = model.append(apart, MORE, may_forget=True)
     model.choose({"chunks": "sequential"})
     with pytest.raises(GradmemError, match="vectors of their own: append with"):
-        model.append(apart, LAST)
+        model.append(apart, LAST, may_forget=True)
     bad = {**apart.tensors, "lengths": apart.tensors["lengths"] + 1}
     with pytest.raises(GradmemError, match="chunks a row"):
         model.method.check(Memory(bad), "it")

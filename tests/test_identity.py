@@ -171,6 +171,7 @@ def test_settings_of_a_checkpoint_are_part_of_it(tmp_path: Path, change: dict[st
 
 
 def test_packaged_checkpoints_abstain_by_their_own_numbers() -> None:
-    """Loading refuses an abstain.json of any other model."""
+    """Loading refuses an abstain.safetensors of any other model."""
     assert gradmem.load("kv-32").abstain is not None
     assert gradmem.load("kv-16").abstain is not None
+    assert gradmem.load("babi").abstain is not None

@@ -20,11 +20,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import gradmem
 from conftest import DATA, needs
 from gradmem import GradmemError, MemoryModel
-from gradmem.batch import Batch
+from gradmem.batch import Batch, Tokens
 from gradmem.cli import main
 from gradmem.data import places
 from gradmem.data.pretrained import pretrained_tokenizer
 from gradmem.evaluation import evaluate
+from gradmem.tasks.babi import Babi
+from gradmem.tasks.base import Task
+from gradmem.tasks.kv import KV
+from gradmem.tasks.plain import Plain
 from gradmem.tasks.squad import PROMPT, Squad
 from gradmem.tasks.text import Text
 from test_babi import SMALL
@@ -246,7 +250,49 @@ def test_chunks_are_the_files(books: str, bytes_tokenizer: str) -> None:
     assert task.tokenizer.batch_decode(batch.context.ids) == [text[start : start + 10] for start in starts]
     assert torch.equal(batch.labels[:, 1:], batch.context.ids)
     assert (batch.labels[:, 0] == -100).all()
-    assert batch.queries.ids[0, :1].tolist() == task.encode(task.query_text("anything"))
+    assert batch.queries.ids[0, :1].tolist() == task.encode_query("anything")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_names_of_special_tokens_are_text(own: bool, bytes_tokenizer: str) -> None:
+    """In contexts, queries, answers and statements, also where a text is nothing but such a name."""
+    text, plain = Text(bytes_tokenizer if own else None, chunk=64), Plain(bytes_tokenizer)
+    squad = Squad(bytes_tokenizer)
+    for task in (text, plain, squad):
+        names = task.tokenizer.all_special_tokens
+        assert names
+        for name in (*names, f"{names[0]} ", f"x{names[0]}", names[0] * 2):
+            wanted = len(name.encode())
+            assert len(task.encode(name)) == wanted
+            assert not set(task.encode(name)) & set(task.tokenizer.all_special_ids)
+            assert task.text(task.encode(name)) == name
+            if task is not text:
+                assert not set(task.encode_query(name)) & set(task.tokenizer.all_special_ids)
+            assert not set(task.encode(task.claim("query", name))) & set(task.tokenizer.all_special_ids)
+    begin = text.tokenizer.bos_token
+    assert text.encode_query(begin) == text.encode_query("x") == [text.tokenizer.bos_token_id]
+    assert text.target("x", begin) == ([text.tokenizer.bos_token_id], text.encode(begin))
+
+
+@pytest.mark.parametrize("task", [KV(2), Babi("qa1")], ids=["kv", "babi"])
+def test_names_of_special_tokens_are_refused_where_letters_are_few(task: Task) -> None:
+    for name in task.tokenizer.all_special_tokens:
+        if len(name) > 1:  # the end mark of pairs is part of the format
+            unknown = {task.tokenizer.unk_token_id}
+            assert set(task.encode(name)) & set(task.tokenizer.all_special_ids) == unknown
+
+
+def test_near_loss_of_the_text_task_is_of_the_answer_alone() -> None:
+    torch.manual_seed(0)
+    model = MemoryModel.from_spec({"name": "text", "chunk": 16}, BACKBONE, METHOD)
+    memory = model.write("the north road")
+    answer = model.answer(memory, "whatever", max_new_tokens=14)
+    ids = model.task.encode(answer.text)
+    with torch.no_grad():
+        losses = model.method.token_losses(memory, Tokens.from_lists([ids]))
+    assert answer.near_loss == pytest.approx(float(losses.mean()), abs=1e-4)
+    assert model.answer(memory, "[BEGIN]", max_new_tokens=14) == answer
+    assert len(model.context_ids("[BEGIN]")) == 7
 
 
 def test_the_first_samples_of_a_split_come_from_all_over_it() -> None:

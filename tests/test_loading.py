@@ -419,7 +419,7 @@ DAMAGE: dict[str, bytes] = {
 @pytest.mark.parametrize(
     "file",
     ["lm/config.json", "lm/tokenizer.json", "lm/tokenizer_config.json", "shards/model.safetensors.index.json",
-     "checkpoint/config.json", "checkpoint/tokenizer.json", "checkpoint/abstain.json"],
+     "checkpoint/config.json", "checkpoint/tokenizer.json", "checkpoint/abstain.safetensors"],
 )  # fmt: skip
 def test_damaged_json_is_one_line(place: Path, file: str, how: str, capsys: pytest.CaptureFixture[str]) -> None:
     (place / file).write_bytes(DAMAGE[how])
@@ -428,6 +428,16 @@ def test_damaged_json_is_one_line(place: Path, file: str, how: str, capsys: pyte
         assert gradmem.load(folder).write(TEXT, 1)
     else:
         assert "\x1b" not in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize("how", [how for how in DAMAGE if how not in ("not UTF-8", "UTF-16")])
+def test_damaged_json_about_abstaining_is_one_line(place: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is in the header of a file of tensors."""
+    about = {"format": "2", "about": DAMAGE[how].decode()}
+    save_file(gradmem.load("kv-16").abstain.weights, place / "checkpoint" / "abstain.safetensors", about)
+    said = refusal(place / "checkpoint", capsys)
+    assert "abstain.safetensors is damaged" in said
+    assert "\x1b" not in said
 
 
 @pytest.mark.parametrize("kind", ["lm", "checkpoint"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import struct
@@ -20,6 +21,7 @@ import gradmem
 from conftest import tiny_model
 from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.backbone import Backbone
+from gradmem.batch import Tokens
 from gradmem.tables import receipt
 
 TEXT = "a7:Qz\nk2:9f\nzz:aa"
@@ -87,6 +89,30 @@ def test_record(tiny: MemoryModel) -> None:
     assert (record.loss_before, record.loss_after) == (record.losses[0], record.losses[-1])
     assert record.lost == [i for i, loss in enumerate(record.token_losses) if loss > 0.6931472]
     assert record.method == "gradmem"
+
+
+def test_answers_at_risk_are_measured_by_reading(tiny: MemoryModel) -> None:
+    """Of each pair of the text the loss of its value, read token by token; marks do not count."""
+    memory = tiny.write([TEXT, "11:22"], 2)
+    for row, pairs in enumerate([[("a7", "Qz"), ("k2", "9f"), ("zz", "aa")], [("11", "22")]]):
+        wanted = []
+        for key, value in pairs:
+            ids = tiny.task.encode(f"?!{key}:{value}")
+            with torch.no_grad():
+                scores = tiny.method.read(memory[row], Tokens.from_lists([ids]))[0].log_softmax(-1)
+            wanted.append(max(-float(scores[5 + i, ids[5 + i]]) for i in range(2)))
+        record = memory.records[row]
+        assert record.answers == pytest.approx(wanted, abs=2e-3)
+        assert record.at_risk == [i for i, loss in enumerate(wanted) if loss > math.log(2)]
+        assert record.row()["at_risk"] == record.at_risk
+
+
+def test_a_memory_may_lose_tokens_that_no_answer_needs() -> None:
+    memory = gradmem.load("kv-32").write(TEXT)
+    (record,) = memory.records
+    assert memory.ask(["a7", "k2", "zz"]) == ["Qz", "9f", "aa"]
+    assert (len(record.answers), record.at_risk) == (3, [])
+    assert len(record.lost) > 10
 
 
 def test_until_stops_each_text_by_its_own_loss(tiny: MemoryModel) -> None:
@@ -261,6 +287,7 @@ def test_reads_in_a_new_process_from_the_file_alone(tiny: MemoryModel, tmp_path:
         ("a7:Qz\na7:xx", "twice"),
         ("!aé:Qz!|", "é"),
         ("!a7:Qz!" * 200 + "|", "limit"),
+        ("!a7:Qz!!k2:9f!!a7:xx!|", "the key 'a7' stands twice, with two values"),
         ("just words", "line 1"),
     ],
 )

@@ -171,6 +171,16 @@ def test_a_watched_write_tells_tokens_and_their_losses(client: TestClient, serve
     assert "token_losses" not in events(client.post("/v1/memories", json=wanted | {"tokens": False}).text)[0][1]
 
 
+def test_appending_is_refused_where_it_was_never_trained(client: TestClient, served: str) -> None:
+    ref = written(client, served, steps=1)["id"]
+    refused(client.post(f"/v1/memories/{ref}/append", json={"text": "b1:c2"}), 422, "never trained to append")
+    assert client.get(f"/v1/memories/{ref}").json()["memory"]["current"]["number"] == 1
+    more = client.post(f"/v1/memories/{ref}/append", json={"text": "b1:c2", "may_forget": True}).json()
+    assert (more["current"]["number"], more["current"]["unmeasured"] > 0, more["current"]["at_risk"]) == (2, True, None)
+    (record,) = client.get(f"/v1/memories/{ref}").json()["records"]
+    assert (record["earlier"][0]["lost"], record["earlier"][0]["measured"]) == (None, False)
+
+
 def test_a_watched_append_shows_what_is_appended(
     client: TestClient, tiny: MemoryModel, tmp_path: Path, keys: Keys
 ) -> None:
@@ -319,7 +329,7 @@ def test_the_client_speaks_all_of_it(client: TestClient, served: str) -> None:
     assert mine.upload(data, name="back").name == "back"
     with pytest.raises(GradmemError, match="unknown checkpoint"):
         mine.write(TEXT, "none")
-    assert mine.append("back", "b1:c2").current.number == 2
+    assert mine.append("back", "b1:c2", may_forget=True).current.number == 2
 
 
 # Who may

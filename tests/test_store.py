@@ -327,6 +327,25 @@ def test_diff(store: Store) -> None:
     assert store.diff("notes", 2, 1).lost == [(0, 1)]
 
 
+def test_what_was_not_measured_is_neither_kept_nor_lost(store: Store) -> None:
+    """A text in the same vectors, of which nobody knows any more, and one that was appended."""
+    store.put(made(1, lost=(1, 2), tokens=4), name="notes")
+    (first,) = made(1, lost=(1, 2), tokens=4).records
+    more = made(2, lost=(0,), tokens=3)
+    since = replace(first, measured=False)
+    more.records = [replace(more.records[0], earlier=[since], answers=[0.1, 2.0])]
+    version = store.update("notes", more).current
+    assert (version.tokens, version.kept, version.unmeasured, version.at_risk) == (7, 2, 4, None)
+    assert version.loss_after == more.records[0].loss_after
+    diff = store.diff("notes", 1, 2)
+    assert (diff.lost, diff.regained, diff.added, diff.unmeasured) == ([], [], 3, 4)
+    again = replace(since, measured=True, answers=[])
+    more.records = [replace(more.records[0], earlier=[again])]
+    version = store.update("notes", more).current
+    assert (version.kept, version.unmeasured, version.answers, version.at_risk) == (4, 0, 2, 1)
+    assert store.get("notes").read(store.get("notes").row()) == store.get("notes")
+
+
 def test_append_is_a_version(store: Store) -> None:
     class Model:
         def bind(self, memory: Memory, what: str) -> Memory:
@@ -514,7 +533,7 @@ def test_an_owner_keeps_as_many_bytes_as_the_quota_says(place: str) -> None:
 
 
 def test_a_store_of_version_1_is_brought_up_to_date(store: Store) -> None:
-    """Its tables did not say how much a memory takes."""
+    """Its tables did not say how much a memory takes, what was not measured, and which answers are at risk."""
     size, url = len(made(1).to_bytes()), store._url.render_as_string(False)
     store.put(made(1), name="one", tags="t")
     store.update("one", made(2))
@@ -524,15 +543,21 @@ def test_a_store_of_version_1_is_brought_up_to_date(store: Store) -> None:
         for statement in (
             "DROP INDEX gradmem_memories_quota",
             "ALTER TABLE gradmem_memories DROP COLUMN bytes",
+            *(f"ALTER TABLE gradmem_versions DROP COLUMN {name}" for name in ("unmeasured", "answers", "at_risk")),
             "UPDATE gradmem_schema SET version = 1",
         ):
             connection.execute(text(statement))
     with Store(url, create=False, max_bytes=3 * size + 10) as old:
         assert state(old) == before
+        version = old.get("one").current
+        assert (version.kept, version.unmeasured, version.answers, version.at_risk) == (6, 0, None, None)
         with pytest.raises(QuotaExceeded, match=f"and {3 * size:,} are"):
             old.put(made(4))
+    memory = made(4)
+    memory.records = [replace(memory.records[0], answers=[0.1, 2.0])]
     with Store(url) as again:
-        assert again.put(made(4))
+        version = again.put(memory).current
+        assert (version.unmeasured, version.answers, version.at_risk) == (0, 2, 1)
 
 
 def test_threads_do_not_exceed_a_quota(store: Store) -> None:
@@ -696,7 +721,7 @@ def test_bad_urls(url: str, message: str) -> None:
 @pytest.mark.parametrize("how", ["text", "foreign", "newer", "folder", "no version"])
 def test_files_that_are_no_store(tmp_path: Path, how: str) -> None:
     file = tmp_path / "store.db"
-    messages = {"foreign": "another program", "newer": "version 3.*update gradmem", "no version": "damaged"}
+    messages = {"foreign": "another program", "newer": "version 99.*update gradmem", "no version": "damaged"}
     if how == "text":
         file.write_text("hello, this is no database" * 100)
     elif how == "folder":
@@ -707,7 +732,7 @@ def test_files_that_are_no_store(tmp_path: Path, how: str) -> None:
         with sqlite3.connect(file) as connection:
             change = {
                 "foreign": "CREATE TABLE theirs (x)",
-                "newer": "UPDATE gradmem_schema SET version = 3",
+                "newer": "UPDATE gradmem_schema SET version = 99",
                 "no version": "DELETE FROM gradmem_schema",
             }
             connection.execute(change[how])

@@ -89,6 +89,26 @@ def test_rm_deletes_all_that_is_named_or_nothing(capsys: pytest.CaptureFixture[s
         assert [entry.name for entry in store.list()] == ["m2"]
 
 
+def test_appending_is_refused_or_measured(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint that was never trained to append, and a receipt that does not say what nobody measured."""
+    run(capsys, "write", "checkpoint", "pairs.txt", "--store", "--name", "notes")
+    (place / "more.txt").write_text("b1:c2")
+    assert main(["store", "append", "notes", "more.txt"]) == 2
+    assert "was never trained to append" in capsys.readouterr().err
+    assert Store().get("notes").current.number == 1
+    told = run(capsys, "store", "append", "notes", "more.txt", "--may-forget")
+    assert "none" not in told
+    assert told.count("not measured") >= 3
+    assert "measured" in run(capsys, "store", "show", "notes")
+    found = json.loads(run(capsys, "store", "diff", "notes", "1", "2", "--json"))
+    assert found["unmeasured"] == found["before"]["tokens"] > 0
+    assert (found["lost"], found["regained"]) == ([], [])
+    told = run(capsys, "store", "append", "notes", "more.txt", "--may-forget", "--before", "pairs.txt")
+    assert json.loads(run(capsys, "store", "show", "notes", "--json"))["versions"][2]["unmeasured"] > 0  # "b1:c2", once
+    run(capsys, "store", "export", "notes", "-o", "m.safetensors")
+    assert "not measured since more was written" in run(capsys, "inspect", "m.safetensors")
+
+
 def test_listing_in_pages(capsys: pytest.CaptureFixture[str]) -> None:
     with Store() as store:
         for seed in range(5):

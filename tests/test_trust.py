@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save as save_tensors
 
 import gradmem
+from conftest import tiny_model
 from gradmem import Answer, GradmemError, MemoryModel
 from gradmem.batch import Tokens
 from gradmem.cli import main
-from gradmem.evaluation.calibrate import WRITTEN, Calibration, _auroc, calibrate
+from gradmem.evaluation.calibrate import RIGHT, WRONG, Calibration, _auroc, calibrate
 from gradmem.specs import build_task
-from gradmem.trust import Abstain, balanced, claim_losses
+from gradmem.trust import FILE, Abstain, balanced, claim_losses
 from test_methods import ALL, TEXT, build
 
 
@@ -53,15 +55,16 @@ def test_near_loss_is_the_receipt_of_the_pair_alone(tiny: MemoryModel) -> None:
     assert answer.near_loss == pytest.approx(float(losses.mean()), abs=1e-4)
 
 
-def test_near_loss_is_that_of_the_chunk_that_says_it(tiny: MemoryModel) -> None:
-    tiny.choose({"chunk": 15, "chunks": "independent"})
-    memory = tiny.write(["a0:bc\nd1:ef\ng2:hi", "a0:bc"])
+def test_near_loss_is_that_of_the_chunk_that_says_it() -> None:
+    model = tiny_model(0)  # of its own: other tests share `tiny`
+    model.choose({"chunk": 15, "chunks": "independent"})
+    memory = model.write(["a0:bc\nd1:ef\ng2:hi", "a0:bc"])
     texts = ["!a0:bc!", "!g2:hi!"]
-    claims = [tiny.task.encode(text) for text in texts]
-    rows = tiny.method.apart(memory)
+    claims = [model.task.encode(text) for text in texts]
+    rows = model.method.apart(memory)
     assert len(rows) == 3
-    every = [claim_losses(tiny.method, rows, [claim] * 3) for claim in claims]
-    found = [claim_losses(tiny.method, memory, [claim] * 2) for claim in claims]
+    every = [claim_losses(model.method, rows, [claim] * 3) for claim in claims]
+    found = [claim_losses(model.method, memory, [claim] * 2) for claim in claims]
     assert found == [pytest.approx([min(first, second), alone]) for first, second, alone in every]
 
 
@@ -80,27 +83,29 @@ def random_answers(count: int, seed: int = 0) -> list[Answer]:
     ]
 
 
-def test_a_fit_finds_the_regression_that_made_the_data() -> None:
-    """Classes drawn by a logistic rule of the margin, some of them thrown away: either class weighs one half."""
-    answers = random_answers(20_000)
-    draw = np.random.default_rng(1)
+def test_a_fit_finds_the_rule_that_made_the_data() -> None:
+    """Classes drawn by a logistic rule of the margin and of one state; either class weighs one half."""
+    answers, draw = random_answers(8_000), np.random.default_rng(1)
+    states = torch.randn(len(answers), 6, generator=torch.Generator().manual_seed(2))
     margins = np.array([answer.margin for answer in answers])
-    written = draw.random(len(answers)) < 1 / (1 + np.exp(-(2 * margins - 2)))
-    kept = ~written | (draw.random(len(answers)) < 0.5)
-    fitted = Abstain.fit([a for a, k in zip(answers, kept, strict=True) if k], written[kept], "abc", (1, 9), {})
-    assert fitted.weights["margin"] == pytest.approx(2, abs=0.15)
-    assert max(abs(w) for name, w in fitted.weights.items() if name != "margin") < 0.25
-    odds = written.sum() / (~written).sum()
-    judged = fitted.judge(Answer("", -1, -1, 1.0, 0.5))
-    assert judged.written == pytest.approx(1 / (1 + odds), abs=0.02)  # where the rule says one half of all
-    assert judged.abstained == (judged.written < 0.5)
+    rule = 1 / (1 + np.exp(-(2 * margins - 2 + 1.5 * states[:, 3].numpy())))
+    written = draw.random(len(answers)) < rule
+    fitted = Abstain.fit(answers[1000:], states[1000:], written[1000:], "abc", (1, 9), {})
+    judged = fitted.judge(answers[:1000], states[:1000])
+    odds = (~written).sum() / written.sum()
+    wanted = rule[:1000] * odds / (rule[:1000] * odds + 1 - rule[:1000])
+    found = np.array([one.written for one in judged])
+    assert np.abs(found - wanted).mean() < 0.06
+    assert np.corrcoef(found, wanted)[0, 1] > 0.97
+    assert [one.abstained for one in judged] == [p < 0.5 for p in found]
 
 
 def test_a_fit_of_what_can_be_told_apart_entirely_is_finite() -> None:
-    answers = [Answer("", -1e-9, -1e-9, 9.0, 1.0)] * 5 + [Answer("", -3.0, -5.0, 0.1, 2.0)] * 5
-    fitted = Abstain.fit(answers, np.arange(10) < 5, "abc", (1, 9), {})
-    assert all(map(math.isfinite, [fitted.bias, *fitted.weights.values()]))
-    assert [fitted.judge(answer).abstained for answer in answers] == [False] * 5 + [True] * 5
+    answers = [Answer("", -1e-9, -1e-9, 9.0, 1.0)] * 50 + [Answer("", -3.0, -5.0, 0.1, 2.0)] * 50
+    states = torch.zeros(100, 4)
+    fitted = Abstain.fit(answers, states, np.arange(100) < 50, "abc", (1, 9), {})
+    assert all(bool(tensor.isfinite().all()) for tensor in fitted.weights.values())
+    assert [one.abstained for one in fitted.judge(answers, states)] == [False] * 50 + [True] * 50
 
 
 def test_auroc_counts_pairs() -> None:
@@ -113,17 +118,19 @@ def test_auroc_counts_pairs() -> None:
 def test_accuracy_and_calibration_error_by_hand() -> None:
     """Of two written answers one is sure and one is not; of four others one is taken for written."""
     answers = {
-        WRITTEN: [Answer("", -1, -1, 1, 1, p, p < 0.5) for p in (0.95, 0.35)],
-        "other": [Answer("", -1, -1, 1, 1, p, p < 0.5) for p in (0.95, 0.05, 0.05, 0.35)],
+        RIGHT: [Answer("", -1, -1, 1, 1, p, p < 0.5) for p in (0.95, 0.35)],
+        WRONG: [Answer("", -1, -1, 1, 1, p, p < 0.5) for p in (0.95, 0.05)],
+        "other": [Answer("", -1, -1, 1, 1, p, p < 0.5) for p in (0.05, 0.35)],
     }
-    found = Calibration("c", "t", Abstain({}, 0.0, "abc", (1, 9)), 2, 1, answers, np.array([True, False]))
+    found = Calibration("c", "t", Abstain({}, "abc", (1, 9)), 2, 1, answers)
     assert found.accuracy == pytest.approx((1 / 2 + 3 / 4) / 2)
     # Weights: 1/4 for each written, 1/8 for each other. Bins at 0.05, 0.35 and 0.95.
     assert [b["probability"] for b in found.bins] == pytest.approx([0.05, 0.35, 0.95])
     assert [b["weight"] for b in found.bins] == pytest.approx([0.25, 0.375, 0.375])
     assert [b["written"] for b in found.bins] == pytest.approx([0, 2 / 3, 2 / 3])
     assert found.ece == pytest.approx(0.25 * 0.05 + 0.375 * (2 / 3 - 0.35) + 0.375 * (0.95 - 2 / 3))
-    assert (found.abstained(WRITTEN), found.abstained("other"), found.right_answered) == (0.5, 0.75, 1.0)
+    assert (found.abstained(RIGHT), found.abstained(WRONG), found.abstained("other")) == (0.5, 0.5, 1.0)
+    assert (found.exact_match, found.right_answered) == (0.5, 0.5)
     assert balanced(np.array([True, False, False])).tolist() == [0.5, 0.25, 0.25]
 
 
@@ -153,36 +160,42 @@ def test_keys_that_were_never_written(options: dict[str, int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def calibrated(tiny: MemoryModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that was calibrated, and a memory of it."""
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that was calibrated for few pairs, and a memory of it."""
     folder = tmp_path_factory.mktemp("calibrated")
-    tiny.save_pretrained(folder / "checkpoint")
+    model = gradmem.load("kv-16")
+    model.abstain = None
+    model.save_pretrained(folder / "checkpoint")
     gradmem.load(folder / "checkpoint").write(TEXT).save(folder / "m.safetensors")
-    arguments = ["--samples", "4", "--json", f"{folder}/c.json", "--figure", f"{folder}/c.png"]
+    arguments = ["--samples", "24", "--pairs", "4", "--json", f"{folder}/c.json", "--figure", f"{folder}/c.png"]
     assert main(["calibrate", f"{folder}/checkpoint", *arguments]) == 0
     return folder
 
 
 def test_calibrate(calibrated: Path) -> None:
     (row,) = json.loads((calibrated / "c.json").read_text())
-    assert set(row["auroc"]) == {"of another context", "one character off"}
+    assert set(row["auroc"]) - {WRONG} == {"of another context", "one character off"}
     assert sum(part["weight"] for part in row["bins"]) == pytest.approx(1)
+    assert row["exact_match"] > 0.8
     assert (calibrated / "c.png").read_bytes().startswith(b"\x89PNG")
     model = gradmem.load(calibrated / "checkpoint")
     assert model.abstain is not None
-    assert model.abstain.weights == row["abstain"]["weights"]
-    # An untrained model cannot tell: it says about one half, and nothing else would be calibrated.
-    found = calibrate(model, 40, seed=2, options={"pairs": 2})
-    assert found.label == "2 pairs"
-    assert found.ece < 0.15
+    assert model.abstain.context_tokens == (8, 29)  # 1, 2 and 4 pairs
+    assert model.abstain.fitted["task"]["pairs"] == 4
+
+
+def test_a_model_that_answers_nothing_right_cannot_be_calibrated(tiny: MemoryModel) -> None:
+    with pytest.raises(GradmemError, match="answers 0 are right: there is nothing to tell apart"):
+        calibrate(tiny, 4)
 
 
 def test_ask_abstains(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memory = gradmem.open(calibrated / "m.safetensors")
     answers = memory.answer(["a7", "k2"])
-    for threshold, abstained in ((0.0, False), (1.0, True)):
-        place = calibrated / "checkpoint" / "abstain.json"
-        place.write_text(json.dumps(json.loads(place.read_text()) | {"threshold": threshold}))
+    for threshold, abstained in ((0.0, False), (1.1, True)):
+        model = gradmem.load(calibrated / "checkpoint")
+        assert model.abstain is not None
+        dataclasses.replace(model.abstain, threshold=threshold).save(calibrated / "checkpoint")
         assert main(["ask", f"{calibrated}/m.safetensors", "a7", "k2", "--abstain"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines == (["not in this memory"] * 2 if abstained else [answer.text for answer in answers])
@@ -192,31 +205,51 @@ def test_ask_abstains(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert row["written"] == pytest.approx(answers[0].written, abs=1e-4)
 
 
+def test_the_example_of_the_readme_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three pairs in a checkpoint for 32: what was written is answered, and other keys are not."""
+    memory = gradmem.load("kv-32").write("a7:Qz\nk2:9f\nzz:aa")
+    memory.save(tmp_path / "m.safetensors")
+    assert [(one.text, one.abstained) for one in memory.answer(["a7", "k2"])] == [("Qz", False), ("9f", False)]
+    assert main(["ask", f"{tmp_path}/m.safetensors", "a7", "k2", "--abstain"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["Qz", "9f"]
+    strange = memory.answer(["b3", "Xy", "k7", "00", "q9", "M4", "tt", "8e"])
+    assert sum(one.abstained for one in strange) >= 6
+
+
 def test_abstain_belongs_to_its_weights(calibrated: Path, other: MemoryModel, tmp_path: Path) -> None:
     model = gradmem.load(calibrated / "checkpoint")
     model.save_pretrained(tmp_path / "again")
-    assert gradmem.load(tmp_path / "again").abstain == model.abstain
-    other.save_pretrained(tmp_path / "again")
-    assert not (tmp_path / "again" / "abstain.json").exists()
+    again = gradmem.load(tmp_path / "again").abstain
     assert model.abstain is not None
+    assert again is not None
+    assert {**vars(again), "weights": 0} == {**vars(model.abstain), "weights": 0}
+    assert all(torch.equal(again.weights[name], tensor) for name, tensor in model.abstain.weights.items())
+    other.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / FILE).exists()
     model.abstain.save(tmp_path / "again")
     with pytest.raises(GradmemError, match="for another model"):
         gradmem.load(tmp_path / "again")
-    for damage in ("{", "[]", '{"format": 2}', '{"format": 1, "weights": {}, "bias": 0, "checkpoint": "abc"}'):
-        (tmp_path / "again" / "abstain.json").write_text(damage)
-        with pytest.raises(GradmemError, match=r"abstain.json is damaged"):
+    whole = (tmp_path / "again" / FILE).read_bytes()
+    less = {name: tensor for name, tensor in model.abstain.weights.items() if name != "second"}
+    other_format = save_tensors(model.abstain.weights, {"format": "1"})
+    for damage in (b"{", whole[:-9], b"", save_tensors(less, {"format": "2", "about": "{}"}), other_format):
+        (tmp_path / "again" / FILE).write_bytes(damage)
+        with pytest.raises(GradmemError, match=rf"{FILE} is damaged"):
             gradmem.load(tmp_path / "again")
 
 
-def test_contexts_of_other_lengths_are_not_judged(calibrated: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is fitted on 3 pairs, 22 tokens; one row of this memory is of 8, and another of 29."""
+def test_contexts_that_it_was_not_fitted_for_are_not_judged(
+    calibrated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is fitted on 8 to 29 tokens; one row of this memory is of 36. What was appended is no context of its own."""
     model = gradmem.load(calibrated / "checkpoint")
-    memory = model.write(["a7:Qz", TEXT, TEXT + "\n11:22"])
+    memory = model.write(["a7:Qz", TEXT, TEXT + "\n11:22\n33:44"])
     answers = memory.answer([["a7"], ["a7"], ["a7"]])
-    assert [answer.written is None for (answer,) in answers] == [True, False, True]
-    memory[0].save(calibrated / "short.safetensors")
-    assert main(["ask", f"{calibrated}/short.safetensors", "a7", "--abstain"]) == 2
-    assert "contexts of 11 to 22 tokens" in capsys.readouterr().err
+    assert [answer.written is None for (answer,) in answers] == [False, False, True]
+    memory[2].save(calibrated / "long.safetensors")
+    assert main(["ask", f"{calibrated}/long.safetensors", "a7", "--abstain"]) == 2
+    assert "contexts of 8 to 29 tokens" in capsys.readouterr().err
+    assert model.append(memory[0], "k2:9f", may_forget=True).answer("a7").written is None
 
 
 def test_refused(calibrated: Path, tiny: MemoryModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import save_model
+from torch import Tensor
 
 from .batch import Tokens
 from .data.checked import WEIGHTS, Stored, check_counts, read_json, within
@@ -30,7 +31,7 @@ from .prefix import Prefix, copies
 from .specs import Spec, build_backbone, build_method, build_task
 from .tasks.base import OTHER_TEXTS, Task
 from .trust import FILE as ABSTAIN
-from .trust import Abstain, Answer, assess, claim_losses, token_logprobs
+from .trust import Abstain, Answer, assess, claim_losses, read_answers
 from .writing import Progress, as_texts, measure_again, write_texts
 
 FORMAT = 1
@@ -254,7 +255,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         GradmemError
             When it is empty, longer than `limit` tokens, or has characters or words that the tokenizer lacks.
         """
-        ids = self.task.encode(text)
+        return self._checked(self.task.encode(text), text, what, limit)
+
+    def _checked(self, ids: list[int], text: str, what: str, limit: int) -> list[int]:
         if not ids:
             raise GradmemError(f"the {what} is empty")
         if len(ids) > limit:
@@ -357,14 +360,16 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         steps: int | None = None,
         *,
         before: str | Sequence[str] | None = None,
+        may_forget: bool = False,
         until: float | None = None,
         max_steps: int | None = None,
         progress: Progress = _silent,
     ) -> Memory:
         """Write more text into a memory, as the next chunk of what was written.
 
-        With `chunks: independent` the text gets vectors of its own, and nothing that was written changes; otherwise
-        WRITE goes on from the memory as it is, which may forget.
+        With `chunks: independent` the text gets vectors of its own, which READ sees beside those that are there;
+        otherwise WRITE goes on from the memory as it is. Both have to be learned: a checkpoint that was not trained on
+        chunks in this way (`appends`) loses nearly all that was written before.
 
         Parameters
         ----------
@@ -376,7 +381,9 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             As for `write`.
         before : str or sequence of str, optional
             For each row the text that was written before (of several all, one after the other, or one of them), to
-            measure what the memory still keeps of it. Otherwise that receipt stays as it was when it was written.
+            measure what the memory still keeps of it. Otherwise its receipt says that this was not measured.
+        may_forget : bool
+            Append also where the checkpoint was never trained to.
 
         Returns
         -------
@@ -386,12 +393,17 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         Raises
         ------
         GradmemError
-            As `write`; when another model wrote the memory, the method allows no more, or `before` is not what was
-            written.
+            As `write`; when another model wrote the memory, the method allows no more, the checkpoint was never trained
+            to append, or `before` is not what was written.
         """
         memory = self.bind(memory)
         if not self.method.joins:
             raise GradmemError(f"'{self.name}' writes a memory once: write all text together")
+        if not self.appends and not may_forget:
+            raise GradmemError(
+                f"'{self.name}' was never trained to append, and would forget most of what was written: write all text "
+                "together, or say that it may (`may_forget`) and measure what is left (`before`)"
+            )
         texts = as_texts(text, memory)
         told = None if before is None else as_texts(before, memory, "`before` has")
         for row, given in enumerate(told or ()):
@@ -402,6 +414,12 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         if told is not None:
             appended.records = [measure_again(self, appended[row], text) for row, text in enumerate(told)]
         return appended
+
+    @property
+    def appends(self) -> bool:
+        """Whether it was trained to write what comes next into a memory: contexts in chunks, in the way it does now."""
+        trained, mode = self.spec["method"], self.method.chunks
+        return mode != "joint" and trained.get("chunk") is not None and trained.get("chunks", "sequential") == mode
 
     def most_steps(self, steps: int | None, until: float | None, max_steps: int | None) -> int:
         """Write steps that `write` takes with these arguments; with `until`, at most.
@@ -556,16 +574,29 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
 
     def answer_ids(self, memory: Memory, rows: list[int], queries: list[list[int]], **options: Any) -> list[Answer]:
         """Answer queries that are token ids (`query_ids`), each of its row of the memory; see `answer`."""
+        answers, states = self.evidence(memory, rows, queries, **options)
+        if (abstain := self.abstain) is None:
+            return answers
+        # Memories of bare tokens have no records: whoever makes them knows what they are.
+        known = [not memory.records or abstain.holds(memory.records[row]) for row in rows]
+        judged = abstain.judge(answers, states)
+        return [sure if good else answer for sure, answer, good in zip(judged, answers, known, strict=True)]
+
+    def evidence(
+        self, memory: Memory, rows: list[int], queries: list[list[int]], **options: Any
+    ) -> tuple[list[Answer], Tensor]:
+        """Answers that are not judged yet, and the states by which `Abstain` judges them, shape (answers, 2 d)."""
         if copies(options) > 1:
             raise GradmemError("an `answer` is one for each query: leave out beams and several sequences, or `ask`")
         prefix, generated = self._generate(memory, rows, queries, options)
         end, task = self.task.end_id, self.task
         ids = [row[: row.index(end) + 1] if end in row else row for row in generated]
         texts = [task.decode(row) for row in ids]
-        claims = [task.encode(task.claim(task.text(query), text)) for query, text in zip(queries, texts, strict=True)]
+        said = [task.claim(task.text(query), text) for query, text in zip(queries, texts, strict=True)]
+        claims = [task.encode(one) or [end] for one in said]  # an empty text is no more than its end
         with torch.no_grad():
             index = torch.tensor(rows, device=self.device)
-            logprobs = token_logprobs(self.method, prefix.select(index), queries, ids)
+            logprobs, states = zip(*read_answers(self.method, prefix.select(index), queries, ids), strict=True)
             losses = claim_losses(self.method, memory.select(rows), claims)
         answers = [
             replace(
@@ -576,11 +607,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             )
             for answer, query, row in zip(map(assess, texts, ids, logprobs, losses), queries, ids, strict=True)
         ]
-        if (abstain := self.abstain) is None:
-            return answers
-        # Memories of bare tokens have no records: whoever makes them knows what they are.
-        known = [not memory.records or abstain.holds(memory.records[row]) for row in rows]
-        return [abstain.judge(answer) if good else answer for answer, good in zip(answers, known, strict=True)]
+        return answers, torch.stack(states)
 
     def context_ids(self, text: str) -> list[int]:
         """Tokenize a text that is to be written.
@@ -612,7 +639,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         room = min(self.method.max_query, self.method.backbone.max_positions - taken)
         limit = room - int((options or {}).get("max_new_tokens", self.task.answer_length))
         self._check_length(text, "query", limit)
-        return self.encode(self.task.query_text(text), "query", limit)
+        return self._checked(self.task.encode_query(text), self.task.query_text(text), "query", limit)
 
     def _query_ids(self, memory: Memory, queries: list[str], options: dict[str, Any]) -> list[list[int]]:
         """Queries of a memory, which may leave less room than usual: more was appended, or its chunks were others."""

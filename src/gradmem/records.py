@@ -24,6 +24,10 @@ def _integer(value: object) -> bool:
     return type(value) is int and abs(value) <= LARGEST
 
 
+def _floats(value: object) -> bool:
+    return isinstance(value, list) and all(type(one) is float or _integer(one) for one in value)
+
+
 def _simple(options: dict[str, Any]) -> bool:
     """Whether options are few, not nested deeply, and without integers that are too large."""
     level: list[Any] = [options]
@@ -49,8 +53,10 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str) and value.isprintable() and len(value) <= LONGEST,
     "Digest": lambda value: isinstance(value, str) and value.isprintable() and len(value) <= 64,
     "int": _integer,
+    "bool": lambda value: isinstance(value, bool),
     "list[int]": lambda value: isinstance(value, list) and all(map(_integer, value)),
-    "list[float]": lambda value: isinstance(value, list) and all(type(one) is float or _integer(one) for one in value),
+    "list[float]": _floats,
+    "list[float] | None": lambda value: value is None or _floats(value),
     "dict[str, Any]": lambda value: isinstance(value, dict) and _simple(value),
     "list[Record]": lambda value: not any(record.earlier for record in value),
 }
@@ -86,8 +92,13 @@ class Record:
     chunks : list of int
         Tokens of each chunk that the text was written in; empty where it was written whole.
     earlier : list of Record
-        What was written into this memory before, first things first, each as it was known when it was written, or
-        measured anew since: its last loss and `token_losses` are then those under this memory.
+        What was written into this memory before, first things first.
+    answers : list of float or None
+        For each answer that the text gives, as far as the task can tell (`Task.examples`), the highest loss of a token
+        that counts when READ is asked for it, nats. None where that was not measured.
+    measured : bool
+        Whether the losses are those under this memory. False for earlier text that nobody measured anew after more
+        was written into the same vectors: they are then those from before.
     """
 
     method: str
@@ -104,6 +115,8 @@ class Record:
     options: dict[str, Any] = field(default_factory=dict)
     chunks: list[int] = field(default_factory=list)
     earlier: list[Record] = field(default_factory=list)
+    answers: list[float] | None = None
+    measured: bool = True
 
     def __post_init__(self) -> None:
         for field_ in dataclasses.fields(self):
@@ -140,15 +153,28 @@ class Record:
         return self.losses[-1]
 
     def row(self) -> dict[str, Any]:
-        """The record as plain data, with what follows from it."""
+        """The record as plain data, with what follows from it; `lost` is None where nothing was measured."""
         earlier = [record.row() for record in self.earlier]
-        losses = {"loss_before": self.loss_before, "loss_after": self.loss_after, "lost": self.lost}
-        return {**vars(self), "earlier": earlier, **losses}
+        losses = {"loss_before": self.loss_before, "loss_after": self.loss_after}
+        lost = {"lost": self.lost if self.measured else None, "at_risk": self.at_risk}
+        return {**vars(self), "earlier": earlier, **losses, **lost}
 
     @property
     def lost(self) -> list[int]:
-        """Positions of the tokens that the memory lost."""
-        return [i for i, loss in enumerate(self.token_losses) if loss > self.LOST]
+        """Positions of the tokens that the memory lost; where nothing was measured since, that it had lost before."""
+        return self._beyond(self.token_losses)
+
+    @property
+    def at_risk(self) -> list[int] | None:
+        """Numbers of the answers that may come out wrong: one of their tokens has less than an even chance.
+
+        Where none is at risk, every answer is right: each of its tokens is likelier than all others together. A memory
+        may well lose tokens that no answer needs. None where that was not measured.
+        """
+        return None if self.answers is None else self._beyond(self.answers)
+
+    def _beyond(self, losses: Sequence[float]) -> list[int]:
+        return [i for i, loss in enumerate(losses) if loss > self.LOST]
 
 
 def text_digest(text: str) -> str:

@@ -31,7 +31,8 @@ def provenance(record: Record, memory: Memory, path: Path) -> Table:
         "context": f"{record.context_tokens} tokens" + (f" in {len(record.chunks)} chunks" if record.chunks else ""),
         "tensors": f"{shapes}; {path.stat().st_size} bytes in the file",
         "steps": f"{record.steps}, inner learning rate {lr}",
-        "write loss": f"{record.loss_before:.4f} before, {record.loss_after:.4f} after",
+        "write loss": f"{record.loss_before:.4f} before, {record.loss_after:.4f} after"
+        + ("" if record.measured else ", not measured since more was written"),
     }
     for name, value in rows.items():
         built.add_row(name, value)
@@ -42,6 +43,11 @@ def receipt(record: Record, tokens: Sequence[str] | None = None) -> Table:
     """A write receipt as a table: loss by step, and what was lost (with its tokens where they are at hand)."""
     built = Table(title="write receipt", show_header=False)
     built.add_row("write loss by step", _by_step(record.losses))
+    if record.answers != []:
+        built.add_row("answers at risk", _at_risk([record]))
+    if not record.measured:
+        built.add_row("tokens kept", f"{NOT_MEASURED} since more was written")
+        return built
     kept = record.context_tokens - len(record.lost)
     built.add_row("tokens kept", f"{kept} of {record.context_tokens} (loss below ln 2 = 0.693)")
     if tokens is None:
@@ -55,6 +61,18 @@ def receipt(record: Record, tokens: Sequence[str] | None = None) -> Table:
     if lost_at:
         built.add_row("lost", _listed([f"{tokens[i]!r}@{i}" for i in record.lost], " "))
     return built
+
+
+NOT_MEASURED = "not measured"
+
+
+def _at_risk(records: Sequence[Record]) -> str:
+    """How many of the answers that texts give may come out wrong."""
+    answers = [record.answers for record in records]
+    if any(one is None for one in answers):
+        return NOT_MEASURED
+    total = sum(len(one or ()) for one in answers)
+    return f"{sum(len(record.at_risk or ()) for record in records)} of {total}" if total else "none known"
 
 
 LISTED = 50
@@ -91,6 +109,7 @@ def receipts(records: Sequence[Record]) -> Table:
         "write loss before": ([f"{record.loss_before:.4f}" for record in records], ""),
         "after": ([f"{record.loss_after:.4f}" for record in records], ""),
         "tokens kept": (kept, str(sum(kept))),
+        "answers at risk": ([_at_risk([record]) for record in records], _at_risk(records)),
     }
     for heading, (_, footer) in columns.items():
         built.add_column(heading, footer, justify="right")

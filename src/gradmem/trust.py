@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from .batch import Tokens
-from .data.checked import read_json
-from .errors import GradmemError
+from .errors import refused
 from .files import write_bytes
 from .memory import LENGTHS
 
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
     from .prefix import Prefix
     from .records import Record
 
-FILE = "abstain.json"
-FORMAT = 1
+FILE = "abstain.safetensors"
+FORMAT = 2
+HIDDEN = 64
+"""Width of the network that says how likely an answer was written."""
+EPOCHS, FIT_BATCH = 20, 256
 CERTAIN = 1e-6
 """Nats below which a token counts as certain: float32 cannot tell such probabilities from one another."""
 
@@ -49,8 +53,8 @@ class Answer:
         text by which a context says it (`Task.claim`), read as WRITE reads a context. It compares with the receipt's
         `loss_after`. The context itself is gone, so this needs nothing of it.
     written : float or None
-        Probability that the answer was written, where queries of both kinds are equally frequent; None where the
-        checkpoint was not calibrated (`gradmem calibrate`), or for contexts of other lengths.
+        Probability that this answer was written for this query, where half of all answers were; None where the
+        checkpoint was not calibrated (`gradmem calibrate`), for contexts of other lengths, and where text was appended.
     abstained : bool or None
         Whether that is too little to answer: the text is then better replaced by "not in this memory".
     finish_reason : {"stop", "length"}
@@ -71,8 +75,13 @@ class Answer:
     answer_tokens: int = 0
 
 
-def token_logprobs(method: Method, prefix: Prefix, queries: list[list[int]], answers: list[list[int]]) -> list[Tensor]:
-    """Log-probabilities of every token at the places of the answers' tokens, read in one pass.
+NOTHING = Answer("", -1.0, -1.0, 0.0, 0.0)
+
+
+def read_answers(
+    method: Method, prefix: Prefix, queries: list[list[int]], answers: list[list[int]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Read answers after their queries, all in one pass.
 
     Parameters
     ----------
@@ -83,14 +92,16 @@ def token_logprobs(method: Method, prefix: Prefix, queries: list[list[int]], ans
 
     Returns
     -------
-    list of Tensor, shapes (answer tokens, vocabulary)
+    list of tuple of Tensor
+        For each answer the log-probabilities of every token at the places of its tokens, shape (answer tokens,
+        vocabulary), and the hidden states from which its first and its last token are predicted, shape (2 d,).
     """
     device = prefix.last.device
     tokens = Tokens.from_lists([query + answer for query, answer in zip(queries, answers, strict=True)]).to(device)
     lengths = torch.tensor([len(query) for query in queries], device=device)
     asked = tokens.mask & (torch.arange(tokens.ids.shape[1], device=device) >= lengths[:, None])
-    hidden = method.read_hidden(prefix, tokens)[:, :-1][asked]
-    return list(method.backbone.head(hidden).float().log_softmax(-1).split([len(answer) for answer in answers]))
+    hidden = method.read_hidden(prefix, tokens)[:, :-1][asked].split([len(answer) for answer in answers])
+    return [(method.backbone.head(own).float().log_softmax(-1), own[[0, -1]].float().flatten()) for own in hidden]
 
 
 def claim_losses(method: Method, memory: Memory, claims: list[list[int]]) -> list[float]:
@@ -107,14 +118,14 @@ def claim_losses(method: Method, memory: Memory, claims: list[list[int]]) -> lis
 
 
 def assess(text: str, ids: list[int], logprobs: Tensor, near_loss: float) -> Answer:
-    """An answer with its evidence, from `token_logprobs` and `claim_losses`."""
+    """An answer with its evidence, from `read_answers` and `claim_losses`."""
     taken = logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None])[:, 0]
     first, second = logprobs[0].topk(2).values.tolist()
     return Answer(text, float(taken.mean()), float(taken.min()), first - second, near_loss)
 
 
 def features(answer: Answer) -> dict[str, float]:
-    """What abstaining goes by: near certainty, log-odds tell apart what log-probabilities hardly do."""
+    """Numbers that abstaining goes by: near certainty, log-odds tell apart what log-probabilities hardly do."""
     return {
         "logprob": _log_odds(answer.logprob),
         "lowest": _log_odds(answer.lowest),
@@ -128,27 +139,29 @@ def _log_odds(logprob: float) -> float:
     return logprob - math.log(-math.expm1(logprob))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Abstain:
-    """When to abstain: the probability that an answer was written, by logistic regression on its `features`.
+    """When to abstain: the probability that an answer was written, by a small network.
+
+    The network reads the `features` of an answer and the hidden states from which READ predicts its first and its last
+    token. A model that was never taught to say "I do not know" gives every query some answer, often a likely one; its
+    hidden states still differ where nothing in the memory answers.
 
     Attributes
     ----------
-    weights : dict of float
-        By feature.
-    bias, threshold : float
-        Below the threshold of probability an answer is abstained from.
+    weights : dict of Tensor
+        Mean and scale of the inputs, and the two layers of the network.
     checkpoint : str
         SHA-256 of the weights and settings that it was fitted for.
     context_tokens : tuple of int
-        Lengths of the contexts that it holds for, the shortest and the longest. A memory of far fewer tokens is surer
-        of all it says, also of what was never written: there it would be wrong, and says nothing.
+        Lengths of the contexts that it holds for, the shortest and the longest.
+    threshold : float
+        Below this probability an answer is abstained from.
     fitted : dict
         On what: plain data.
     """
 
-    weights: dict[str, float]
-    bias: float
+    weights: dict[str, Tensor]
     checkpoint: str
     context_tokens: tuple[int, int]
     threshold: float = 0.5
@@ -158,59 +171,67 @@ class Abstain:
     def fit(
         cls,
         answers: Sequence[Answer],
+        states: Tensor,
         written: np.ndarray,
         checkpoint: str,
         context_tokens: tuple[int, int],
         fitted: dict[str, Any],
     ) -> Abstain:
-        """Fit on answers to queries that the memory does and does not hold; either kind weighs one half.
+        """Fit on answers that were and were not written; either kind weighs one half.
 
         Parameters
         ----------
         answers : sequence of Answer
+        states : Tensor, shape (answers, 2 d)
+            As `read_answers` gives them.
         written : array, bool, shape (answers,)
-            Whether the answer to the query was written.
+            Whether the answer was written.
         """
-        names = list(features(answers[0]))
-        x = torch.tensor([list(features(answer).values()) for answer in answers], dtype=torch.double)
-        mean, scale = x.mean(0), x.std(0).clamp_min(CERTAIN)
-        x, y = (x - mean) / scale, torch.tensor(written, dtype=torch.double)
-        weight = torch.tensor(balanced(written))
-        theta = torch.zeros(len(names) + 1, dtype=torch.double, requires_grad=True)
-        optimizer = torch.optim.LBFGS([theta], max_iter=200, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            # Where the kinds can be told apart entirely, only the second term keeps the weights finite.
-            fit = F.binary_cross_entropy_with_logits(x @ theta[1:] + theta[0], y, weight, reduction="sum")
-            (total := fit + 1e-3 * theta[1:].square().sum()).backward()
-            return total
-
-        optimizer.step(loss)
-        w = theta.detach()[1:] / scale
-        bias = float(theta.detach()[0] - w @ mean)
-        return cls(dict(zip(names, w.tolist(), strict=True)), bias, checkpoint, context_tokens, fitted=fitted)
+        x, y = _inputs(answers, states), torch.tensor(written, dtype=torch.float)
+        weight = torch.tensor(balanced(written), dtype=torch.float) * len(written)
+        mean, scale = x.mean(0), x.std(0, correction=0).clamp_min(CERTAIN)
+        draw = torch.Generator().manual_seed(0)
+        shapes = {"first": (HIDDEN, x.shape[1]), "first_bias": (HIDDEN,), "second": (HIDDEN,), "second_bias": ()}
+        layers = {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
+        with torch.enable_grad():
+            for name in ("first", "second"):
+                layers[name].data.normal_(0, layers[name].shape[-1] ** -0.5, generator=draw)
+            optimizer = torch.optim.AdamW(layers.values(), lr=1e-3, weight_decay=1e-2)
+            for _ in range(EPOCHS):
+                for some in torch.randperm(len(x), generator=draw).split(FIT_BATCH):
+                    score = _score(layers, (x[some] - mean) / scale)
+                    loss = F.binary_cross_entropy_with_logits(score, y[some], weight[some])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+        weights = {"mean": mean, "scale": scale, **{name: tensor.detach() for name, tensor in layers.items()}}
+        return cls(weights, checkpoint, context_tokens, fitted=fitted)
 
     def holds(self, record: Record) -> bool:
-        """Whether it was fitted for contexts as long as the one of this memory."""
+        """Whether it was fitted for contexts as long as the one of this memory, which were written at once."""
         shortest, longest = self.context_tokens
-        return shortest <= record.context_tokens <= longest
+        return shortest <= record.context_tokens <= longest and not record.earlier
 
-    def judge(self, answer: Answer) -> Answer:
-        """The answer with `written` and `abstained`."""
-        score = self.bias + sum(self.weights[name] * value for name, value in features(answer).items())
-        written = float(torch.tensor(score).sigmoid())
-        return dataclasses.replace(answer, written=written, abstained=written < self.threshold)
+    def judge(self, answers: Sequence[Answer], states: Tensor) -> list[Answer]:
+        """The answers with `written` and `abstained`; `states` as for `fit`."""
+        x = (_inputs(answers, states) - self.weights["mean"]) / self.weights["scale"]
+        written = _score(self.weights, x).sigmoid().tolist()
+        return [
+            dataclasses.replace(answer, written=own, abstained=own < self.threshold)
+            for answer, own in zip(answers, written, strict=True)
+        ]
 
     def save(self, directory: Path) -> Path:
-        """Save as `abstain.json` in a checkpoint's directory.
+        """Save as `abstain.safetensors` in a checkpoint's directory.
 
         Raises
         ------
         GradmemError
             When it cannot be written.
         """
-        return write_bytes(directory / FILE, json.dumps({"format": FORMAT, **vars(self)}, indent=1).encode())
+        about = {"checkpoint": self.checkpoint, "context_tokens": self.context_tokens, "threshold": self.threshold}
+        header = {"format": str(FORMAT), "about": json.dumps({**about, "fitted": self.fitted})}
+        return write_bytes(directory / FILE, save(self.weights, header))
 
     @classmethod
     def load(cls, directory: Path) -> Abstain | None:
@@ -223,18 +244,30 @@ class Abstain:
         """
         if not (directory / FILE).exists():
             return None
-        try:
-            found = read_json(directory / FILE)
-            if found.pop("format") != FORMAT:
-                raise ValueError("another format")
-            shortest, longest = found.pop("context_tokens")
-            loaded = cls(**found, context_tokens=(int(shortest), int(longest)))
-            if loaded.weights.keys() != features(Answer("", -1, -1, 0, 0)).keys():
-                raise ValueError("other features")
-            loaded.judge(Answer("", -1, -1, 0, 0))
-        except (GradmemError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise GradmemError(f"{directory / FILE} is damaged: {error}; run `gradmem calibrate` again") from error
+        with refused(f"{directory / FILE} is damaged (`gradmem calibrate` makes another)"):
+            with safe_open(directory / FILE, "pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != str(FORMAT):
+                    raise ValueError("another format")
+                about = json.loads(header["about"])
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            shortest, longest = about.pop("context_tokens")
+            loaded = cls(weights, context_tokens=(int(shortest), int(longest)), **about)
+            width = len(weights["mean"]) - len(features(NOTHING))
+            loaded.judge([NOTHING], torch.zeros(1, width))
         return loaded
+
+
+def _inputs(answers: Sequence[Answer], states: Tensor) -> Tensor:
+    """What the network reads, shape (answers, features + 2 d)."""
+    numbers = torch.tensor([list(features(answer).values()) for answer in answers])
+    return torch.cat([numbers, states.cpu().float()], 1)
+
+
+def _score(layers: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Log-odds that answers were written, shape (answers,)."""
+    hidden = F.silu(F.linear(x, layers["first"], layers["first_bias"]))
+    return hidden @ layers["second"] + layers["second_bias"]
 
 
 def balanced(written: np.ndarray) -> np.ndarray:

@@ -11,8 +11,9 @@ import torch
 from .batch import Tokens
 from .errors import GradmemError
 from .memory import Memory
-from .methods.base import Written, final
+from .methods.base import Method, Written, final
 from .records import Record, text_digest, written_texts
+from .trust import read_answers
 
 if TYPE_CHECKING:
     from .model import MemoryModel
@@ -93,10 +94,40 @@ def _write_batch(
     records = []
     for row, text in enumerate(texts):
         losses = token_losses[row, : len(ids[row])].tolist()
-        earlier = [] if onto is None else [replace(part, earlier=[]) for part in onto.records[row].parts]
+        earlier = [] if onto is None else [_since(part, method) for part in onto.records[row].parts]
         records.append(_record(model, text, written, losses, row, cuts[row], earlier))
     memory = written.memory if onto is None else method.joined(onto, written.memory)
+    answers = answer_losses(model, memory, texts)
+    records = [replace(record, answers=own) for record, own in zip(records, answers, strict=True)]
     return Memory(memory.tensors, records)
+
+
+def _since(part: Record, method: Method) -> Record:
+    """What is known of a text after another was appended: READ sees another memory, which WRITE may have changed."""
+    return replace(part, earlier=[], answers=None, measured=part.measured and method.chunks == "independent")
+
+
+def answer_losses(model: MemoryModel, memory: Memory, texts: Sequence[str]) -> list[list[float]]:
+    """Ask each row of a memory for all that the task knows its text to answer; see `Record.answers`."""
+    task, method = model.task, model.method
+    asked = [(row, *task.target(*one)) for row, text in enumerate(texts) for one in task.examples(text)]
+    found: list[list[float]] = [[] for _ in texts]
+    if not asked:
+        return found
+    with torch.no_grad():
+        prefix = method.prefix(memory)
+        longest = prefix.length + max(len(query) + len(target) for _, query, target in asked)
+        size = max(1, method.backbone.tokens_at_once // longest)
+        for first in range(0, len(asked), size):
+            rows, queries, targets = (list(part) for part in zip(*asked[first : first + size], strict=True))
+            some = prefix.select(torch.tensor(rows, device=model.device))
+            for row, target, (logprobs, _) in zip(
+                rows, targets, read_answers(method, some, queries, targets), strict=True
+            ):
+                labels = torch.tensor([target], device=logprobs.device)
+                losses = -logprobs.gather(1, labels.T)[:, 0][task.scored(labels)[0]]
+                found[row].append(round(float(losses.max()), 3))
+    return found
 
 
 def _record(
@@ -110,10 +141,13 @@ def _record(
 ) -> Record:
     taken = int(written.taken[row])
     losses = [*written.losses[:taken, row].tolist(), _mean(token_losses)]
+    prints = model.fingerprints
     return Record(
         method=model.spec["method"]["name"],
         model=model.name,
-        **model.fingerprints,
+        backbone=prints["backbone"],
+        checkpoint=prints["checkpoint"],
+        tokenizer=prints["tokenizer"],
         context_sha256=text_digest(text),
         context_tokens=len(token_losses),
         steps=taken,
@@ -136,15 +170,14 @@ def measure_again(model: MemoryModel, memory: Memory, before: str) -> Record:
     """
     record = memory.records[0]
     found = written_texts(before, record.earlier, "`before`")
-    if model.method.chunks == "independent":
-        return record  # vectors of their own: nothing has changed
     earlier = []
     for part in record.earlier:
-        if part.context_sha256 in found:
-            losses = model.token_losses(memory, found[part.context_sha256])
-            part = replace(
-                part, losses=[*part.losses[:-1], *_rounded([_mean(losses)], 6)], token_losses=_rounded(losses, 3)
-            )
+        if (text := found.get(part.context_sha256)) is not None:
+            part = replace(part, answers=answer_losses(model, memory, [text])[0])
+            if model.method.chunks != "independent":  # vectors of their own have not changed
+                losses = model.token_losses(memory, text)
+                last, tokens = _rounded([_mean(losses)], 6), _rounded(losses, 3)
+                part = replace(part, losses=[*part.losses[:-1], *last], token_losses=tokens, measured=True)
         earlier.append(part)
     return replace(record, earlier=earlier)
 

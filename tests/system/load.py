@@ -191,7 +191,7 @@ class User(threading.Thread):
         if memory.appending or len(memory.texts) > 2:
             return
         memory.appending = text
-        entry = self.client.append(name, text)
+        entry = self.client.append(name, text, may_forget=True)
         memory.texts.append(text)
         memory.appending = ""
         self.check(entry.current.number == len(memory.texts), f"{name}: version {entry.current.number}")

@@ -11,17 +11,20 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from ..batch import Batch
 from ..errors import GradmemError
+from ..memory import Memory
 from ..model import MemoryModel
 from ..specs import build_task
-from ..tasks.base import Split, Task
+from ..tasks.base import WRITTEN, Split, Task
 from ..trust import Abstain, Answer, balanced, features
 from .report import figure
 
 BINS = 10
-SHORTER = 2
-"""Contexts down to this part of the shortest one examined are judged alike."""
-WRITTEN = "written here"
+RIGHT, WRONG = "written here, answered right", "written here, answered wrong"
+"""Kinds of answers to queries that the context answers; the other kinds are those of `Task.calibration`."""
+MOST_AT_ONCE = 8
+"""Contexts of a batch: kinds of contexts take turns with the batches."""
 
 
 @dataclass
@@ -31,9 +34,8 @@ class Calibration:
     Attributes
     ----------
     answers : dict of list of Answer
-        By kind of query: those whose answer was written, and the kinds of the task's `unwritten`.
-    right : array, bool
-        Whether each answer to a query of the first kind is the true one.
+        By kind: `RIGHT`, `WRONG`, and the kinds of `Task.calibration` that nothing in the context answers. Only an
+        answer of the first kind was written.
     """
 
     checkpoint: str
@@ -42,12 +44,11 @@ class Calibration:
     samples: int
     seed: int
     answers: dict[str, list[Answer]]
-    right: np.ndarray
 
     @property
     def all(self) -> tuple[np.ndarray, np.ndarray]:
         """Probability that the answer was written, and whether it was, both of shape (answers,)."""
-        judged = [(answer.written, kind == WRITTEN) for kind, answers in self.answers.items() for answer in answers]
+        judged = [(answer.written, kind == RIGHT) for kind, answers in self.answers.items() for answer in answers]
         probability, written = zip(*judged, strict=True)
         return np.array(probability), np.array(written)
 
@@ -78,11 +79,11 @@ class Calibration:
         return sum(part["weight"] * abs(part["probability"] - part["written"]) for part in self.bins)
 
     def auroc(self, kind: str) -> dict[str, float]:
-        """How well this kind of unwritten queries is told from written ones: by `all`, and by each feature alone.
+        """How well answers of this kind are told from those that were written: by `all`, and by each feature alone.
 
-        The area under the ROC curve: the chance that of two queries, one of either kind, the written one stands out.
+        The area under the ROC curve: the chance that of two answers, one of either kind, the written one stands out.
         """
-        written, other = ([_evidence(answer) for answer in self.answers[name]] for name in (WRITTEN, kind))
+        written, other = ([_evidence(answer) for answer in self.answers[name]] for name in (RIGHT, kind))
         return {
             name: _auroc(*(np.array([row[name] for row in rows]) for rows in (written, other))) for name in other[0]
         }
@@ -92,10 +93,16 @@ class Calibration:
         return float(np.mean([answer.abstained for answer in self.answers[kind]]))
 
     @property
+    def exact_match(self) -> float:
+        """Fraction of right answers to queries that the contexts answer."""
+        right, wrong = (len(self.answers.get(kind, [])) for kind in (RIGHT, WRONG))
+        return right / (right + wrong)
+
+    @property
     def right_answered(self) -> float:
-        """Fraction of right answers among those to written queries that are not abstained from."""
-        answered = [not answer.abstained for answer in self.answers[WRITTEN]]
-        return float(self.right[answered].mean()) if any(answered) else float("nan")
+        """The same among those that are not abstained from."""
+        right, wrong = (sum(not one.abstained for one in self.answers.get(kind, [])) for kind in (RIGHT, WRONG))
+        return right / (right + wrong) if right + wrong else float("nan")
 
     def row(self) -> dict[str, Any]:
         """All that was measured, as plain data."""
@@ -106,12 +113,12 @@ class Calibration:
             "seed": self.seed,
             "accuracy": self.accuracy,
             "expected_calibration_error": self.ece,
-            "exact_match": float(self.right.mean()),
+            "exact_match": self.exact_match,
             "exact_match_answered": self.right_answered,
             "abstained": {kind: self.abstained(kind) for kind in self.answers},
-            "auroc": {kind: self.auroc(kind) for kind in self.answers if kind != WRITTEN},
+            "auroc": {kind: self.auroc(kind) for kind in self.answers if kind != RIGHT},
             "bins": self.bins,
-            "abstain": vars(self.abstain),
+            "abstain": {name: value for name, value in vars(self.abstain).items() if name != "weights"},
         }
 
     def table(self) -> Table:
@@ -119,17 +126,17 @@ class Calibration:
         built = Table(
             title=f"{self.checkpoint}, {self.label}: abstaining, {self.samples} test contexts, seed {self.seed}",
             caption=f"accuracy {self.accuracy:.2%} at P(written) = {self.abstain.threshold}, calibration error (ECE) "
-            f"{self.ece:.2%}, either kind one half; right: {self.right.mean():.2%} of the written queries, "
-            f"{self.right_answered:.2%} of those answered; on the right: area under the ROC curve, %, by all "
-            "evidence and by each alone",
+            f"{self.ece:.2%}, answers that were written one half; right: {self.exact_match:.2%} of the answers to "
+            f"written queries, {self.right_answered:.2%} of those not abstained from; on the right: area under the "
+            "ROC curve, %, against answers that were written, by all evidence and by each number alone",
             pad_edge=False,
             collapse_padding=True,
         )
-        names = list(_evidence(self.answers[WRITTEN][0]))
+        names = list(_evidence(self.answers[RIGHT][0]))
         for heading in ("queries", "count", "abstained %", *(name.replace("_", "\n") for name in names)):
             built.add_column(heading, justify="left" if heading == "queries" else "right", no_wrap=heading == "queries")
         for kind, answers in self.answers.items():
-            areas = [] if kind == WRITTEN else [f"{100 * area:.2f}" for area in self.auroc(kind).values()]
+            areas = [] if kind == RIGHT else [f"{100 * area:.2f}" for area in self.auroc(kind).values()]
             built.add_row(kind, str(len(answers)), f"{100 * self.abstained(kind):.2f}", *areas)
         return built
 
@@ -159,7 +166,7 @@ class Calibration:
 
 def calibrate(
     model: MemoryModel,
-    samples: int = 100,
+    samples: int = 1000,
     seed: int = 1,
     options: dict[str, Any] | None = None,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
@@ -170,7 +177,7 @@ def calibrate(
     ----------
     model : MemoryModel
     samples : int
-        Contexts of either split; all of their queries are asked, and those of `Task.unwritten`.
+        Contexts to fit on, and a fourth as many to measure on; their queries are those of `Task.calibration`.
     seed : int
         Seed of the contexts.
     options : dict, optional
@@ -181,46 +188,69 @@ def calibrate(
     Raises
     ------
     GradmemError
-        When there are fewer than two samples, or the task has none.
+        When there are too few samples, the task has none, or all answers are right or none is.
     """
     spec = {**model.spec["task"], **(options or {})}
     task = build_task(spec)
-    fitted, _, lengths = _examine(model, task, "valid", samples, seed, progress)
-    flat = [(answer, kind == WRITTEN) for kind, answers in fitted.items() for answer in answers]
-    about = {"task": spec, "split": "valid", "samples": samples, "seed": seed, "kinds": list(fitted)}
-    written = np.array([own for _, own in flat])
-    holds = min(lengths) // SHORTER, max(lengths)
-    model.abstain = Abstain.fit([answer for answer, _ in flat], written, model.fingerprints["checkpoint"], holds, about)
-    answers, right, _ = _examine(model, task, "test", samples, seed, progress)
-    return Calibration(model.name, task.label, model.abstain, samples, seed, answers, right)
+    found = _examine(model, task, "valid", samples, seed, progress)
+    answers = [answer for kind in found.answers.values() for answer in kind]
+    written = np.array([kind == RIGHT for kind, own in found.answers.items() for _ in own])
+    if written.all() or not written.any():
+        raise GradmemError(f"of {len(written)} answers {written.sum()} are right: there is nothing to tell apart")
+    states = torch.cat([states for kind in found.states.values() for states in kind])
+    about = {"task": spec, "split": "valid", "samples": samples, "seed": seed, "kinds": list(found.answers)}
+    lengths = min(found.lengths), max(found.lengths)
+    model.abstain = Abstain.fit(answers, states, written, model.fingerprints["checkpoint"], lengths, about)
+    fresh = _examine(model, task, "test", max(2, samples // 4), seed, progress)
+    judged = {
+        kind: model.abstain.judge(own, torch.cat(fresh.states[kind])) for kind, own in fresh.answers.items() if own
+    }
+    if RIGHT not in judged:
+        raise GradmemError("none of the answers to test contexts is right: there is nothing to measure")
+    return Calibration(model.name, task.label, model.abstain, len(fresh.lengths), seed, judged)
+
+
+@dataclass
+class _Examined:
+    """Answers by kind with their states, and the lengths of the contexts."""
+
+    answers: dict[str, list[Answer]]
+    states: dict[str, list[torch.Tensor]]
+    lengths: list[int]
 
 
 def _examine(
     model: MemoryModel, task: Task, split: Split, samples: int, seed: int, progress: Callable[..., Iterable[Any]]
-) -> tuple[dict[str, list[Answer]], np.ndarray, list[int]]:
-    """Answers to queries of every kind, whether each of the first kind is right, and the lengths of the contexts."""
+) -> _Examined:
+    """Ask contexts of a split what they answer and what they do not."""
     there = task.size(split)
     samples = samples if there is None else min(samples, there)
     if samples < 2:
         raise GradmemError("calibration needs at least 2 samples: queries are asked of other contexts")
-    length = task.batch(split, 0, samples, seed).context.ids.shape[1]
     # A batch of one context would ask its own queries of itself.
-    size = min(samples, max(2, model.method.backbone.tokens_at_once // length))
-    starts = range(0, samples - samples % size if samples % size == 1 else samples, size)
-    answers: dict[str, list[Answer]] = {}
-    right: list[bool] = []
-    lengths: list[int] = []
-    for start in progress(list(starts), f"{task.label}, {split}"):
-        batch = task.batch(split, start, min(size, samples - start), seed).to(model.device)
-        lengths += batch.context.lengths.tolist()
+    length = task.calibration(split, 0, min(samples, MOST_AT_ONCE), seed)[WRITTEN].context.ids.shape[1]
+    size = min(samples, MOST_AT_ONCE, max(2, model.method.backbone.tokens_at_once // length))
+    found = _Examined({RIGHT: [], WRONG: []}, {RIGHT: [], WRONG: []}, [])
+    for start in progress(list(range(0, samples // size * size, size)), f"{task.label}, {split}"):
+        batches = task.calibration(split, start, size, seed)
+        context = batches[WRITTEN].context.to(model.device)
+        found.lengths += context.lengths.tolist()
         with torch.no_grad():
-            memory = model.method.write(batch.context).memory
-        for kind, asked in {WRITTEN: batch, **task.unwritten(batch)}.items():
-            found = model.answer_ids(memory, asked.rows.tolist(), asked.prompts()) if len(asked.rows) else []
-            answers.setdefault(kind, []).extend(found)
-        wanted = [task.decode(labels[labels >= 0].tolist()) for labels in batch.labels]
-        right += [a.text == text for a, text in zip(answers[WRITTEN][len(right) :], wanted, strict=True)]
-    return answers, np.array(right), lengths
+            memory = model.method.write(context).memory
+        for kind, asked in batches.items():
+            if len(asked.rows):
+                _ask(model, task, memory, kind, asked, found)
+    return found
+
+
+def _ask(model: MemoryModel, task: Task, memory: Memory, kind: str, asked: Batch, found: _Examined) -> None:
+    """Ask the queries of one kind."""
+    answers, states = model.evidence(memory, asked.rows.tolist(), asked.prompts())
+    for answer, own, labels in zip(answers, states.cpu(), asked.labels, strict=True):
+        wanted = task.decode(labels[labels >= 0].tolist())
+        name = kind if kind != WRITTEN else RIGHT if answer.text == wanted else WRONG
+        found.answers.setdefault(name, []).append(answer)
+        found.states.setdefault(name, []).append(own[None])
 
 
 def _evidence(answer: Answer) -> dict[str, float]:

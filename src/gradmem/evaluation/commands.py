@@ -267,7 +267,7 @@ def _system(name: str, output: Path, device: str) -> tuple[gradmem.MemoryModel, 
 
 def calibrate(
     checkpoint: str,
-    samples: int = 100,
+    samples: int = 1000,
     seed: int = 1,
     device: str = "auto",
     output: Path | None = None,
@@ -280,15 +280,15 @@ def calibrate(
     Parameters
     ----------
     checkpoint
-        Name of a packaged checkpoint, directory, or hub name; abstain.json is saved in a directory.
+        Name of a packaged checkpoint, directory, or hub name; abstain.safetensors is saved in a directory.
     samples
-        Validation contexts to fit on, and as many test contexts to measure on.
+        Validation contexts to fit on; a fourth as many test contexts are measured on.
     seed
         Seed of the contexts.
     device
         Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     output
-        Directory to save abstain.json in (short: -o); default: the checkpoint's.
+        Directory to save abstain.safetensors in (short: -o); default: the checkpoint's.
     json
         Also save what was measured to this file.
     figure
@@ -298,7 +298,7 @@ def calibrate(
     """
     directory = output or Path(checkpoint)
     if not directory.is_dir():
-        raise GradmemError(f"'{directory}' is no directory to save abstain.json in: name one with -o")
+        raise GradmemError(f"'{directory}' is no directory to save abstain.safetensors in: name one with -o")
     from . import calibrate as calibration
     from .report import save_json
 

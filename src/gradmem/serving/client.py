@@ -69,7 +69,10 @@ class Client:
         return self._write("memories", {"text": text, "checkpoint": checkpoint, **options}, on_step)
 
     def append(self, ref: str, text: str, *, on_step: OnLoss | None = None, **options: Any) -> Entry:
-        """Write more text into a memory, as its next version; options are `before`, `steps`, `until`, `max_steps`."""
+        """Write more text into a memory, as its next version.
+
+        Options are `before`, `may_forget`, `steps`, `until` and `max_steps` of `MemoryModel.append`.
+        """
         return self._write(f"{_path(ref)}/append", {"text": text, **options}, on_step)
 
     def ask(self, ref: str, query: str | Sequence[str]) -> Any:

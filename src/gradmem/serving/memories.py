@@ -75,6 +75,10 @@ class MoreText(WriteSteps):
 
     text: Text
     before: Text | None = Field(None, description="Text that was written before: measures what is still kept of it.")
+    may_forget: bool = Field(
+        False,
+        description="Append also with a checkpoint that was never trained to, which forgets most of what was written.",
+    )
 
 
 class Change(BaseModel):
@@ -174,7 +178,7 @@ async def _append(ref: str, more: MoreText, store: OwnedStore, engines: Engines)
     entry = await store.read(lambda kept: kept.get(ref))
     engine, memory = await engines.open(store, entry)
     following = Following[Told]()
-    options = more.options | {"before": more.before, "onto": memory}
+    options = more.options | {"before": more.before, "may_forget": more.may_forget, "onto": memory}
     future = engine.write(more.text, on_step=_steps(following, engine.model, more), **options)
     async for told in following.until_done(future):
         yield told

@@ -168,6 +168,7 @@ def append(
     file: Path,
     checkpoint: str | None = None,
     before: Path | None = None,
+    may_forget: bool = False,
     steps: int | None = None,
     device: str = "auto",
 ) -> Entry:
@@ -183,20 +184,22 @@ def append(
         The model that wrote the memory; not needed where that is a checkpoint of the package.
     before
         The text that was written before: measures what is still kept of it. The memory itself holds no text.
+    may_forget
+        Append also with a checkpoint that was never trained to, which forgets most of what was written before.
     steps
         Write steps; default: as many as the checkpoint was trained for.
     device
         Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
     """
     more = read_text(file)
-    given = {} if before is None else {"before": read_text(before)}
+    given: dict[str, Any] = {} if before is None else {"before": read_text(before)}
     with _store() as store:
         found = store.get(ref)  # by its id from here on: the name may move
         last = found.current.number
         model = store.open(found.id, last, checkpoint).model
         assert model is not None  # open binds
         model.to(device_named(device))
-        entry = store.append(found.id, more, model, steps=steps, progress=progress_bar, **given)
+        entry = store.append(found.id, more, model, steps=steps, may_forget=may_forget, progress=progress_bar, **given)
         changes = store.diff(entry.id, last, entry.current.number)
     console.print(diff_table(changes))
     return _said(entry, "appended to")

@@ -114,6 +114,9 @@ versions = Table(
     Column("rows", Integer, nullable=False),
     Column("tokens", BigInteger, nullable=False),
     Column("kept", BigInteger, nullable=False),
+    Column("unmeasured", BigInteger, nullable=False, server_default="0"),
+    Column("answers", BigInteger),
+    Column("at_risk", BigInteger),
     Column("loss_before", Float, nullable=False),
     Column("loss_after", Float, nullable=False),
     Column("size", BigInteger, nullable=False),
@@ -130,7 +133,7 @@ tags = Table(
     Index("gradmem_tags_created", "owner", "tag", "created", "memory"),
     sqlite_with_rowid=False,
 )
-ADDED = (memories.c.bytes,)
+ADDED = (memories.c.bytes, versions.c.unmeasured, versions.c.answers, versions.c.at_risk)
 """Columns that came with version 2 of the tables."""
 
 

@@ -29,10 +29,14 @@ class Version:
         Of the stored file.
     rows : int
         Texts, or chunks of a text, with a memory each.
-    tokens, kept : int
-        Context tokens, and those among them that the memory keeps.
+    tokens, kept, unmeasured : int
+        Context tokens, those among them that the memory keeps, and those of which nobody knows: more was written into
+        the same vectors since, and they were not measured anew.
+    answers, at_risk : int or None
+        Answers that the texts give, as far as the task can tell, and those among them that may come out wrong; None
+        where some of that was not measured.
     loss_before, loss_after : float
-        Write loss of the unwritten memory and of this one, mean nats per token.
+        Write loss of the unwritten memory and of this one, mean nats per token that was measured.
     size : int
         Bytes of the stored file.
     sha256 : str
@@ -45,6 +49,9 @@ class Version:
     rows: int
     tokens: int
     kept: int
+    unmeasured: int
+    answers: int | None
+    at_risk: int | None
     loss_before: float
     loss_after: float
     size: int
@@ -133,6 +140,8 @@ class Diff:
         way round. What was appended counts on from what was there before; only what both versions have is compared.
     added : int
         Tokens of `after` that `before` has not.
+    unmeasured : int
+        Tokens of both of which one version does not know whether it keeps them: neither lost nor kept.
     """
 
     before: Version
@@ -140,26 +149,30 @@ class Diff:
     lost: list[tuple[int, int]]
     regained: list[tuple[int, int]]
     added: int
+    unmeasured: int
 
     @classmethod
     def of(cls, before: Version, after: Version, records: tuple[Sequence[Record], Sequence[Record]]) -> Diff:
         """Compare the records of two versions."""
         old, new = (dict(_tokens(side)) for side in records)
         both = [place for place in old if place in new]
-        lost = [place for place in both if old[place] and not new[place]]
-        regained = [place for place in both if new[place] and not old[place]]
-        return cls(before, after, lost, regained, len(new.keys() - old.keys()))
+        lost = [place for place in both if old[place] is True and new[place] is False]
+        regained = [place for place in both if new[place] is True and old[place] is False]
+        unmeasured = sum(None in (old[place], new[place]) for place in both)
+        return cls(before, after, lost, regained, len(new.keys() - old.keys()), unmeasured)
 
     def row(self) -> dict[str, Any]:
         """The comparison as plain data for JSON."""
         return plain(asdict(self))
 
 
-def _tokens(records: Sequence[Record]) -> Iterator[tuple[tuple[int, int], bool]]:
-    """Place of each token, and whether it is kept."""
+def _tokens(records: Sequence[Record]) -> Iterator[tuple[tuple[int, int], bool | None]]:
+    """Place of each token, and whether it is kept; None where that was not measured."""
     for row, record in enumerate(records):
-        losses = chain.from_iterable(part.token_losses for part in record.parts)
-        yield from (((row, position), loss <= Record.LOST) for position, loss in enumerate(losses))
+        kept = chain.from_iterable(
+            [loss <= Record.LOST if part.measured else None for loss in part.token_losses] for part in record.parts
+        )
+        yield from (((row, position), own) for position, own in enumerate(kept))
 
 
 def _moment(text: str) -> datetime:

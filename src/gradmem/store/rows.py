@@ -70,19 +70,28 @@ def version_of(memory: Memory, data: bytes) -> Version:
     if any(map(math.isnan, losses)):  # SQLite would keep it as NULL
         raise GradmemError("the memory's write losses are no numbers (NaN): it was not written well")
     tokens = [len(record.token_losses) for record in written]
-    mean = partial(_mean, weights=tokens)
+    measured = [record for record in written if record.measured]
+    mean = partial(_mean, weights=[len(record.token_losses) for record in measured])
     return Version(
         number=0,
         created=now(),
         precision=stored_precision(data),
         rows=len(memory),
         tokens=sum(tokens),
-        kept=sum(tokens) - sum(len(record.lost) for record in written),
-        loss_before=mean([record.loss_before for record in written]),
-        loss_after=mean([record.loss_after for record in written]),
+        kept=sum(len(record.token_losses) - len(record.lost) for record in measured),
+        unmeasured=sum(tokens) - sum(len(record.token_losses) for record in measured),
+        answers=_count([record.answers for record in written]),
+        at_risk=_count([record.at_risk for record in written]),
+        loss_before=mean([record.loss_before for record in measured]),
+        loss_after=mean([record.loss_after for record in measured]),
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )
+
+
+def _count(lists: Sequence[Sequence[Any] | None]) -> int | None:
+    """How many there are in all; None where one is not known."""
+    return None if None in lists else sum(len(one or ()) for one in lists)
 
 
 def _mean(values: Sequence[float], weights: Sequence[int]) -> float:

@@ -27,7 +27,7 @@ def entries_table(entries: Sequence[Entry]) -> Table:
             Text(", ".join(entry.tags)),
             Text(entry.model),
             _time(entry.created),
-            f"{current.kept}/{current.tokens}",
+            _kept(current),
             str(current.size),
         )
     return built
@@ -55,13 +55,15 @@ def entry_table(entry: Entry) -> Table:
 def versions_table(versions: Sequence[Version], current: int) -> Table:
     """The versions of a memory, with the sum of their receipts."""
     built = Table(title="versions", pad_edge=False)
-    for heading in ("version", "written (UTC)", "tokens kept", "write loss", "precision", "bytes"):
-        built.add_column(heading, justify="right" if heading in ("tokens kept", "bytes") else "left")
+    for heading in ("version", "written (UTC)", "tokens kept", "answers at risk", "write loss", "precision", "bytes"):
+        right = heading in ("tokens kept", "answers at risk", "bytes")
+        built.add_column(heading, justify="right" if right else "left")
     for version in versions:
         built.add_row(
             f"{version.number}, current" if version.number == current else str(version.number),
             _time(version.created),
-            f"{version.kept}/{version.tokens}",
+            _kept(version),
+            _at_risk(version),
             f"{version.loss_before:.3f} to {version.loss_after:.3f}",
             version.precision,
             str(version.size),
@@ -73,20 +75,37 @@ def diff_table(diff: Diff) -> Table:
     """What became of one version's tokens in another."""
     a, b = diff.before, diff.after
     built = Table(title=f"version {a.number} to version {b.number}", show_header=False)
-    built.add_row("tokens kept", f"{a.kept} of {a.tokens}, then {b.kept} of {b.tokens}")
+    built.add_row("tokens kept", f"{_kept(a)}, then {_kept(b)}")
+    built.add_row("answers at risk", f"{_at_risk(a)}, then {_at_risk(b)}")
     built.add_row(
         "write loss", f"{a.loss_before:.4f} to {a.loss_after:.4f}, then {b.loss_before:.4f} to {b.loss_after:.4f}"
     )
     built.add_row("tokens added", str(diff.added))
-    built.add_row("kept, then lost", _places(diff.lost, max(a.rows, b.rows)))
-    built.add_row("lost, then kept", _places(diff.regained, max(a.rows, b.rows)))
+    for heading, places in (("kept, then lost", diff.lost), ("lost, then kept", diff.regained)):
+        built.add_row(heading, _places(places, max(a.rows, b.rows), diff.unmeasured))
     return built
 
 
-def _places(places: Sequence[tuple[int, int]], rows: int) -> str:
-    """Positions, with their row where there are several."""
+def _kept(version: Version) -> str:
+    """Tokens kept of those that were measured."""
+    measured = version.tokens - version.unmeasured
+    rest = f" ({version.unmeasured} not measured)" if version.unmeasured else ""
+    return f"{version.kept}/{measured}{rest}" if measured else "not measured"
+
+
+def _at_risk(version: Version) -> str:
+    if version.answers is None or version.at_risk is None:
+        return "not measured"
+    return f"{version.at_risk}/{version.answers}" if version.answers else "none known"
+
+
+def _places(places: Sequence[tuple[int, int]], rows: int, unmeasured: int) -> str:
+    """Positions, with their row where there are several, and of how many tokens nothing is known."""
     shown = [f"{row}:{position}" if rows > 1 else str(position) for row, position in places]
-    return f"{len(shown)} at " + ", ".join(shown) if shown else "none"
+    found = f"{len(shown)} at " + ", ".join(shown) if shown else "none"
+    if not unmeasured:
+        return found
+    return f"{found if shown else 'not measured'}: {unmeasured} tokens were not measured (give the text: --before FILE)"
 
 
 def _time(moment: datetime) -> str:

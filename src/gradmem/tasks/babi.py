@@ -4,38 +4,40 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from functools import lru_cache
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch
-from ..data import Query, Sample, Samples, babi_stories, cached, collate, digest_files, places
+from ..data import (
+    Query,
+    Sample,
+    Samples,
+    babi_questions,
+    babi_reading,
+    babi_stories,
+    cached,
+    collate,
+    digest_files,
+    places,
+)
+from ..data.babi_files import NUMBER, QUESTION, WORDS, hub_lines, read_stories, word_tokenizer
+from ..data.babi_reading import ASKED, EXAMPLES, EXAMPLES_ASKED, QUESTIONS, STATEMENTS, TOLD, Reading
 from ..data.babi_stories import Told
 from ..data.pretrained import digest_tokenizer, pretrained_tokenizer
 from ..data.sources import find_file, held_out, hub_rows, is_hub, read_lines
 from ..errors import GradmemError, unknown
-from .base import FileTask, Split
+from .base import WRITTEN, FileTask, Split
 
-LIST = """
-, . ? a above afraid after afternoon afterwards and antoine apple are back bathroom bedroom before below bernhard
-bigger bill blue bored box brian carrying cat cats chest chocolate chocolates cinema color container daniel did
-discarded do does down dropped e east either emily evening fit fits following football fred frog from garden gave
-gertrude get give go got grabbed gray green greg hallway handed he how hungry in inside is jason jeff jessica john
-journeyed julie julius kitchen left lily lion longer many mary maybe mice milk morning mouse moved n no none north not
-nothing objects of office one or pajamas park passed picked pink put received rectangle red rhino right s sandra
-school she sheep south sphere square suitcase sumit swan than that the then there they thirsty this three tired to
-took travelled triangle two up w was went west what where white who why will winona wolf wolves yann yellow yes
-yesterday you
-"""
-WORDS = LIST.split()
-"""All words of the training files of v1.1, in small letters: fixed, so that a checkpoint reads any copy of the data."""
 NAMES = [name.lower() for name in babi_stories.EVERYBODY]
+Kinds = tuple[str, ...] | None
+"""Kinds of sentences; None where they are not known."""
 TASKS = [f"qa{number}" for number in range(1, 21)]
 VALID = 10
 """One in so many training stories is held out for validation."""
@@ -100,6 +102,7 @@ class Babi(FileTask):
         self.generated = generated if data else 1.0
         self.ask_all, self.max_statements, self.crowded = ask_all, max_statements, crowded
         self.max_context = max_context
+        self._tells, self._asks = _kinds(TOLD, self.tasks), _kinds(ASKED, self.tasks)
         self.cased = tokenizer is not None
         self.tokenizer = pretrained_tokenizer(tokenizer) if tokenizer else word_tokenizer()
         self._ids = lru_cache(maxsize=65536)(self._make_ids)
@@ -199,21 +202,61 @@ class Babi(FileTask):
         Raises
         ------
         GradmemError
-            When a question stands among the statements.
+            With the number of the line, when a question stands among the statements, or a sentence is of no form that
+            the tasks have.
         """
-        lines = [line for line in text.splitlines() if "\t" not in line]
-        told = []
-        for sentence in re.findall(r"[^.!?]+[.!?]*", "\n.\n".join(lines)):
-            words = self._spelled(re.sub(r"^\s*\d+\s", "", sentence))
-            if words and "?" in sentence:
-                raise GradmemError(f"'{sentence.strip()}' is no statement: ask it of the memory, as a query")
-            told += [f"{words}."] if words else []
-        return " ".join(told)
+        told: list[str] = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if not QUESTION.fullmatch(line):
+                told += self._statements(line, f"line {number}")
+        lines = [babi_reading.match(one, STATEMENTS, ["line"]) is not None for one in told]
+        if self._tells is not None and any(lines) and not all(lines):
+            raise GradmemError(
+                "rooms that lie beside each other and people who act are stories of their own: write two"
+            )
+        return " ".join(f"{self._spelled(words)}." for words in told)
+
+    def _statements(self, line: str, where: str) -> list[str]:
+        """The statements of a line, in small letters and without punctuation."""
+        found = []
+        for sentence in re.findall(r"[^.!?]*[.!?]+|[^.!?]+$", line):
+            words = " ".join(self._words(re.sub(f"^{NUMBER}", "", sentence)))
+            if "?" in sentence:
+                raise GradmemError(f"{where}: '{sentence.strip()}' is no statement: ask it of the memory, as a query")
+            if not words and not sentence.strip():
+                continue
+            if not words or not self._knows(words, STATEMENTS, self._tells):
+                raise GradmemError(
+                    f"{where}: '{sentence.strip()}' is no sentence of its stories, which are like "
+                    + self._like(EXAMPLES, self._tells)
+                )
+            found.append(words)
+        return found
 
     def query_text(self, text: str) -> str:
-        """Accept a question in any case, with or without its question mark."""
-        words = self._spelled(re.sub(r"^\s*\d+\s", "", text.partition("\t")[0]))
-        return f"{words}?" if words else ""
+        """Accept a question in any case, with or without its question mark, or a line of the official format.
+
+        Raises
+        ------
+        GradmemError
+            When it is of no form that the tasks ask.
+        """
+        official = QUESTION.fullmatch(text)
+        question = official[1] if official else text
+        words = " ".join(self._words(re.sub(f"^{NUMBER}", "", question)))
+        if words and not self._knows(words, QUESTIONS, self._asks):
+            raise GradmemError(
+                f"'{text.strip()}' is no question that it knows; ask " + self._like(EXAMPLES_ASKED, self._asks)
+            )
+        return f"{self._spelled(words)}?" if words else ""
+
+    def _knows(self, words: str, patterns: dict[str, list[str]], kinds: Kinds) -> bool:
+        """Whether a sentence has a form of these kinds. One with unknown words is refused later, with these."""
+        unknown = self.tokenizer.unk_token_id is not None and self.tokenizer.unk_token_id in self.encode(words)
+        return kinds is None or unknown or babi_reading.match(words, patterns, kinds) is not None
+
+    def _like(self, examples: dict[str, str], kinds: Kinds) -> str:
+        return ", ".join(f"'{examples[kind]}'" for kind in kinds or ()) or "those of its tasks"
 
     def answer_text(self, text: str) -> str:
         """Names with a capital letter, lists as "apple,milk"."""
@@ -221,9 +264,24 @@ class Babi(FileTask):
         return " ".join(words).replace(" , ", ",")
 
     def examples(self, text: str) -> list[tuple[str, str]]:
-        """Questions that stand in the text in the official format; only the last ones see the whole story."""
-        lines = [re.sub(r"^\s*\d+\s+", "", line).split("\t") for line in text.splitlines() if "\t" in line]
-        return [(parts[0].strip(), parts[1].strip()) for parts in lines]
+        """All that can be asked at the end of the story; of qa6 to qa20 the official questions that stand there."""
+        if self._tells is None or self._asks is None:
+            asked = [(QUESTION.fullmatch(line), line) for line in text.splitlines() if line.strip()]
+            last = list(takewhile(itemgetter(0), reversed(asked)))
+            return [(found[1].strip(), found[2].strip()) for found, _ in reversed(last) if found]
+        told = [sentence.strip().lower() for sentence in self.context_text(text).split(".") if sentence]
+        if not all(babi_reading.match(one, STATEMENTS, self._tells) for one in told):
+            return []  # words that nobody knows
+        return [
+            (self._as_asked(question), self.answer_text(answer))
+            for question, answer in Reading.of(told).answers().items()
+            if babi_reading.match(question, QUESTIONS, self._asks)
+        ]
+
+    def _as_asked(self, question: str) -> str:
+        """As people write a question."""
+        words = self.answer_text(question)
+        return f"{words[0].upper()}{words[1:]}?"
 
     def example(self, seed: int = 0) -> tuple[str, list[tuple[str, str]]] | None:
         """A generated story with all that can be asked at its end, where one of the tasks can be generated."""
@@ -245,9 +303,25 @@ class Babi(FileTask):
         for number, (prompt, labels, row) in enumerate(zip(batch.prompts(), batch.labels, batch.rows, strict=True)):
             question = self._absent(self.text(prompt), stories[int(row)], number)
             if question is not None:
-                ids = self.encode(self.query_text(question))
+                ids = self.encode(f"{self._spelled(question)}?")
                 samples[int(row)].queries.append(Query([*ids, *labels[labels >= 0].tolist()], len(ids)))
         return {"of what is not mentioned": collate(samples, self.pad_id).to(batch.rows.device)}
+
+    def calibration(self, split: Split, start: int, size: int, seed: int = 0) -> dict[str, Batch]:
+        """Generated stories of every length, of the few people of bAbI or of all; asked for all that can be asked.
+
+        What they do not answer is about somebody or something that they do not name, or name without telling that.
+        """
+        if self._tells is None or self._asks is None:
+            return super().calibration(split, start, size, seed)
+        kinds: dict[str, list[Sample]] = {WRITTEN: [], "of what is not named": [], "of what is not told": []}
+        for number in range(start, start + size):
+            random = Random(f"calibration {split} {seed} {number}")
+            asked = babi_questions.ask(random, self.tasks, self._asks, self.max_statements)
+            context = self.encode(" ".join(self._kept(Told(asked.statements, []))))
+            for kind, questions in zip(kinds, (asked.answered, asked.unnamed, asked.untold), strict=True):
+                kinds[kind].append(Sample(context, [self._query(*one) for one in questions]))
+        return {kind: collate(samples, self.pad_id) for kind, samples in kinds.items()}
 
     def _absent(self, question: str, story: set[str], number: int) -> str | None:
         """The question with one name exchanged for one of the same kind that the story has not."""
@@ -259,12 +333,12 @@ class Babi(FileTask):
         return None
 
     def _words(self, text: str) -> list[str]:
-        """In small letters."""
-        return re.findall(r"\w+", text.lower())
+        """Words without punctuation, in small letters; symbols that no text has stay, and will not be known."""
+        return re.findall(r"[\w']+|[^\w\s.,;:!?\"()-]+", text.lower())
 
     def _spelled(self, sentence: str) -> str:
         """Words without punctuation, in small letters; for pretrained tokenizers names and the first have capitals."""
-        words = re.findall(r"[\w']+", sentence.lower())
+        words = self._words(sentence)
         if self.cased:
             words = [word.capitalize() if not i or word in NAMES else word for i, word in enumerate(words)]
         return " ".join(words)
@@ -304,9 +378,16 @@ class Babi(FileTask):
     def _sample(self, asked: Told) -> Sample:
         queries = []
         for question, answer in asked.questions:
-            prompt, target = self.encode_pair(self.query_text(question), f" {answer}")
-            queries.append(Query([*prompt, *target], len(prompt)))
+            queries.append(self._query(question, answer))
         return Sample(self.encode(" ".join(self._kept(asked))), queries)
+
+    def _query(self, question: str, answer: str) -> Query:
+        prompt, target = self.target(question, answer)
+        return Query([*prompt, *target], len(prompt))
+
+    def target(self, query: str, answer: str) -> tuple[list[int], list[int]]:
+        """Tokens of a question of whatever form, and of its answer."""
+        return self.encode_pair(f"{self._spelled(query)}?", f" {answer}")
 
     def _kept(self, asked: Told) -> list[str]:
         """The statements that `max_context` leaves."""
@@ -340,62 +421,20 @@ class Babi(FileTask):
         """Contexts of a split of a task: first contexts of all stories, second ones, and so on."""
         if is_hub(str(self.data)):
             rows = hub_rows(str(self.data), "test" if split == "test" else "train", f"en-{task}")
-            source, lines = f"{self.data} {task}", _hub_lines(rows)
+            source, lines = f"{self.data} {task}", hub_lines(rows)
         else:
             file = self._file(task, split)
             source, lines = str(file), read_lines(file)
-        stories = list(self._stories(lines, source))
+        stories = list(read_stories(lines, source, self._ids))
         train = len(stories) - held_out(len(stories), VALID)
         mine = {"train": stories[:train], "valid": stories[train:], "test": stories}[split]
         longest = max(map(len, mine), default=0)
         return [story[turn] for turn in range(longest) for story in mine if turn < len(story)]
 
-    def _stories(self, lines: Iterable[tuple[int, str]], source: str) -> Iterator[list[Told]]:
-        """Parse the official format: for each story, what is asked at each point.
 
-        Raises
-        ------
-        GradmemError
-            At a line that is neither statement nor question, with a number out of turn, or with an unknown word.
-        """
-        story: list[Told] = []
-        statements: list[str] = []
-        before = 0
-        for number, line in lines:
-            shown, _, rest = line.lstrip().partition(" ")
-            parts = [part.strip() for part in rest.split("\t")]
-            if shown not in ("1", str(before + 1)) or not all(parts[:2]):
-                raise GradmemError(
-                    f"{source} line {number} is not in the format of bAbI: '{line[:60]}'; it has a number that counts "
-                    "up from 1, a sentence, and after a question a tab and the answer"
-                )
-            try:
-                for part in parts[:2]:
-                    self._ids(part)
-            except GradmemError as error:
-                raise GradmemError(f"{source} line {number}: {error}") from error
-            before = int(shown)
-            if before == 1:
-                if story:
-                    yield story
-                story, statements = [], []
-            if len(parts) == 1:
-                statements.append(parts[0])
-            elif story and len(story[-1].statements) == len(statements):
-                story[-1].questions.append((parts[0], parts[1]))
-            else:
-                story.append(Told(list(statements), [(parts[0], parts[1])]))
-        if story:
-            yield story
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each word of bAbI in small letters, and for comma, full stop and question mark."""
-    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[END]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w']+|[^\w\s]"), "removed", invert=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]")
+def _kinds(of: Mapping[str, tuple[str, ...]], tasks: list[str]) -> Kinds:
+    """Kinds of sentences of all these tasks; None where those of one are not known."""
+    return None if set(tasks) - set(of) else tuple(dict.fromkeys(kind for name in tasks for kind in of[name]))
 
 
 def _names(tasks: str | int | list[str | int]) -> list[str]:
@@ -407,13 +446,3 @@ def _names(tasks: str | int | list[str | int]) -> list[str]:
     if not names or len(set(names)) < len(names):
         raise GradmemError(f"`tasks` names each task once, as 'qa1,qa4', not {tasks!r}")
     return names
-
-
-def _hub_lines(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[int, str]]:
-    """Stories of facebook/babi_qa as lines of the official format."""
-    number = 0
-    for row in rows:
-        story = row["story"]
-        for place, text, answer in zip(story["id"], story["text"], story["answer"], strict=True):
-            number += 1
-            yield number, f"{place} {text}\t{answer}" if answer else f"{place} {text}"

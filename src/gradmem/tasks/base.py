@@ -21,6 +21,8 @@ OTHER_TEXTS = (
     "recites it and does not answer questions about it"
 )
 """What to do with a text that a checkpoint was not trained on, for the end of an error message."""
+WRITTEN = "written here"
+"""The kind of queries whose answers stand in the contexts they ask."""
 
 
 class Task(ABC):
@@ -74,6 +76,14 @@ class Task(ABC):
         ids, both = self.encode(prompt), self.encode(prompt + answer)
         split = both[: len(ids)] == ids
         return ids, [*(both[len(ids) :] if split else self.encode(answer)), self.end_id]
+
+    def encode_query(self, text: str) -> list[int]:
+        """Token ids of a query as people write it."""
+        return self.encode(self.query_text(text))
+
+    def target(self, query: str, answer: str) -> tuple[list[int], list[int]]:
+        """Tokens of a query as people write it, and of its target, an answer as `examples` says it."""
+        return self.encode_pair(self.query_text(query), answer)
 
     def pieces(self, text: str) -> list[str]:
         """The part of a text that each of its tokens stands for, up to where the next one begins."""
@@ -158,6 +168,20 @@ class Task(ABC):
         """Score generated answers, the new tokens of each query; the result is as that of `judge`."""
         raise NotImplementedError
 
+    def calibration(self, split: Split, start: int, size: int, seed: int = 0) -> dict[str, Batch]:
+        """Contexts with queries by kind, to learn when to abstain: those of `WRITTEN`, which they answer, and others.
+
+        Here a batch and what is `unwritten` of it. A task overrides this where people write other contexts, as
+        shorter ones, or ask other queries.
+
+        Returns
+        -------
+        dict of Batch
+            All of the same contexts.
+        """
+        batch = self.batch(split, start, size, seed)
+        return {WRITTEN: batch, **self.unwritten(batch)}
+
     def may_end(self, ids: Tensor) -> Tensor:
         """After which tokens of contexts a chunk may end, where contexts are cut, so that what belongs together is not.
 
@@ -198,7 +222,7 @@ class Task(ABC):
         return text
 
     def examples(self, text: str) -> list[tuple[str, str]]:
-        """Queries and true answers that a context text contains, where the task can tell."""
+        """Queries that a context text answers, with the true answers, where the task can tell; see `Record.answers`."""
         return []
 
     def example(self, seed: int = 0) -> tuple[str, list[tuple[str, str]]] | None:

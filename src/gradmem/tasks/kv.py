@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch, Tokens
 from ..errors import GradmemError
-from .base import OTHER_TEXTS, Split, Task
+from .base import OTHER_TEXTS, WRITTEN, Split, Task
 
 ALPHANUMERIC = string.ascii_letters + string.digits
 # Latin, Greek and Cyrillic letters that have a code point of their own: none is built by combining others.
@@ -71,7 +71,7 @@ class KV(Task):
             raise GradmemError(f"noise must be from 0 to below 1, not {noise}")
         if queries is not None and not 1 <= queries <= pairs:
             raise GradmemError(f"queries must be from 1 to {pairs}, not {queries}")
-        self.pairs, self.alphabet, self.queries = pairs, alphabet, queries
+        self.pairs, self.vocabulary, self.alphabet, self.queries = pairs, vocabulary, alphabet, queries
         self.key_length, self.value_length, self.noise = key_length, value_length, noise
         self.tokenizer = character_tokenizer(vocabulary)
         self.letters = LETTERS[:vocabulary]
@@ -159,6 +159,13 @@ class KV(Task):
             "one character off": moved(keys, batch.rows),
         }
 
+    def calibration(self, split: Split, start: int, size: int, seed: int = 0) -> dict[str, Batch]:
+        """Contexts of this many pairs, and of fewer, by turns: people write what they have."""
+        fewer = self.pairs >> start // size % self.pairs.bit_length()
+        task = KV(fewer, self.key_length, self.value_length, self.vocabulary, self.alphabet, self.noise)
+        batch = task.batch(split, start, size, seed)
+        return {WRITTEN: batch, **task.unwritten(batch)}
+
     def claim(self, query: str, answer: str) -> str:
         """The pair `!kk:vv!`."""
         return f"{query[1:]}{answer}!"
@@ -176,7 +183,9 @@ class KV(Task):
 
     def context_text(self, text: str) -> str:
         """Accept the exact format, or lines `key:value`."""
-        if self._pair.search(text):
+        if found := self._pair.findall(text):
+            if twice := next((key for key, value in found if dict(found)[key] != value), None):
+                raise GradmemError(f"the key '{twice}' stands twice, with two values")
             return text.strip().removesuffix("|") + "|"
         pairs = "".join(f"!{key}:{value}!" for key, value in self._lines(text))
         return pairs + "|" if pairs else ""
@@ -190,6 +199,10 @@ class KV(Task):
                 f"as '{LETTERS[: self.key_length]}' or '?!{LETTERS[: self.key_length]}:'"
             )
         return f"?!{key}:"
+
+    def target(self, query: str, answer: str) -> tuple[list[int], list[int]]:
+        """`?!kk:` and `vv!|`."""
+        return self.encode(self.query_text(query)), self.encode(f"{answer}!|")
 
     def answer_text(self, text: str) -> str:
         """The value: everything but `!` and `|`."""

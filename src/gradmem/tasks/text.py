@@ -62,13 +62,17 @@ class Text(FileTask):
         """The data."""
         return str(self.data)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; the begin token, alone, is the query."""
-        return [self._begin_id] if text == self.begin else super().encode(text)
+    def encode_query(self, text: str) -> list[int]:
+        """The begin token: whatever is asked, the memory is told to begin."""
+        return [self._begin_id]
 
-    def query_text(self, text: str) -> str:
-        """Whatever is asked, the memory is told to begin."""
-        return self.begin
+    def target(self, query: str, answer: str) -> tuple[list[int], list[int]]:
+        """The begin token, and the text that follows it, which no end token ends."""
+        return self.encode_query(query), self.encode(answer)
+
+    def claim(self, query: str, answer: str) -> str:
+        """The answer itself: the query is no part of any text."""
+        return answer
 
     def load(self, split: Split) -> Samples:
         """Read a split, or take it from the cache."""

@@ -47,17 +47,26 @@ function showEntry(entry) {
   document.title = `${label(entry)} – gradmem`;
 }
 
+/** Answers that may come out wrong: the memory may well lose tokens that none of them needs. */
+function atRisk({ answers, at_risk }) {
+  if (answers === null) return "not measured";
+  return answers ? `${number(at_risk)} of ${number(answers)}` : "none known";
+}
+
 function showReceipt({ memory, memory_bytes, versions, records }) {
   const parts = records.flatMap((record) => [...record.earlier, record]);
   const last = parts.at(-1);
   const { current } = memory;
   drawLosses(the("receipt-chart"), last.losses, last.losses.length - 1, last.losses.length - 1);
   // A file may come from anywhere: what is no number in it is null here, and nothing that is kept.
-  blank(the("cells"), parts.flatMap((part) => part.token_losses.map((loss) => loss ?? Infinity)));
+  const measured = parts.filter((part) => part.measured); // of the others nobody knows what is kept
+  blank(the("cells"), measured.flatMap((part) => part.token_losses.map((loss) => loss ?? Infinity)));
   const facts = {
     "Write loss": `${nats(current.loss_before)} → ${nats(current.loss_after)} nats`,
     "Write steps": number(last.steps),
-    "Tokens kept": `${number(current.kept)} of ${number(current.tokens)}`,
+    "Answers at risk": atRisk(current),
+    "Tokens kept": `${number(current.kept)} of ${number(current.tokens - current.unmeasured)}`
+      + (current.unmeasured ? `, ${number(current.unmeasured)} not measured` : ""),
     "Memory": bytes(memory_bytes),
     "File": `${bytes(current.size)}, ${current.precision}`,
     "Version": `${current.number} of ${versions.length}`,
