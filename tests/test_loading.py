@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import resource
@@ -438,6 +439,15 @@ def test_damaged_json_about_abstaining_is_one_line(place: Path, how: str, capsys
     said = refusal(place / "checkpoint", capsys)
     assert "abstain.safetensors is damaged" in said
     assert "\x1b" not in said
+
+
+def test_abstaining_by_states_of_another_width_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it says that it is for this model."""
+    own = gradmem.load(str(place / "checkpoint"))
+    wider = gradmem.load("kv-16").abstain
+    assert wider.width != 2 * own.method.backbone.width
+    dataclasses.replace(wider, checkpoint=own.fingerprints["checkpoint"]).save(place / "checkpoint")
+    assert "is for another model" in refusal(place / "checkpoint", capsys)
 
 
 @pytest.mark.parametrize("kind", ["lm", "checkpoint"])

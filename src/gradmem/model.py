@@ -199,7 +199,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             model = cls._from_directory(directory)
         model.name = name
         model.abstain = Abstain.load(directory)
-        if model.abstain and model.abstain.checkpoint != model.fingerprints["checkpoint"]:
+        abstain, own = model.abstain, (model.fingerprints["checkpoint"], 2 * model.method.backbone.width)
+        if abstain and (abstain.checkpoint, abstain.width) != own:
             raise GradmemError(f"{ABSTAIN} of {name} is for another model: remove it, or calibrate again")
         return model
 

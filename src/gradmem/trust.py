@@ -253,9 +253,13 @@ class Abstain:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             shortest, longest = about.pop("context_tokens")
             loaded = cls(weights, context_tokens=(int(shortest), int(longest)), **about)
-            width = len(weights["mean"]) - len(features(NOTHING))
-            loaded.judge([NOTHING], torch.zeros(1, width))
+            loaded.judge([NOTHING], torch.zeros(1, loaded.width))
         return loaded
+
+    @property
+    def width(self) -> int:
+        """Numbers that it reads of an answer's hidden states, 2 d."""
+        return len(self.weights["mean"]) - len(features(NOTHING))
 
 
 def _inputs(answers: Sequence[Answer], states: Tensor) -> Tensor:
