@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
 import os
 import time
@@ -183,6 +184,30 @@ def test_training_looks_at_numbers_once_a_step(
         (where, times) = next(iter(counts.items()))
         assert len(counts) == times == 1, counts
         assert "training/loop.py" in where
+
+
+def test_each_stage_trains_on_its_own_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch that is made ahead on a device is never one of the stage before."""
+    method = {"name": "gradmem", "n_mem": 2, "write_steps": 1, "inner_lr": 0.3}
+    stages = [
+        Stage(max_steps=2, write_steps=[1], batch_size=size, warmup=1, tasks=[{"pairs": pairs}])
+        for size, pairs in ((4, 2), (2, 3))
+    ]
+    options: dict[str, Any] = {"save_every": 9, "valid_samples": 4, "strategy": "recompute", "micro_batch": 4}
+    recipe = Recipe({"name": "kv", "pairs": 2}, BACKBONE, method, stages, precision="fp32", **options)
+
+    def losses(name: str) -> list[float]:
+        Trainer(recipe, tmp_path / name, "never").run()
+        with (tmp_path / name / "log.csv").open(newline="") as file:
+            return [float(row["loss"]) for row in csv.DictReader(file)]
+
+    recipe.device = "cpu"
+    wanted = losses("here")
+    recipe.device = "auto"
+    monkeypatch.setattr("gradmem.training.loop.Accelerator", _There)
+    monkeypatch.setattr("gradmem.training.loop.clock", lambda device: time.perf_counter())
+    with standin.standin():
+        assert losses("there") == pytest.approx(wanted, rel=1e-4)
 
 
 SPECS: dict[str, dict[str, Any]] = {

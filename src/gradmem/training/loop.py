@@ -139,7 +139,7 @@ class Trainer:
         self.meta_step = MetaStep(self.model.method)
         self.step_module = self.accelerator.prepare(self.meta_step)
         self.parameters = [p for p in self.model.method.parameters() if p.requires_grad]
-        self.coming: tuple[int, Draw] | None = None
+        self.coming: tuple[tuple[int, int], Draw] | None = None
         self.stopped = Interruptible()
         self.stop = False
 
@@ -328,14 +328,16 @@ class Trainer:
     def _step(self, stage: Stage, tasks: list[Task]) -> dict[str, Any]:
         place, recipe = self.place, self.recipe
         ready, self.coming = self.coming, None
-        draw = ready[1] if ready and ready[0] == place.step else self._draw(stage, tasks, place.step, place.samples)
+        now = place.stage, place.step
+        draw = ready[1] if ready and ready[0] == now else self._draw(stage, tasks, place.step, place.samples)
         shown = self._backward(draw, self.recipe.weight_of(stage))
         norm = self.accelerator.clip_grad_norm_(self.parameters, recipe.clip_norm)
         factor = self._lr(stage)
         # A process that was told to stop stops all: each would wait for the others.
         told = torch.tensor([float(bool(self.stopped))]).to(shown, non_blocking=True)
         if self.accelerator.device.type != "cpu":  # which has much to do before it can say how it went
-            self.coming = place.step + 1, self._draw(stage, tasks, place.step + 1, place.samples + stage.batch_size)
+            coming = self._draw(stage, tasks, place.step + 1, place.samples + stage.batch_size)
+            self.coming = (place.stage, place.step + 1), coming
         means = self.accelerator.reduce(torch.cat([shown, told]), "mean")
         numbers = torch.cat([means, norm.detach().to(shown)[None]])
         mean_loss, mean_write_loss, match, stop, grad_norm = numbers.tolist()
