@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from . import check, speed, train
-from .common import ONLY, device, machine, part, say
+from .common import ONLY, SEEN, device, machine, part, say
 
 
 def main() -> None:
-    """Run one of the three parts, or all."""
+    """Run checks, measurements or a training."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     command.add_argument("what", choices=["check", "speed", "train"])
     command.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder for JSON, CSV and checkpoints")
@@ -42,6 +42,8 @@ def main() -> None:
         samples = 8 if quick else options.samples
         run = partial(train.train, options.checkpoint, options.minutes, out, samples, 4 if quick else None)
         part(f"train-{options.checkpoint}", run, out, 60 * options.minutes + 240)
+    if unknown := ONLY - SEEN:
+        command.error(f"no part of {options.what} is {', '.join(sorted(unknown))}; there are {', '.join(sorted(SEEN))}")
 
 
 def _speed(out: Path, quick: bool) -> None:

@@ -22,6 +22,8 @@ Row = dict[str, Any]
 STARTED = time.perf_counter()
 ONLY: set[str] = set()
 """Parts to run; all where it is empty."""
+SEEN: set[str] = set()
+"""Parts that there are."""
 
 
 def device() -> torch.device:
@@ -79,6 +81,7 @@ def limit(limit_seconds: float) -> Iterator[None]:
 
 def part(name: str, run: Callable[[], list[Row]], out: Path, limit_seconds: float) -> list[Row]:
     """Run a part within its time, print its rows and save them; what fails is said, and the next part goes on."""
+    SEEN.add(name)
     if ONLY and name not in ONLY:
         return []
     say(f"{name}: begins, {limit_seconds:.0f} s at most")
