@@ -29,7 +29,7 @@ def parity(fixtures: Path | None) -> list[Row]:
     if fixtures is None or not fixtures.is_dir():
         return [{"skipped": "no --fixtures"}]
     given = {"GRADMEM_TEST_DEVICE": device().type, "GRADMEM_PARITY_DIR": str(fixtures.resolve())}
-    given["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    given["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "tests/test_parity.py"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | given, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()

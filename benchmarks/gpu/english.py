@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import math
 import random
@@ -213,6 +214,7 @@ class Training:
                     raise
             self.micro[steps] = micro = -(-micro // 2)
             self.model.method.zero_grad()
+            gc.collect()  # what failed may be held in circles
             torch.cuda.empty_cache()
             say(f"out of memory with K = {steps}: {micro} contexts at a time from here on")
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm))

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from gradmem import load
+from gradmem.errors import GradmemError
 from gradmem.evaluation import evaluate
+from gradmem.specs import build_task
 from gradmem.training import Recipe
 from gradmem.training.recipe import load_recipe
+from gradmem.training.step import MetaStep
 
-from .common import Row, device, say
+from .common import Row, device, products, say
 
 COMMON: dict[str, Any] = {
     "device": "auto",
@@ -96,6 +99,7 @@ def train(name: str, minutes: float, out: Path, samples: int, contexts: int | No
     runs = out / "runs" / name
     shutil.rmtree(runs, ignore_errors=True)
     trainer = Trainer(recipe(name, minutes, contexts), runs, "never", report=Lines(name))  # type: ignore[arg-type]
+    _compile(trainer, name)
     trainer.run()
     if torch.cuda.is_available():
         say(f"{name}: at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
@@ -104,6 +108,25 @@ def train(name: str, minutes: float, out: Path, samples: int, contexts: int | No
     shutil.copytree(runs / "checkpoint", target)
     shutil.copy(runs / "log.csv", out / f"{name}-log.csv")
     return measure(str(target), PLANS[name]["asked"], samples) if samples else []
+
+
+def _compile(trainer: Any, name: str) -> None:
+    """Compile the write steps before the minutes of training count; without a compiler go on as they are."""
+    if trainer.recipe.strategy != "compile":
+        return
+    method, stage = trainer.model.method, trainer.recipe.stages[0]
+    task = build_task({**trainer.recipe.task, **stage.tasks[0]})
+    batch = task.batch("train", 0, trainer.recipe.micro_batch).to(device())
+    method.strategy, started = "compile", time.perf_counter()
+    try:
+        with products("tf32"):
+            loss, *_ = MetaStep(method, "tf32")(batch, stage.write_steps[0], task.scored(batch.labels), False)
+            loss.backward()
+        say(f"{name}: compiled in {time.perf_counter() - started:.0f} s")
+    except (GradmemError, RuntimeError) as error:
+        say(f"{name}: does not compile, so it is unrolled: {error}")
+        trainer.recipe = dataclasses.replace(trainer.recipe, strategy="unroll")
+    method.zero_grad()
 
 
 def measure(

@@ -59,7 +59,9 @@ def compiled_gradient(
                 losses = loss(dict(zip(points, at, strict=True)), *inputs[len(points) :])
             return losses, *torch.autograd.grad(losses.sum(), at, create_graph=True)
 
-        traced = make_fx(losses_and_gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        # On a GPU gradients are computed in threads of their own, which tracing need not reach.
+        with torch.autograd.set_multithreading_enabled(False):
+            traced = make_fx(losses_and_gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         graphs[key] = torch.compile(_folded(_attached(traced)), dynamic=False, fullgraph=True)
     try:
         with torch.autocast(kind, enabled=False):  # whose conversions are in the graph

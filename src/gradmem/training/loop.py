@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import json
 import math
 import random
 import shutil
@@ -24,8 +25,8 @@ from ..batch import Batch
 from ..checkpoints import load
 from ..device import device_named
 from ..errors import GradmemError
-from ..evaluation.report import save_json
 from ..evaluation.results import evaluate
+from ..files import write_bytes
 from ..interruption import Interruptible
 from ..model import MemoryModel
 from ..specs import build_task
@@ -287,7 +288,8 @@ class Trainer:
         steps = sorted(set(stage.write_steps))
         results = evaluate(self.model, steps, self.recipe.valid_samples, self.recipe.seed, split="valid")
         self.model.method.train()
-        save_json([result.row() for result in results], self.output / f"valid-{self.place.stage + 1}.json")
+        rows = json.dumps([result.row() for result in results], indent=1)
+        write_bytes(self.output / f"valid-{self.place.stage + 1}.json", rows.encode())
         shown = ", ".join(f"{r.exact_match:.2%} after {r.steps} steps" for r in results)
         last = results[-1]
         progress.say(f"validation EM {shown}; unwritten {last.unwritten:.2%}, swapped {last.swapped:.2%}")
