@@ -19,7 +19,6 @@ from torch import Tensor
 
 import naive
 from common import (
-    SMOLLM2,
     Precision,
     Row,
     in_fresh_process,
@@ -37,6 +36,7 @@ from gradmem.inner import Strategy
 from gradmem.methods import GradMem
 from gradmem.training.memory_use import forget_peak, free_memory, peak
 from gradmem.training.step import MetaStep
+from shapes import SMOLLM2
 
 WRITE_LOSS_WEIGHT = 0.5
 """Weight of the last write loss in the outer loss, as published."""

@@ -16,22 +16,10 @@ from gradmem.backbone import _one_sequence_a_row
 from gradmem.methods import FullContext, Method
 from gradmem.tasks.kv import KV
 from gradmem.training.step import MetaStep
+from shapes import SMOLLM2
 
 from .common import Row, device, products, say, synchronize, timed
 
-SMOLLM2: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-    "tie_word_embeddings": True,
-}
-"""The shape of SmolLM2-135M, with random weights: neither time nor memory depends on their values."""
 ANSWER = 12
 """Query and target tokens of a text."""
 Ways = list[tuple[Any, Any]]
