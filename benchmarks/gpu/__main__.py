@@ -31,7 +31,7 @@ def main() -> None:
     if options.what == "check":
         part("parity", partial(check.parity, options.fixtures), out, 60)
         part("derivatives", check.derivatives, out, 30)
-        settings = [("kv-16", 4), ("kv-16", 16), ("kv-64-k1", 64), ("kv-96", 96)]
+        settings = [("kv-16", 2), ("kv-16", 4), ("kv-16", 16), ("kv-64-k1", 64), ("kv-96", 96)]
         run = partial(check.meta_gradients, settings[:1] if quick else settings)
         part("meta-gradients", run, out, 90)
         part("waits", partial(check.waits, "kv-96"), out, 30)

@@ -10,6 +10,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import transformers
 
 from gradmem.evaluation.cost import seconds
+from gradmem.training.precision import matmul_precision
 
 Row = dict[str, Any]
 STARTED = time.perf_counter()
@@ -139,12 +141,6 @@ def synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-@contextlib.contextmanager
-def products(precision: str) -> Iterator[None]:
-    """TF32 for float32 products on a GPU, or exact ones."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def products(precision: Any) -> AbstractContextManager[None]:
+    """TF32 for float32 products on the card, or exact ones."""
+    return matmul_precision(precision, device())
