@@ -31,7 +31,7 @@ audit: $(INSTALLED)
 	$(BIN)/python tests/system/audit.py
 
 bench: $(INSTALLED)
-	for script in startup meta_step read serve write kv store; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in startup meta_step read serve write kv store; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 # torch first and by its exact version: a range can take a build of several GB for GPUs.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -21,9 +21,9 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.shapes import PAPER_BACKBONE
 from gradmem.methods import Method
 from gradmem.model import MemoryModel
-from shapes import PAPER_BACKBONE
 
 Precision = Literal["fp32", "bf16"]
 Row = dict[str, Any]

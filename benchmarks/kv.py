@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from common import Row, machine, measure, parser, report
-from gradmem.evaluation.cost import seconds
+from benchmarks.common import Row, machine, measure, parser, report
+from gradmem.experiments.cost import seconds
 from gradmem.tasks.kv import KV
 
 SAMPLES = 4096

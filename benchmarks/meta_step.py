@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import naive
-from common import (
+from benchmarks import naive
+from benchmarks.common import (
     Precision,
     Row,
     in_fresh_process,
@@ -29,14 +29,14 @@ from common import (
     plain_model,
     report,
 )
+from benchmarks.shapes import SMOLLM2
 from gradmem.backbone import Backbone
 from gradmem.batch import Batch, Tokens
-from gradmem.evaluation.cost import seconds
+from gradmem.experiments.cost import seconds
 from gradmem.inner import Strategy
 from gradmem.methods import GradMem
-from gradmem.training.memory_use import forget_peak, free_memory, peak
+from gradmem.training.device_memory import forget_peak, free_memory, peak
 from gradmem.training.step import MetaStep
-from shapes import SMOLLM2
 
 WRITE_LOSS_WEIGHT = 0.5
 """Weight of the last write loss in the outer loss, as published."""

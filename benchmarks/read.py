@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import gradmem
-from common import Row, machine, measure, paper_model, parser, plain_model, report
+from benchmarks.common import Row, machine, measure, paper_model, parser, plain_model, report
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
-from gradmem.evaluation.cost import seconds
+from gradmem.experiments.cost import seconds
 from gradmem.memory import Memory
 from gradmem.model import MemoryModel
 from gradmem.prefix import Prefix, generate

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import gradmem
-from common import Row, machine, measure, parser, report
+from benchmarks.common import Row, machine, measure, parser, report
 from gradmem.memory import Memory
 from gradmem.model import MemoryModel
 from gradmem.serving import Engine

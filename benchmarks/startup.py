@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import gradmem
-from common import Row, machine, measure, parser, report
+from benchmarks.common import Row, machine, measure, parser, report
 from gradmem.store import Store
 
 TRANSFORMERS = """

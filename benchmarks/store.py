@@ -24,7 +24,7 @@ import torch
 from rich.progress import track
 from sqlalchemy import insert
 
-from common import Row, machine, measure, parser, report
+from benchmarks.common import Row, machine, measure, parser, report
 from gradmem import Memory, Record
 from gradmem.store import Store
 from gradmem.store import database as db

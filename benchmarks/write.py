@@ -17,7 +17,7 @@ from itertools import product
 
 import torch
 
-from common import (
+from benchmarks.common import (
     Precision,
     Row,
     autocast,
@@ -28,7 +28,7 @@ from common import (
     parser,
     report,
 )
-from gradmem.evaluation.cost import seconds
+from gradmem.experiments.cost import seconds
 from gradmem.methods import Method
 from gradmem.model import MemoryModel
 

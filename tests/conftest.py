@@ -1,140 +1,17 @@
-"""Tiny float64 models and random batches that the tests share."""
+"""Fixtures that all tests share."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import standin  # noqa: F401 - makes its device known before anything is differentiated
-from gradmem.backbone import Backbone
-from gradmem.batch import Batch, Tokens
-from gradmem.memory import Memory
-from gradmem.methods import GradMem, Method
 from gradmem.model import MemoryModel
-from naive import Naive, rms_norm
+from helpers import tiny_model
 
 torch.set_num_threads(1)
-
-M = TypeVar("M", bound=Method)
-
-VOCABULARY = 23
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "initializer_range": 0.3,
-}
-WIDE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 40}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 2, "n_positions": 40}
-    | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-    "gpt_neox": WIDE | {"num_attention_heads": 2},
-    # Grouped-query heads, and tied and untied output layers.
-    "llama": WIDE | {"num_attention_heads": 4, "num_key_value_heads": 2},
-    "qwen2": WIDE | {"num_attention_heads": 4, "num_key_value_heads": 1, "tie_word_embeddings": True},
-}
-KINDS = list(CONFIGS)
-DATA = Path(os.environ.get("GRADMEM_DATA_DIR") or Path(__file__).parents[2] / "shared" / "data")
-"""Data sets that are no part of the repository; tests that need them are skipped where they are not."""
-TOLERANCE = 1e-10
-"""Of what is computed in float64 throughout."""
-
-
-def needs(*names: str) -> pytest.MarkDecorator:
-    """Skip a test where a data set is absent."""
-    absent = [name for name in names if not (DATA / name).exists()]
-    return pytest.mark.skipif(bool(absent), reason=f"{DATA} has no {', '.join(absent)}; see GRADMEM_DATA_DIR")
-
-
-def make_gradmem(kind: str = "gpt2", *, config: dict[str, Any] | None = None, **options: Any) -> GradMem:
-    """Build a GradMem; see `make_method`."""
-    return make_method(GradMem, kind, config=config, **{"n_mem": 3, "inner_lr": 0.3, "write_steps": 2} | options)
-
-
-def make_method(cls: type[M], kind: str = "gpt2", *, config: dict[str, Any] | None = None, **options: Any) -> M:
-    """Build a method in float64, always the same; no parameter is zero or the identity."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        backbone = Backbone.from_config({"model_type": kind} | COMMON | CONFIGS.get(kind, {}) | (config or {}))
-        for module in backbone.modules():
-            # Transformers' own is in float32 even in a float64 model.
-            if type(module).__name__.endswith("RMSNorm"):
-                module.forward = rms_norm.__get__(module)
-        method = cls(backbone, **options).double()
-        with torch.no_grad():
-            for parameter in method.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return method.eval()
-
-
-def random_tokens(lengths: list[int], seed: int = 0) -> Tokens:
-    """Rows of random tokens, padded with random tokens too: only the mask tells them apart."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(VOCABULARY, (len(lengths), max(lengths)), generator=generator)
-    return Tokens(ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
-
-
-def make_batch(seed: int = 0) -> Batch:
-    """Three contexts of different lengths; five queries to them that end in one to five target tokens."""
-    queries = random_tokens([4, 6, 3, 5, 4], seed + 1)
-    labels = queries.ids.masked_fill(~queries.mask, -100)
-    for row, begin in enumerate([2, 3, 2, 0, 3]):
-        labels[row, :begin] = -100
-    return Batch(random_tokens([7, 5, 8], seed), queries, labels, torch.tensor([2, 0, 0, 1, 2]))
-
-
-def real(tokens: Tokens, row: int) -> Tensor:
-    """The tokens of a row without its pads."""
-    return tokens.ids[row, tokens.mask[row]]
-
-
-def distance(got: Tensor, wanted: Tensor) -> float:
-    """Distance relative to the norm of the wanted tensor."""
-    assert got.shape == wanted.shape
-    got, wanted = got.detach(), wanted.detach()
-    return float((got - wanted).norm() / wanted.norm().clamp_min(1e-300))
-
-
-def gradients(loss: Tensor, method: Method) -> dict[str, Tensor]:
-    """Gradients by parameter name; None becomes zero."""
-    named = dict(method.named_parameters())
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads, strict=True)}
-
-
-def assert_same_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
-    """Compare each gradient with the wanted one, relative to its norm or to that of the largest."""
-    assert got.keys() == wanted.keys()
-    largest = max(grad.norm() for grad in wanted.values())
-    for name, grad in wanted.items():
-        assert (got[name] - grad).norm() <= tolerance * max(grad.norm(), 1e-3 * largest), name
-
-
-def tiny_model(seed: int) -> MemoryModel:
-    """Build an untrained KV model in float32 with 8 memory vectors of width 16."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return MemoryModel.from_spec(
-            {"name": "kv", "pairs": 3},
-            {
-                "model_type": "llama",
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "max_position_embeddings": 512,
-                "initializer_range": 0.25,
-            },
-            {"name": "gradmem", "n_mem": 8, "write_steps": 2, "write_head": "random"},
-        )
 
 
 @pytest.fixture(autouse=True)
@@ -159,42 +36,3 @@ def tiny() -> MemoryModel:
 def other() -> MemoryModel:
     """The same architecture with other weights."""
     return tiny_model(1)
-
-
-def naive(method: GradMem, **options: Any) -> Naive:
-    return Naive(method, **{"inner_lr": 0.3, "write_steps": 2} | options)
-
-
-def outer_loss(method: GradMem, batch: Batch, auxiliary: float = 0.0) -> tuple[Tensor, Memory]:
-    """Mean read loss over all target tokens, plus the last write loss."""
-    written = method.write(batch.context)
-    logits = method.read(written.memory, batch.queries, batch.rows)[:, :-1]
-    loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-    if auxiliary and len(written.losses):
-        loss = loss + auxiliary * written.losses[-1].mean()
-    return loss, written.memory
-
-
-def slope(loss: Callable[[], Tensor], parameter: Tensor, direction: Tensor, h: float) -> float:
-    """Central difference of a loss along a direction of a parameter."""
-    with torch.no_grad():
-        parameter.add_(h * direction)
-        above = loss()
-        parameter.sub_(2 * h * direction)
-        below = loss()
-        parameter.add_(h * direction)
-    return float((above - below) / (2 * h))
-
-
-def check_slopes(method: GradMem, loss: Callable[[], Tensor], names: set[str] = frozenset(), h: float = 1e-5) -> None:
-    """Compare every gradient, or those of the parameters named, with a slope along a random direction."""
-    grads = gradients(loss(), method)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in method.named_parameters():
-        if names and name not in names:
-            continue
-        direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        got = slope(loss, parameter, direction / direction.norm(), h)
-        wanted = (grads[name] * direction).sum() / direction.norm()
-        assert grads[name].any(), name
-        assert got == pytest.approx(wanted.item(), abs=1e-6 * float(grads[name].norm()) + 1e-9), name

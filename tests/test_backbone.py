@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradmem
 from gradmem import GradmemError, MemoryModel
+from gradmem import gguf as conversion
 from gradmem.backbone import Backbone
-from gradmem.data import gguf as conversion
-from gradmem.data.pretrained import pretrained_place, pretrained_tokenizer
+from gradmem.pretrained import pretrained_place, pretrained_tokenizer
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c", "Ġ", "ab", "Ġc"]
 FIELDS: dict[str, Any] = {

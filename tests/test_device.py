@@ -16,20 +16,20 @@ from accelerate import Accelerator
 
 import gradmem
 import standin
-from conftest import assert_same_gradients, distance, make_batch, make_method, tiny_model
-from gradmem import cli
+from gradmem.cli import store as store_commands
+from gradmem.cli.main import main as cli
 from gradmem.device import device_named
 from gradmem.errors import GradmemError
 from gradmem.evaluation.calibrate import calibrate
-from gradmem.evaluation.results import evaluate
+from gradmem.evaluation.measurement import evaluate
 from gradmem.methods import ARMT, RMT, FullContext, GradMem, Mamba, MeanPool, Method
 from gradmem.model import MemoryModel
 from gradmem.serving.engine import Engine
-from gradmem.store import commands as store_commands
 from gradmem.training import Recipe, Stage
-from gradmem.training.loop import Trainer
 from gradmem.training.plan import SHARE, make_plan
 from gradmem.training.step import MetaStep, outer_loss
+from gradmem.training.trainer import Trainer
+from helpers import assert_same_gradients, distance, make_batch, make_method, tiny_model
 
 pytestmark = pytest.mark.skipif(bool(standin.MISSING), reason=standin.MISSING)
 
@@ -159,7 +159,7 @@ class _There(Accelerator):
 def test_training_looks_at_numbers_once_a_step(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradmem.training.loop.Accelerator", _There)
+    monkeypatch.setattr("gradmem.training.trainer.Accelerator", _There)
     method = {"name": "gradmem", "n_mem": 2, "write_steps": 2, "inner_lr": 0.3, "chunk": 8, "chunks": "joint"}
     stage = Stage(max_steps=3, write_steps=[1, 2], batch_size=4, warmup=1, decay=1)
     recipe = Recipe(
@@ -181,7 +181,7 @@ def test_training_looks_at_numbers_once_a_step(
     for counts in waited:
         (where, times) = next(iter(counts.items()))
         assert len(counts) == times == 1, counts
-        assert "training/loop.py" in where
+        assert "training/trainer.py" in where
 
 
 def test_each_stage_trains_on_its_own_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_each_stage_trains_on_its_own_samples(tmp_path: Path, monkeypatch: pytes
     recipe.device = "cpu"
     wanted = losses("here")
     recipe.device = "auto"
-    monkeypatch.setattr("gradmem.training.loop.Accelerator", _There)
+    monkeypatch.setattr("gradmem.training.trainer.Accelerator", _There)
     with standin.standin():
         assert losses("there") == pytest.approx(wanted, rel=1e-4)
 

@@ -22,15 +22,16 @@ pytest.importorskip("fastapi")
 import uvicorn
 from fastapi import Request
 from starlette.testclient import TestClient
+from tests.serving.test_server import TEXT, authorized, client, client_of, keys, refused, served, written
 
-from gradmem.serving import bodies, connections, following
+from gradmem.serving import bodies, connections
+from gradmem.serving import streaming as following
+from gradmem.serving.api_keys import Keys
 from gradmem.serving.app import create_app
 from gradmem.serving.arrivals import Arrivals
 from gradmem.serving.connections import Connection
-from gradmem.serving.keys import Keys
-from gradmem.serving.problems import Refused
+from gradmem.serving.http_errors import Refused
 from gradmem.serving.settings import Settings
-from test_serve import TEXT, authorized, client, client_of, keys, refused, served, written
 
 __all__ = ["client", "keys", "served"]  # fixtures
 JSON = {"Content-Type": "application/json"}

@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 
 import gradmem
-from conftest import tiny_model
 from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
-from gradmem.tables import receipt
+from gradmem.cli.memory_tables import receipt
+from helpers import tiny_model
 
 TEXT = "a7:Qz\nk2:9f\nzz:aa"
 FLOATS = 8 * 16

@@ -20,7 +20,7 @@ LISTED = "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)), file=sys.st
 RUN = (
     """
 import sys
-from gradmem.cli import main
+from gradmem.cli.main import main
 for line in sys.argv[1:]:
     try:
         main(line.split())
@@ -114,7 +114,7 @@ def test_import_is_lazy() -> None:
 
 def test_public_names() -> None:
     found = {name: getattr(gradmem, name) for name in gradmem.__all__}
-    assert found["load"].__module__ == "gradmem.checkpoints"
+    assert found["load"].__module__ == "gradmem.model.loading"
     assert found["Memory"] is gradmem.memory.Memory
     assert set(gradmem.__all__) | {"open"} <= set(dir(gradmem))
     assert gradmem.inner.descend  # submodules are there as if they had been imported

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gradmem import GradmemError, Memory
-from gradmem.cli import main
+from gradmem.cli.main import main
 from gradmem.errors import require, unknown
 from gradmem.store import Store
 from gradmem.visible import shown_on, visible

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmem import Batch, MemoryModel, load
+from gradmem import ROOT, Batch, MemoryModel, load
 from gradmem.evaluation import evaluate
-from gradmem.inner.attention import attention
+from gradmem.ops.attention import attention
 from gradmem.tasks.kv import KV
 from gradmem.training.step import MetaStep
 
-from . import ROOT
 from .common import Row, device, products
 
 PRECISIONS = ("fp32", "tf32", "bf16")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from gradmem.evaluation.cost import seconds
+from gradmem.experiments.cost import seconds
 from gradmem.training.precision import matmul_precision
 
 Row = dict[str, Any]

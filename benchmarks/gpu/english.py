@@ -30,11 +30,11 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from gradmem.batch import Batch
-from gradmem.delta import base_weights, rounded, save_delta
 from gradmem.model import MemoryModel
-from gradmem.specs import build_task
+from gradmem.model.build import build_task
+from gradmem.model.delta import base_weights, rounded, save_delta
 from gradmem.tasks.qa import QA
-from gradmem.training.optim import build_optimizers
+from gradmem.training.optimizers import build_optimizers
 from gradmem.training.recipe import Recipe, Stage, load_recipe
 from gradmem.training.step import MetaStep, outer_loss
 

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from gradmem.data import Samples
-from gradmem.specs import build_task
+from gradmem.model.build import build_task
 from gradmem.tasks.qa import QA
 from gradmem.training.recipe import Recipe, load_recipe
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import naive
+from benchmarks import naive
+from benchmarks.shapes import SMOLLM2
 from gradmem import Backbone, Batch, GradMem, Tokens, load
 from gradmem.backbone import _one_sequence_a_row
 from gradmem.methods import FullContext, Method
 from gradmem.tasks.kv import KV
 from gradmem.training.step import MetaStep
-from shapes import SMOLLM2
 
 from .common import Row, device, products, say, synchronize, timed
 

@@ -13,7 +13,7 @@ import torch
 from gradmem import load
 from gradmem.errors import GradmemError
 from gradmem.evaluation import evaluate
-from gradmem.specs import build_task
+from gradmem.model.build import build_task
 from gradmem.training import Recipe
 from gradmem.training.recipe import load_recipe
 from gradmem.training.step import MetaStep
@@ -94,7 +94,7 @@ def recipe(name: str, minutes: float, contexts: int | None) -> Recipe:
 
 def train(name: str, minutes: float, out: Path, samples: int, contexts: int | None = None) -> list[Row]:
     """Train and measure; the checkpoint is put into `out`, and the last one is what is measured."""
-    from gradmem.training.loop import Trainer
+    from gradmem.training.trainer import Trainer
 
     runs = out / "runs" / name
     shutil.rmtree(runs, ignore_errors=True)

@@ -14,15 +14,15 @@ from .lazy import attach
 if TYPE_CHECKING:
     from .backbone import Backbone
     from .batch import Batch, Tokens
-    from .checkpoints import load
-    from .checkpoints import open_memory as open  # noqa: F401
     from .memory import Memory
     from .methods import GradMem, Method, Written
     from .model import MemoryModel
-    from .packaged import checkpoint_names
-    from .records import Record
+    from .model.abstain import Answer
+    from .model.loading import load
+    from .model.loading import open_memory as open  # noqa: F401
+    from .model.packaged import checkpoint_names
+    from .receipts import Record
     from .serving.client import Client
-    from .trust import Answer
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 PLACES = {
-    "Answer": "trust",
+    "Answer": "model",
     "Backbone": "backbone",
     "Batch": "batch",
     "Client": "serving.client",
@@ -53,12 +53,12 @@ PLACES = {
     "Memory": "memory",
     "MemoryModel": "model",
     "Method": "methods",
-    "Record": "records",
+    "Record": "receipts",
     "Tokens": "batch",
     "Written": "methods",
-    "checkpoint_names": "packaged",
-    "load": "checkpoints",
-    "open": "checkpoints:open_memory",
+    "checkpoint_names": "model.packaged",
+    "load": "model.loading",
+    "open": "model.loading:open_memory",
 }
 __getattr__ = attach(__name__, PLACES, submodules=True)
 

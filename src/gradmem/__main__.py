@@ -7,7 +7,7 @@ from .plugins import installed
 
 sys.path[:] = installed(sys.path)  # before anything else is imported
 
-from .cli import main  # noqa: E402
+from .cli.main import main  # noqa: E402
 
 code = main()
 if "RANK" in os.environ:

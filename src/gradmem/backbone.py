@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, masking_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .data.checked import Stored
-from .data.language_model import built_model, loaded_model
-from .data.pretrained import pretrained_place
 from .errors import GradmemError, refused
-from .inner import attention
-from .inner.closed_form import closed_forms, replaced
-from .inner.head import Head, ScaledHead
-from .inner.room import room
+from .language_model import built_model, loaded_model
+from .ops import attention
+from .ops.head import Head, ScaledHead
+from .ops.patching import closed_forms, replaced
+from .ops.room import room
 from .prefix import Prefix
+from .pretrained import pretrained_place
 from .probing import FAILURES, check_reading, find_head, hides_pads, obeys_masks, other_layers
+from .untrusted import Stored
 
 SPARE = 0.95
 """Smallest part of a pretrained model's embeddings that its tokenizer has tokens for."""

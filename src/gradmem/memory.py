@@ -21,7 +21,7 @@ from torch import Tensor
 from .choices import Precision
 from .errors import GradmemError
 from .files import write_bytes
-from .records import Record, text_digest
+from .receipts import Record, text_digest
 
 if TYPE_CHECKING:
     from .model import MemoryModel

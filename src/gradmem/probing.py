@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import GradmemError
-from .inner.head import Head, ScaledHead
+from .ops.head import Head, ScaledHead
 from .prefix import Prefix, prepared
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from rich.table import Table
 from served import Server
 
 from gradmem import Client, GradmemError, Memory
-from gradmem.records import text_digest
+from gradmem.receipts import text_digest
 from gradmem.serving import Busy
 from gradmem.store import Store
 

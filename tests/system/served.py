@@ -25,7 +25,7 @@ class Server:
 
     def __init__(self, folder: Path, *arguments: str, before: str = "") -> None:
         self.log = folder / "log"
-        program = f"{before}\nfrom gradmem.cli import main; raise SystemExit(main())"
+        program = f"{before}\nfrom gradmem.cli.main import main; raise SystemExit(main())"
         command = [sys.executable, "-c", program, "serve", "--port", "0", *arguments]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=self.environment(folder))

@@ -26,8 +26,8 @@ from starlette.testclient import TestClient
 
 from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.memory import FORMAT, SCALE, digest
+from gradmem.serving.api_keys import Keys
 from gradmem.serving.app import create_app
-from gradmem.serving.keys import Keys
 from gradmem.serving.settings import Settings
 from gradmem.store import Store
 from stored import made

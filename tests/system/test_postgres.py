@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from tests.store import test_store
 
-import test_store
 from gradmem import GradmemError
 from gradmem.store import Store
 from stored import made

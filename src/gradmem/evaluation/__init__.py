@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..lazy import attach
 
 if TYPE_CHECKING:
-    from .results import Result, evaluate
+    from .measurement import Result, evaluate
 
 __all__ = ["Result", "evaluate"]
-__getattr__ = attach(__name__, dict.fromkeys(__all__, "results"))
+__getattr__ = attach(__name__, dict.fromkeys(__all__, "measurement"))

@@ -15,9 +15,9 @@ from ..batch import Batch
 from ..errors import GradmemError
 from ..memory import Memory
 from ..model import MemoryModel
-from ..specs import build_task
+from ..model.abstain import Abstain, Answer, balanced, features
+from ..model.build import build_task
 from ..tasks.base import WRITTEN, Split, Task
-from ..trust import Abstain, Answer, balanced, features
 from .report import figure
 
 BINS = 10

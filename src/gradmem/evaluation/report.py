@@ -13,9 +13,9 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import GradmemError
+from ..experiments.published import BY_PAIRS
 from ..files import write_bytes
-from .published import BY_PAIRS
-from .results import Result
+from .measurement import Result
 
 
 def table(results: Sequence[Result]) -> Table:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .cross_entropy import cross_entropy
-from .head import Head
+from ..ops.cross_entropy import cross_entropy
+from ..ops.head import Head
 
 
 def token_losses(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.objective import token_losses
-from ..inner.precision import no_autocast
 from ..memory import Memory
+from ..ops.dtypes import no_autocast
 from ..prefix import Prefix
-from ._one_pass import OnePassMethod
+from .base.one_pass import OnePassMethod
 
 State = list[tuple[Tensor, Tensor]]
 """What the memory of each layer holds: A (batch, features, d) and z (batch, features)."""

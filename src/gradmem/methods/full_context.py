@@ -10,10 +10,10 @@ from torch import Tensor
 from ..backbone import Backbone
 from ..batch import Batch, Tokens
 from ..errors import GradmemError, require
-from ..inner.precision import work_dtype
 from ..memory import Memory
+from ..ops.dtypes import work_dtype
 from ..prefix import Prefix
-from ._one_pass import OnePassMethod
+from .base.one_pass import OnePassMethod
 
 
 class FullContext(OnePassMethod):

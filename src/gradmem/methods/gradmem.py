@@ -17,15 +17,15 @@ from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.compiled import Graphs
+from ..inner.gauss_newton import Losses, Outputs, gauss_newton
 from ..inner.meta_gradient import Order, descend, of_unfinished
-from ..inner.newton import Losses, Outputs, gauss_newton
 from ..inner.objective import joint_losses, sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, heavy_ball
 from ..memory import Memory
 from ..prefix import Prefix
-from ._chunked import ChunkedMethod
-from ._prefix import Head, Phase
 from .base import Mode, Written
+from .base.chunked import ChunkedMethod
+from .base.prefix_method import Head, Phase
 
 
 class GradMem(ChunkedMethod):
@@ -51,7 +51,7 @@ class GradMem(ChunkedMethod):
         Momentum falls likewise.
     gauss_newton_after : int, optional
         Take so many steps of this descent, and Gauss-Newton steps after them: each costs several times as much, and
-        stores more, untrained (see `gradmem.inner.newton`). The meta-gradient takes them as constants.
+        stores more, untrained (see `gradmem.inner.gauss_newton`). The meta-gradient takes them as constants.
     inner_optimizer : {"sgd", "adam"}
     clip_value, clip_norm : float, optional
         Clips of the inner gradient, per sample and tensor.

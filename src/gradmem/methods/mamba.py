@@ -13,11 +13,11 @@ from transformers.cache_utils import DynamicCache
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError
-from ..inner.precision import work_dtype
 from ..memory import Memory
+from ..ops.dtypes import work_dtype
+from ..ops.selective_scan import selective_scan
 from ..prefix import Prefix, RowStreamer, check_options, copies
-from ._one_pass import OnePassMethod
-from ._selective_scan import selective_scan
+from .base.one_pass import OnePassMethod
 
 State = tuple[Tensor, Tensor]
 """Of a layer: its last inputs to the convolution (batch, k - 1, channels), and the recurrent state (batch, channels,

@@ -9,8 +9,8 @@ from ..backbone import Backbone
 from ..batch import Tokens
 from ..inner.optimizers import Tensors
 from ..memory import Memory
-from ._one_pass import OnePassMethod
-from ._prefix import Phase, PrefixMethod
+from .base.one_pass import OnePassMethod
+from .base.prefix_method import Phase, PrefixMethod
 
 
 class MeanPool(OnePassMethod, PrefixMethod):

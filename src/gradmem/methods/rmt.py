@@ -14,9 +14,9 @@ from ..errors import require
 from ..inner.objective import sample_losses
 from ..inner.optimizers import Tensors
 from ..memory import Memory
-from ._chunked import ChunkedMethod
-from ._prefix import Head, pads_last
 from .base import Written
+from .base.chunked import ChunkedMethod
+from .base.prefix_method import Head, pads_last
 
 
 class RMT(ChunkedMethod):

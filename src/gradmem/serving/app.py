@@ -15,13 +15,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from .. import __version__
 from ..errors import GradmemError
 from ..store import Store
-from . import chat, checkpoints, memories, problems
-from .engines import Engines
+from . import http_errors
+from .api_keys import Keys
+from .engine_pool import Engines
 from .guard import Guard
-from .keys import Keys
 from .owned import Threads
+from .routes import checkpoints, memories, openai
 from .settings import Settings
-from .watch import Watch
+from .telemetry import Watch
 
 WEB = Path(__file__).parent / "web"
 """The web page: every file in it is served under `/`."""
@@ -68,13 +69,13 @@ def create_app(store: Store, settings: Settings | None = None, keys: Keys | None
     app.state.store, app.state.engines, app.state.settings = store, engines, settings
     app.state.threads = Threads()
     app.add_middleware(Guard, settings=settings, keys=keys, watch=watch)
-    problems.install(app)
+    http_errors.install(app)
     # The guard has seen the key; this says so in the OpenAPI document.
     bearer = Depends(HTTPBearer(auto_error=False, description="A key of `gradmem keys add`; not needed on loopback."))
-    for router in (memories.router, checkpoints.router, chat.router):
-        app.include_router(router, dependencies=[bearer], responses=problems.DOCUMENTED)
+    for router in (memories.router, checkpoints.router, openai.router):
+        app.include_router(router, dependencies=[bearer], responses=http_errors.DOCUMENTED)
 
-    @app.get("/healthz", tags=["operation"], responses=problems.DOCUMENTED)
+    @app.get("/healthz", tags=["operation"], responses=http_errors.DOCUMENTED)
     async def health() -> dict[str, str]:
         """Whether the server is there."""
         return {"status": "ok"}

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from starlette.types import Receive
 
-from .problems import Refused
+from .http_errors import Refused
 
 
 class Gone(Exception):

@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from pydantic import AfterValidator, Field
 
 from ..store.database import utc
-from .problems import Refused
+from .http_errors import Refused
 
 MOST_OUTSIDE, MOST_QUOTES = 2**18, 2**15
 """Bytes of JSON outside of its strings, and quotation marks: what takes time to parse and to check."""

@@ -11,8 +11,8 @@ from urllib.parse import quote
 import httpx2
 
 from ..errors import GradmemError, Missing
+from ..model.abstain import Answer
 from ..store.entries import Entry
-from ..trust import Answer
 from .engine import Busy
 
 OnLoss = Callable[[int, int, float | None], object]

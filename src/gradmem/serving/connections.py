@@ -9,7 +9,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .problems import Refused, problem
+from .http_errors import Refused, problem
 
 PATIENCE = 10.0
 """Seconds in which a connection must bring a whole head of a request, and take something of an answer."""

@@ -17,9 +17,9 @@ from ..errors import GradmemError, require
 from ..memory import Memory
 from ..methods.base import Written
 from ..model import MemoryModel
+from ..model.abstain import Answer
 from ..prefix import RowStreamer
-from ..trust import Answer
-from .prefixes import Prefixes
+from .prefix_cache import Prefixes
 
 OnText = Callable[[str], object]
 OnStep = Callable[[Written, int], object]

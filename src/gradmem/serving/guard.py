@@ -14,12 +14,12 @@ from limits.strategies import FixedWindowRateLimiter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .api_keys import Keys
 from .arrivals import Arrivals, Gone, too_large
 from .engine import Closed
-from .keys import Keys
-from .problems import Refused, problem
+from .http_errors import Refused, problem
 from .settings import Settings, is_loopback
-from .watch import Watch
+from .telemetry import Watch
 
 ARRIVAL = 30.0
 """Seconds in which a request must have arrived."""

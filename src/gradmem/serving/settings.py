@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 
-from ..checkpoints import checkpoint_names
 from ..errors import require
+from ..model.loading import checkpoint_names
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, TypedDict
 
 from ..choices import Precision
-from ..records import Record
+from ..receipts import Record
 
 CURSOR = "%Y%m%dT%H%M%S.%f"
 """A time as it stands in a cursor."""

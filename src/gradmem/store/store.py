@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from ..choices import Precision
 from ..errors import Conflict, Unavailable, require
-from ..records import text_digest
+from ..receipts import text_digest
 from . import database as db
 from .entries import Changes, Diff, Entry, Version
 from .listing import Filters, labels, matching
@@ -236,7 +236,7 @@ class Store:
 
     def open(self, ref: str, version: int | None = None, checkpoint: str | None = None) -> Memory:
         """A memory bound to the checkpoint that wrote it, ready to be asked; see `gradmem.open`."""
-        from ..checkpoints import bind_memory
+        from ..model.loading import bind_memory
 
         return bind_memory(self.load(ref, version), f"memory '{ref}'", checkpoint)
 

@@ -15,17 +15,7 @@ from ..errors import Conflict, Missing, QuotaExceeded, Unavailable
 from . import database as db
 from .entries import Entry, Version
 from .listing import labels
-from .rows import (
-    ENTRIES,
-    ID,
-    VERSION,
-    insert_tags,
-    insert_version,
-    make_entry,
-    make_version,
-    now,
-    version_of,
-)
+from .rows import ENTRIES, ID, VERSION, insert_tags, insert_version, make_entry, make_version, now, version_of
 
 if TYPE_CHECKING:
     from ..memory import Memory

@@ -30,9 +30,9 @@ from ..data import (
 from ..data.babi_files import NUMBER, QUESTION, WORDS, hub_lines, read_stories, word_tokenizer
 from ..data.babi_reading import ASKED, EXAMPLES, EXAMPLES_ASKED, QUESTIONS, STATEMENTS, TOLD, Reading
 from ..data.babi_stories import Told
-from ..data.pretrained import digest_tokenizer, pretrained_tokenizer
 from ..data.sources import find_file, held_out, hub_rows, is_hub, read_lines
 from ..errors import GradmemError, unknown
+from ..pretrained import digest_tokenizer, pretrained_tokenizer
 from .base import WRITTEN, FileTask, Split
 
 NAMES = [name.lower() for name in babi_stories.EVERYBODY]

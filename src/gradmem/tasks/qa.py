@@ -12,9 +12,9 @@ import numpy as np
 
 from ..batch import Batch
 from ..data import Query, Sample, Samples, cached, collate, digest_files, places
-from ..data.pretrained import digest_tokenizer
 from ..data.sources import held_out
 from ..errors import GradmemError, require
+from ..pretrained import digest_tokenizer
 from ._paragraphs import GRAM, REPEATS, Apart, Window, cap, documents_of, gaps_in, joined, windows_of
 from .base import Split
 from .squad import PROMPT, Squad, read_rows

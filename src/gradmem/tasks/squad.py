@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..data import Query, Sample, Samples, cached, digest_files
-from ..data.pretrained import digest_tokenizer, pretrained_tokenizer
 from ..data.sources import find_file, held_out, hub_rows, is_hub, read_lines
 from ..errors import GradmemError
+from ..pretrained import digest_tokenizer, pretrained_tokenizer
 from .base import FileTask, Split
 
 PROMPT = "\nQuestion: {}\nAnswer:"

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch
 from ..data import Query, Sample, Samples, cached, digest_files
-from ..data.pretrained import digest_tokenizer, pretrained_tokenizer
 from ..data.sources import held_out, hub_rows, is_hub, read_lines
 from ..errors import GradmemError
+from ..pretrained import digest_tokenizer, pretrained_tokenizer
 from .base import FileTask, Split
 
 HELD_OUT = 20

@@ -15,9 +15,9 @@ from ..errors import GradmemError
 from ..inner.meta_gradient import Strategy
 from ..methods.base import Method
 from ..model import MemoryModel
-from ..specs import build_task
+from ..model.build import build_task
 from ..tasks.base import Task
-from .memory_use import forget_peak, free_memory, peak
+from .device_memory import forget_peak, free_memory, peak
 from .precision import choose_precision, matmul_precision
 from .recipe import Precision, Recipe, Stage
 from .step import MetaStep, outer_loss

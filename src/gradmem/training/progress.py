@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..console import Console
+from ..cli.console import Console
 from .recipe import Stage
 from .state import Place
 

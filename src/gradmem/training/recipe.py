@@ -120,7 +120,7 @@ class Recipe:
             if "name" not in getattr(self, part):
                 raise GradmemError(f"a recipe's {part} needs a name")
         if not all(stage.write_steps for stage in self.stages):
-            from ..specs import default_write_steps
+            from ..model.build import default_write_steps
 
             own = [default_write_steps(self.method)]
             self.stages = [replace(stage, write_steps=stage.write_steps or own) for stage in self.stages]
@@ -136,8 +136,12 @@ IDENTITY = {"name", "model_type", "pretrained"}
 
 def recipe_names() -> list[str]:
     """Names of the recipes in the package."""
-    files = resources.files("gradmem") / "recipes"
-    return sorted(file.name.removesuffix(".yaml") for file in files.iterdir() if file.name.endswith(".yaml"))
+    return sorted(_packaged())
+
+
+def _packaged() -> dict[str, Path]:
+    """Files of the recipes in the package, by name."""
+    return {file.stem: file for file in Path(str(resources.files("gradmem"))).glob("recipes/*/*.yaml")}
 
 
 def recipe_path(name: str) -> Path:
@@ -148,8 +152,8 @@ def recipe_path(name: str) -> Path:
     GradmemError
         When there is neither.
     """
-    if name in recipe_names():
-        return Path(str(resources.files("gradmem") / "recipes" / f"{name}.yaml"))
+    if (packaged := _packaged().get(name)) is not None:
+        return packaged
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path

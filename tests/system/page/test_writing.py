@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 from served import Server
 
 from gradmem import Client, load
-from gradmem.serving.keys import Keys
+from gradmem.serving.api_keys import Keys
 
 
 def test_a_text_is_written_watched_forgotten_and_asked(page: Page) -> None:

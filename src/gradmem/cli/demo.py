@@ -1,0 +1,158 @@
+"""The demonstration: write pairs, then a story, delete them, and answer from the memory."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+import gradmem
+
+from ..device import device_named
+from ..errors import GradmemError
+from .console import console, progress_bar, read_text
+
+STORY = """
+Sandra went to the kitchen. Daniel travelled to the garden. Mary journeyed to the office. Daniel moved to the bedroom.
+John went back to the bathroom. Sandra moved to the hallway. Mary went to the garden. John travelled to the kitchen.
+"""
+WHERE = [
+    ("Where is Sandra?", "hallway"),
+    ("Where is Daniel?", "bedroom"),
+    ("Where is Mary?", "garden"),
+    ("Where is John?", "kitchen"),
+]
+
+
+def demo(
+    checkpoint: str = "kv-32",
+    story: str | None = "babi",
+    pairs: Path | None = None,
+    output: Path = Path("demo-out"),
+    samples: int = 0,
+    seed: int = 7,
+    device: str = "auto",
+) -> None:
+    """Write key-value pairs into a few vectors, delete them, and answer every query; then the same with a story.
+
+    Parameters
+    ----------
+    checkpoint
+        Name of a packaged checkpoint, or directory.
+    story
+        The same for stories, or none.
+    pairs
+        File of lines key:value to use instead of drawn ones.
+    output
+        Directory for the memory files and the figure.
+    samples
+        Also measure exact match by write steps on so many fresh contexts, after the answers; 100 take a minute or two.
+    seed
+        Seed of the drawn pairs.
+    device
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+    """
+    model = gradmem.load(checkpoint).to(device_named(device))
+    text = _text(model, pairs, seed)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GradmemError(f"cannot write to {output}: {error.strerror}") from error
+    truth = model.task.examples(text)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "pairs.txt"
+        source.write_text(text, encoding="utf-8")
+        written = model.write(source.read_text(encoding="utf-8"))
+        file = written.save(output / "memory.safetensors")
+        source.unlink()
+    console.print(f"wrote {len(truth)} pairs into {file} in {written.records[0].steps} steps and deleted them")
+    del written
+
+    memory = _opened(file, device)
+    answers = memory.ask([query for query, _ in truth])
+    console.print(_answers(truth, answers))
+    right = sum(answer == value for answer, (_, value) in zip(answers, truth, strict=True))
+    console.print(f"{right} of {len(truth)} right, from {file} alone\n")
+    console.print(_sizes(model, text, memory.nbytes, file.stat().st_size))
+    if story is not None:
+        _tell(gradmem.load(story).to(device_named(device)), output)
+    if samples:
+        _measure(model, samples, seed, output / "steps.png")
+
+
+def _measure(model: gradmem.MemoryModel, samples: int, seed: int, file: Path) -> None:
+    """Table and figure of exact match by write steps."""
+    from ..evaluation.measurement import evaluate
+    from ..evaluation.report import steps_figure, table
+
+    steps = list(range(model.method.write_steps + 1))
+    results = evaluate(model, steps, samples=samples, seed=seed, progress=progress_bar)
+    console.print(table(results))
+    try:
+        console.print(f"figure: {steps_figure(results, file, f'{model.name}: {samples} fresh contexts, seed {seed}')}")
+    except GradmemError as error:
+        console.print(f"no figure: {error}", markup=False)
+
+
+def _opened(file: Path, device: str) -> gradmem.Memory:
+    """A memory file alone, on a device."""
+    memory = gradmem.open(file)
+    assert memory.model is not None  # open binds
+    return memory.model.to(device_named(device)).bind(memory)
+
+
+def _tell(model: gradmem.MemoryModel, output: Path) -> None:
+    """Tell a story, forget it, and answer from the memory file."""
+    file = model.write(STORY).save(output / "story.safetensors")
+    console.print(f"\na story: {' '.join(STORY.split())}\nwritten into {file}, and forgotten\n", highlight=False)
+    console.print(_answers(WHERE, _opened(file, str(model.device)).ask([question for question, _ in WHERE])))
+
+
+def _text(model: gradmem.MemoryModel, pairs: Path | None, seed: int) -> str:
+    if pairs is not None:
+        return read_text(pairs)
+    if (drawn := model.task.example(seed)) is None:
+        raise GradmemError(f"'{model.name}' has no examples of its own: give --pairs")
+    return drawn[0]
+
+
+def _answers(truth: list[tuple[str, str]], answers: list[str]) -> Table:
+    built = Table(title="asked of the memory")
+    columns = 2 if len(truth) > 16 else 1
+    for _ in range(columns):
+        for heading in ("query", "answer", "truth", ""):
+            built.add_column(heading)
+    rows: list[tuple[str | Text, ...]] = [
+        (query, answer, value, Text("✓", "green") if answer == value else Text("✗", "red"))
+        for (query, value), answer in zip(truth, answers, strict=True)
+    ]
+    half = -(-len(rows) // columns)
+    for left in range(half):
+        cells = [cell for column in range(columns) for cell in (rows[left + column * half :] or [("",) * 4])[0]]
+        built.add_row(*cells)
+    return built
+
+
+def _sizes(model: gradmem.MemoryModel, text: str, memory: int, file: int) -> Table:
+    """Bytes of the memory beside what it replaces."""
+    import torch
+
+    ids = torch.tensor([model.encode(model.task.context_text(text), "context", 10**9)], device=model.device)
+    method = model.method
+    vectors = f": {method.n_mem} vectors of {method.backbone.width}" if method.n_mem else ""
+    sizes = [
+        ("raw text", len(text.encode())),
+        (f"memory{vectors}, float32", memory),
+        ("memory file, with provenance and receipt", file),
+    ]
+    if method.backbone.attends:
+        cache = method.backbone.cache_bytes(ids)
+        sizes.append((f"KV-cache of the {ids.shape[1]} tokens it replaces, float32", cache))
+    built = Table(title="bytes")
+    built.add_column("what")
+    built.add_column("bytes", justify="right")
+    for what, size in sizes:
+        built.add_row(what, f"{size:,}")
+    return built

@@ -1,0 +1,201 @@
+"""Memories, receipts and plans as tables that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import GradmemError
+from ..receipts import Record, text_digest
+
+if TYPE_CHECKING:
+    from ..memory import Memory
+    from ..tasks.base import Task
+
+
+def provenance(record: Record, memory: Memory, path: Path) -> Table:
+    """Where a memory comes from, as a table."""
+    built = Table(title=str(path), show_header=False)
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in memory.tensors.items())
+    lr = f"{min(record.inner_lr):.4g} to {max(record.inner_lr):.4g}" if record.inner_lr else "none"
+    rows = {
+        "written by": f"{record.method}, checkpoint '{record.model}'",
+        "checkpoint": record.checkpoint,
+        "backbone": record.backbone,
+        "tokenizer": record.tokenizer,
+        "context SHA-256": record.context_sha256,
+        "context": f"{record.context_tokens} tokens" + (f" in {len(record.chunks)} chunks" if record.chunks else ""),
+        "tensors": f"{shapes}; {path.stat().st_size} bytes in the file",
+        "steps": f"{record.steps}, inner learning rate {lr}",
+        "write loss": f"{record.loss_before:.4f} before, {record.loss_after:.4f} after"
+        + ("" if record.measured else ", not measured since more was written"),
+    }
+    for name, value in rows.items():
+        built.add_row(name, value)
+    return built
+
+
+def receipt(record: Record, tokens: Sequence[str] | None = None) -> Table:
+    """A write receipt as a table: loss by step, and what was lost (with its tokens where they are at hand)."""
+    built = Table(title="write receipt", show_header=False)
+    built.add_row("write loss by step", _by_step(record.losses))
+    if record.answers != []:
+        built.add_row("answers at risk", _at_risk([record]))
+    if not record.measured:
+        built.add_row("tokens kept", f"{NOT_MEASURED} since more was written")
+        return built
+    kept = record.context_tokens - len(record.lost)
+    built.add_row("tokens kept", f"{kept} of {record.context_tokens} (loss below ln 2 = 0.693)")
+    if tokens is None:
+        built.add_row("positions lost", _listed([str(position) for position in record.lost], ", ") or "none")
+        return built
+    text = Text(overflow="fold")  # which may have no spaces
+    lost_at = set(record.lost)
+    for position, token in enumerate(tokens):
+        text.append(token, style="bold white on red" if position in lost_at else "green")
+    built.add_row("text (lost in red)", text)
+    if lost_at:
+        built.add_row("lost", _listed([f"{tokens[i]!r}@{i}" for i in record.lost], " "))
+    return built
+
+
+NOT_MEASURED = "not measured"
+
+
+def _at_risk(records: Sequence[Record]) -> str:
+    """How many of the answers that texts give may come out wrong."""
+    answers = [record.answers for record in records]
+    if any(one is None for one in answers):
+        return NOT_MEASURED
+    total = sum(len(one or ()) for one in answers)
+    return f"{sum(len(record.at_risk or ()) for record in records)} of {total}" if total else "none known"
+
+
+LISTED = 50
+"""Lost tokens that a receipt lists; of a text that is mostly lost they would fill the screen."""
+
+
+def _listed(lost: Sequence[str], between: str) -> str:
+    more = f"{between}and {len(lost) - LISTED:,} more" if len(lost) > LISTED else ""
+    return between.join(lost[:LISTED]) + more
+
+
+SHOWN = 10
+"""Losses of a receipt that fit a line; of more steps only some are shown."""
+
+
+def _by_step(losses: Sequence[float]) -> str:
+    if len(losses) <= SHOWN:
+        return "  ".join(f"{loss:.4f}" for loss in losses)
+    last = len(losses) - 1
+    return "  ".join(
+        f"{losses[step]:.4f} @{step}" for step in (i * last // (SHOWN // 2) for i in range(SHOWN // 2 + 1))
+    )
+
+
+def receipts(records: Sequence[Record]) -> Table:
+    """Write receipts of the chunks of a text, one a line, and their sum."""
+    built = Table(title="write receipts", show_footer=True)
+    kept = [record.context_tokens - len(record.lost) for record in records]
+    tokens = [record.context_tokens for record in records]
+    columns = {
+        "chunk": ([str(i) for i in range(1, len(records) + 1)], "all"),
+        "tokens": (tokens, str(sum(tokens))),
+        "steps": ([record.steps for record in records], ""),
+        "write loss before": ([f"{record.loss_before:.4f}" for record in records], ""),
+        "after": ([f"{record.loss_after:.4f}" for record in records], ""),
+        "tokens kept": (kept, str(sum(kept))),
+        "answers at risk": ([_at_risk([record]) for record in records], _at_risk(records)),
+    }
+    for heading, (_, footer) in columns.items():
+        built.add_column(heading, footer, justify="right")
+    for cells in zip(*(cells for cells, _ in columns.values()), strict=True):
+        built.add_row(*map(str, cells))
+    return built
+
+
+def restored(records: Sequence[Record], texts: Sequence[str]) -> Table:
+    """How sure a restored text is, by what the records say alone."""
+    built = Table(title="restored", show_header=False)
+    exact = [text_digest(text) == record.context_sha256 for record, text in zip(records, texts, strict=True)]
+    tokens, lost = (sum(map(len, rows)) for rows in zip(*((r.token_losses, r.lost) for r in records), strict=True))
+    built.add_row("exact, by SHA-256", "yes" if all(exact) else f"{sum(exact)} of {len(exact)} chunks")
+    built.add_row("uncertain tokens", f"{lost} of {tokens} (loss above ln 2 = 0.693)")
+    for number, (record, same) in enumerate(zip(records, exact, strict=True), 1):
+        if not same:
+            positions = ", ".join(map(str, record.lost)) or "none: the tokenizer may not keep all of this text"
+            built.add_row(f"uncertain in chunk {number}", positions)
+    return built
+
+
+def differences(task: Task, ids: Sequence[Sequence[int]], originals: Sequence[str | None]) -> Table:
+    """Where restored tokens differ from those of the texts that were written, for rows whose text is at hand."""
+    built = Table(title="compared with the original", show_header=False)
+    right = total = 0
+    first: tuple[str, str] | None = None
+    for number, (found, text) in enumerate(zip(ids, originals, strict=True), 1):
+        if text is None:
+            continue
+        wanted = task.encode(task.context_text(text))
+        same = [a == b for a, b in zip(found, wanted, strict=False)]
+        right, total = right + sum(same), total + len(same)
+        if not all(same) and first is None:
+            at = same.index(False)
+            piece = f"{task.pieces(task.context_text(text))[at]!r}, restored as {task.text([found[at]])!r}"
+            first = f"first difference, chunk {number}, token {at}", piece
+    built.add_row("tokens right", f"{right} of {total} ({right / total:.2%})")
+    built.add_row(*(first or ("differences", "none")))
+    return built
+
+
+def tokens_of(memory: Memory, text: str) -> list[str]:
+    """The tokens of a context as its model reads them."""
+    if memory.model is None:
+        raise GradmemError("this memory is bound to no model")
+    task = memory.model.task
+    return task.pieces(task.context_text(text))
+
+
+def plan_table(rows: Sequence[dict[str, Any]], max_minutes: float | None = None) -> Table:
+    """What `plan` measured, as a table."""
+    built = Table(
+        title="training steps, measured here",
+        caption=f"{_bound(rows, max_minutes)} {rows[0]['budget'] / 1e9:.1f} GB may be used. Chosen: the fastest "
+        "that fits; what takes more memory must save 5 % of the time. On a CPU seconds are processor time by thread, "
+        "which other work on the machine does not change",
+    )
+    for heading in ("stage", "K", "strategy", "contexts at a time", "s / step", "GB", "hours for max_steps", ""):
+        built.add_column(heading, justify="left" if heading in ("strategy", "") else "right")
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        built.add_row(
+            str(row["stage"]),
+            str(row["write_steps"]),
+            row["strategy"],
+            str(row["micro_batch"]),
+            f"{row['seconds']:.2f}",
+            f"{row['bytes'] / 1e9:.2f}",
+            f"{row['seconds'] * row['steps'] / 3600:.2f}",
+            "chosen" if row["chosen"] else "",
+            end_section=after is not None and after["stage"] != row["stage"],
+        )
+    return built
+
+
+def _bound(rows: Sequence[dict[str, Any]], max_minutes: float | None) -> str:
+    """How long a run takes at most, and what ends it earlier."""
+    chosen = [row for row in rows if row["chosen"]]
+    hours = sum(row["seconds"] * row["steps"] for row in chosen) / 3600
+    early = sum(row["until"] is not None for row in chosen)
+    told = f"{hours:.1f} hours if every stage takes its `max_steps`"
+    if early:
+        told += (
+            f", which is rare: {early} of {len(chosen)} stages end as soon as they reach the exact match that their "
+            "`until` says, and how soon that is only training shows"
+        )
+    if max_minutes is not None and max_minutes / 60 < hours:
+        told += f"; `max_minutes` ends the run after {max_minutes / 60:.1f} hours"
+    return told + "."

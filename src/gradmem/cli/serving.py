@@ -1,0 +1,130 @@
+"""`gradmem serve` and `gradmem keys`, as plain functions like those in `gradmem.cli.memory`."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from ..device import device_named
+from ..errors import GradmemError
+from ..model.packaged import checkpoint_names
+from ..serving.api_keys import Keys
+from .console import console
+
+
+def serve(
+    checkpoints: list[str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_body: int = 2**23,
+    rate: int = 6000,
+    timeout: float = 300.0,
+    max_memories: int = 10_000,
+    max_bytes: int = 2**30,
+    device: str = "auto",
+) -> None:
+    """Serve the memories of the store over HTTP.
+
+    Parameters
+    ----------
+    checkpoints
+        Names of checkpoints to serve; default: those in the package.
+    host
+        Address to listen on; others than loopback need keys (gradmem keys add OWNER).
+    port
+        Port to listen on; 0 for any that is free.
+    max_body
+        Most bytes of a request.
+    rate
+        Requests of one key, or of one address without key, in a minute.
+    timeout
+        Seconds that a request may take.
+    max_memories
+        Memories that each key may keep.
+    max_bytes
+        Bytes of the files of these memories, versions among them.
+    device
+        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+    """
+    try:
+        import uvicorn
+
+        from ..serving.app import create_app
+        from ..serving.connections import Connection, Server, most_connections
+        from ..serving.settings import Settings
+        from ..serving.telemetry import LOG, JsonLines
+        from ..store import Store
+    except ImportError as error:
+        raise GradmemError(f"serving needs more packages ({error.name}): pip install 'gradmem[serve]'") from error
+    served = tuple(checkpoints or checkpoint_names())
+    device = str(device_named(device))  # refused here, before anybody is served
+    settings = Settings(host=host, checkpoints=served, max_body=max_body, rate=rate, timeout=timeout, device=device)
+    app = create_app(Store(max_memories=max_memories, max_bytes=max_bytes), settings)
+    lines = logging.StreamHandler()
+    lines.setFormatter(JsonLines())
+    LOG.addHandler(lines)
+    LOG.setLevel(logging.INFO)
+    logging.getLogger("uvicorn").addHandler(lines)
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=most_connections(4 * settings.max_requests),
+        backlog=256,
+        timeout_graceful_shutdown=30,
+    )
+    with _listening(host, port) as listener:
+        shown = f"[{host}]" if ":" in host else host
+        # One line that a person clicks on and a program waits for: whoever connects from now on is answered.
+        print(f"http://{shown}:{listener.getsockname()[1]}", flush=True)
+        Server(config).run(sockets=[listener])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise GradmemError(f"cannot listen on {host}, port {port}: {error}") from error
+
+
+def add(owner: str) -> str:
+    """Make an API key and print it; it is kept as a hash only, and not shown again.
+
+    Parameters
+    ----------
+    owner
+        Whose memories it is for.
+    """
+    key = Keys().add(owner)
+    print(key)
+    return key
+
+
+def ls() -> dict[str, str]:
+    """List the owners of keys, and since when they have them."""
+    found = Keys().owners()
+    for owner, created in found.items():
+        console.print(f"{owner} {created}", markup=False, highlight=False)
+    return found
+
+
+def rm(owner: str) -> None:
+    """Remove an owner's key, also from a server that runs; the owner's memories stay.
+
+    Parameters
+    ----------
+    owner
+        Whose key it is.
+    """
+    Keys().remove(owner)
+
+
+KEYS: dict[str, Callable[..., Any]] = {"add": add, "ls": ls, "rm": rm}

@@ -1,0 +1,314 @@
+"""Long contexts: written in chunks, each into vectors of its own, or all into the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...backbone import Backbone
+from ...batch import Tokens
+from ...errors import GradmemError, require
+from ...inner.optimizers import Tensors
+from ...memory import LENGTHS, Memory
+from ...prefix import Prefix
+from .chunks import Chunks, apart, chunk_counts, numbered, pack, padded
+from .method import Mode, Written
+from .prefix_method import PrefixMethod, pads_last
+
+
+class ChunkedMethod(PrefixMethod):
+    """Base of prefix methods that can write a context in chunks; subclasses implement `walk`.
+
+    - "sequential": a chunk is written from the memory that the chunk before it left; the memory stays as small.
+    - "independent": every chunk is written from the start, all in one batch, into n_mem vectors of its own, and READ
+      sees those of all chunks one after the other. The tensors of such a memory have a second dimension, the chunks,
+      and `lengths` says how many each row has.
+    - "joint": every step descends the mean loss of the tokens of all chunks, each read on its own from the same memory,
+      which stays as small and prefers none; its time is linear in the context. For methods that name it in `modes`
+      and implement `walk_jointly`.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    n_mem, write_steps, n_ctrl : int
+        As for `PrefixMethod`; the steps are those on each chunk.
+    chunk : int, optional
+        Most tokens of a chunk; by default a context is written whole.
+    chunks : {"sequential", "independent", "joint"}
+    """
+
+    joins = True
+    modes: Sequence[Mode] = ("sequential", "independent")
+
+    def __init__(
+        self, backbone: Backbone, n_mem: int, write_steps: int, n_ctrl: int, chunk: int | None, chunks: Mode
+    ) -> None:
+        super().__init__(backbone, n_mem, write_steps, n_ctrl)
+        self.chunk_by(chunk, chunks)
+
+    def walk(
+        self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
+    ) -> Iterator[Written]:
+        """Write contexts whole, from a memory that may have been written before; see `Method.trajectory`.
+
+        Parameters
+        ----------
+        context : Tokens, shape (batch, length)
+        start : dict of Tensor, shapes (batch, ...)
+            The memory to start from.
+        steps : int
+        until : float or None
+        more : bool
+            Whether other chunks will be written from where this one ends.
+        """
+        raise NotImplementedError
+
+    def walk_jointly(
+        self, chunks: Tokens, rows: Tensor, start: Tensors, steps: int, until: float | None
+    ) -> Iterator[Written]:
+        """Write chunks into the memories of their rows, all of a memory at once; for methods with the mode "joint".
+
+        Parameters
+        ----------
+        chunks : Tokens, shape (chunks, length)
+        rows : Tensor, int64, shape (chunks,)
+            The memory of each chunk.
+        start : dict of Tensor, shapes (batch, ...)
+        steps : int
+        until : float or None
+        """
+        raise NotImplementedError
+
+    def chunk_by(self, chunk: int | None, chunks: Mode | None = None) -> None:
+        """Choose how contexts are cut from now on; see `Method.chunk_by`."""
+        good = chunk is None or (isinstance(chunk, int) and 1 <= chunk <= self.max_chunk)
+        require("chunk", chunk, good, f"from 1 to {self.max_chunk} tokens, or none")
+        require("chunks", chunks, chunks is None or chunks in self.modes, " or ".join(self.modes))
+        self.chunk, self.chunks = chunk, self.chunks if chunks is None else chunks
+
+    @property
+    def max_chunk(self) -> int:
+        """Longest chunk in tokens: what the backbone's positions leave beside the prefix."""
+        return self.backbone.max_positions - self.prefix_length
+
+    @property
+    def max_chunks(self) -> int:
+        """Most independent chunks: their vectors take at most half of the backbone's positions."""
+        return max(1, (self.backbone.max_positions // 2 - 2 * self.n_ctrl) // self.n_mem)
+
+    @property
+    def max_context(self) -> int:
+        """Longest context in tokens: a chunk, as many as there may be, or any in sequential chunks."""
+        if self.chunk is None:
+            return self.max_chunk
+        return self.chunk * self.max_chunks if self.chunks == "independent" else 2**31 - 1
+
+    @property
+    def max_query(self) -> int:
+        """Longest query and answer in tokens: what the backbone's positions leave beside the largest memory."""
+        grows = self.chunk is not None and self.chunks == "independent"
+        return super().max_query - (self.n_mem * (self.max_chunks - 1) if grows else 0)
+
+    # WRITE
+
+    def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
+        """Yield the memory before the first step and after every step; see `Method.trajectory`.
+
+        Steps are those on each chunk. Independent and joint chunks take each step together; sequential chunks take all
+        of their steps before the next one begins, so that there are more states. Write losses are those of the tokens
+        of all chunks that took the step, and a sample has taken as many steps as the chunk with most.
+        """
+        self._check_write(context, steps)
+        if self.chunk is None:
+            yield from self.walk(context, self._start(len(context)), steps, until)
+        elif self.chunks == "independent":
+            yield from self._apart(context, steps, until)
+        else:
+            yield from self._into(self._start(len(context)), context, steps, until)
+
+    def after(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
+        """Yield the memory after each of these numbers of steps on each chunk; see `Method.after`.
+
+        What sequential chunks start from depends on the number of steps, so each number is written anew.
+        """
+        if self.chunk is None or self.chunks != "sequential":
+            yield from super().after(context, steps)
+        else:
+            yield from ((number, self.write(context, number)) for number in sorted(set(steps)))
+
+    def extend(self, memory: Memory, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
+        """Write more into memories, as their next chunks; see `Method.extend`.
+
+        Joint chunks are joint among themselves, and come after those that were written before.
+        """
+        if self.chunks == "independent":
+            yield from self.trajectory(context, steps, until=until)
+            return
+        self._check_write(context, steps)
+        if self.vectors(memory) > len(memory) * self.n_mem:
+            raise GradmemError("chunks of this memory have vectors of their own: append with `chunks: independent`")
+        like = self._start(1)
+        start = {name: tensor.to(like[name]) for name, tensor in apart(memory).tensors.items()}
+        yield from self._into(start, context, steps, until)
+
+    def joined(self, memory: Memory, more: Memory) -> Memory:
+        """Put together a memory and what `extend` wrote; see `Method.joined`."""
+        if self.chunks != "independent":
+            return more
+        counts, added = chunk_counts(memory), chunk_counts(more)
+        self._check_chunks(counts + added)
+        order = torch.cat([numbered(counts)[0], numbered(added)[0]]).argsort(stable=True)
+        new = apart(more).tensors
+        old = apart(memory).tensors
+        tensors = {name: torch.cat([old[name], new[name]])[order.to(new[name].device)] for name in old}
+        return pack(tensors, counts + added)
+
+    def cuts(self, context: Tokens) -> list[list[int]]:
+        """Tokens of each chunk of each context; none for contexts that are written whole."""
+        if self.chunk is None:
+            return super().cuts(context)
+        chunks = self._cut(context)
+        lengths = iter(chunks.tokens.lengths.tolist())
+        return [[next(lengths) for _ in range(count)] for count in chunks.counts.tolist()]
+
+    def _cut(self, context: Tokens) -> Chunks:
+        return Chunks.cut(context, self.chunk or context.ids.shape[1], self.may_end(context.values.ids))
+
+    def _apart(self, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
+        """Write independent chunks, step by step together."""
+        chunks = self._cut(context)
+        self._check_chunks(chunks.counts)
+        # The trainer and `write` see to it that a batch is not too large, but not that one long context is not.
+        size = max(1, self.backbone.tokens_at_once // chunks.tokens.ids.shape[1])
+        size = len(chunks.rows) if torch.is_grad_enabled() else size
+        tokens = [chunks.tokens[i : i + size] for i in range(0, len(chunks.rows), size)]
+        walks = [self.walk(some, self._start(len(some)), steps, until) for some in tokens]
+        for states in _together(walks):
+            names = states[0].memory.tensors
+            tensors = {name: torch.cat([state.memory.tensors[name] for state in states]) for name in names}
+            parts = [_Part(*part) for part in zip(tokens, chunks.rows.split(size), states, strict=True)]
+            yield Written(pack(tensors, chunks.counts), *_summed(parts, len(context)))
+
+    def _into(self, start: Tensors, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
+        """Write chunks into vectors that stay as many: after each other, or joint."""
+        if self.chunks == "sequential":
+            yield from self._one_by_one(context, start, steps, until)
+        else:
+            chunks = self._cut(context)
+            yield from self.walk_jointly(chunks.tokens, chunks.rows, start, steps, until)
+
+    def _one_by_one(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
+        """Write sequential chunks: all contexts' first ones, then the second ones of those that have one, and so on."""
+        chunks, done = self._cut(context), list[_Part]()
+        last, of_context = int(chunks.counts.max()) - 1, numbered(chunks.counts)
+        for turn in range(last + 1):
+            mine = (of_context[1] == turn).nonzero()[:, 0]
+            tokens, rows = chunks.tokens[mine], of_context[0][mine].to(chunks.rows.device, non_blocking=True)
+            before, states = tensors, list[_Part]()
+            start = {name: tensor[rows] for name, tensor in before.items()}
+            for number, written in enumerate(self.walk(tokens, start, steps, until, more=turn < last)):
+                tensors = {name: new.index_copy(0, rows, written.memory.tensors[name]) for name, new in before.items()}
+                states = [_Part(tokens, rows, written)]
+                if number or not turn:
+                    yield Written(Memory(tensors), *_summed(done + states, len(context)))
+            done += states
+
+    def _check_chunks(self, counts: Tensor) -> None:
+        most = int(counts.max())
+        if most > self.max_chunks:
+            raise GradmemError(
+                f"a context has {most} chunks; the limit is {self.max_chunks}: take longer chunks (`chunk`) or "
+                "`chunks: sequential`"
+            )
+
+    # READ and receipts
+
+    def prefix(self, memory: Memory) -> Prefix:
+        """Run `[read_start ; P(M) of each chunk ; read_end]` once for each row."""
+        if LENGTHS not in memory.tensors:
+            return super().prefix(memory)
+        counts = chunk_counts(memory)
+        embeds = padded(self._project("read", apart(memory).tensors), counts).flatten(1, 2)
+        real = torch.arange(embeds.shape[1]) < counts[:, None] * self.n_mem
+        if self.control:
+            start, end = (self.control[f"read_{side}"].expand(len(memory), -1, -1) for side in ("start", "end"))
+            embeds, real = torch.cat([start, embeds, end], 1), F.pad(real, (self.n_ctrl, self.n_ctrl), value=True)
+        return self.backbone.prefix(pads_last(embeds, real.to(embeds.device, non_blocking=True)), real)
+
+    def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
+        """Loss of each context token under a memory, shape (batch, length), nats; chunks are read as they are written.
+
+        Of a memory with vectors for each chunk, the first of its chunks are those of the context.
+        """
+        if self.chunk is None and LENGTHS not in memory.tensors:
+            return super().token_losses(memory, context)
+        chunks = self._cut(context)
+        if LENGTHS in memory.tensors:
+            own = {n: t[chunks.rows, chunks.places] for n, t in memory.tensors.items() if n != LENGTHS}
+        else:
+            own = {n: t[chunks.rows] for n, t in memory.tensors.items()}
+        losses = super().token_losses(Memory(own), chunks.tokens)
+        return chunks.rejoined(losses, context)
+
+    def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
+        """Read chunks back, one row of tokens for each chunk that has vectors; see `Method.reconstruct`."""
+        return super().reconstruct(apart(memory), lengths)
+
+    def apart(self, memory: Memory) -> Memory:
+        """Chunks with vectors of their own as rows of their own; see `Method.apart`."""
+        return apart(memory)
+
+    def vectors(self, memory: Memory) -> int:
+        """Memory vectors of all rows."""
+        return int(chunk_counts(memory).sum()) * self.n_mem
+
+    def check(self, memory: Memory, what: str) -> None:
+        """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
+        lengths, own = memory.tensors.get(LENGTHS), [t for name, t in memory.tensors.items() if name != LENGTHS]
+        if lengths is not None and own:
+            most = min(self.max_chunks, *(tensor.shape[1] if tensor.ndim > 1 else 0 for tensor in own))
+            real = lengths.ndim == 1 and not lengths.is_floating_point()
+            if not real or not bool(((lengths >= 1) & (lengths <= most)).all()):
+                shapes = {name: tuple(tensor.shape[1:]) for name, tensor in memory.tensors.items()}
+                raise GradmemError(f"{what} holds {shapes}, which are not up to {self.max_chunks} chunks a row")
+            memory = apart(memory)
+        super().check(memory, what)
+
+
+@dataclass
+class _Part:
+    """Chunks written at the same time, and the contexts they belong to."""
+
+    tokens: Tokens
+    rows: Tensor
+    written: Written
+
+
+def _together(walks: Sequence[Iterator[Written]]) -> Iterator[list[Written]]:
+    """States of several walks after the same number of steps; one that has ended stays where it is."""
+    states = [next(walk) for walk in walks]
+    news: list[Written | None] = [*states]
+    while any(news):
+        states = [new or state for new, state in zip(news, states, strict=True)]
+        yield states
+        news = [next(walk, None) for walk in walks]
+
+
+def _summed(parts: list[_Part], batch: int) -> tuple[Tensor, Tensor]:
+    """Losses (steps, batch), the means over the tokens of the chunks that took a step, and the most steps (batch,)."""
+    like = parts[0].written.losses
+    total = like.new_zeros(max(len(part.written.losses) for part in parts), batch)
+    weight, most = torch.zeros_like(total), parts[0].written.taken.new_zeros(batch)
+    for part in parts:
+        losses, taken = part.written.losses, part.written.taken
+        steps = torch.arange(len(losses), device=losses.device)
+        tokens = (steps[:, None] < taken) * part.tokens.lengths
+        missing = (0, 0, 0, len(total) - len(losses))
+        total = total.index_add(1, part.rows, F.pad(losses * tokens, missing))
+        weight = weight.index_add(1, part.rows, F.pad(tokens.to(weight.dtype), missing))
+        most = most.scatter_reduce(0, part.rows, taken, "amax")
+    return total / weight.clamp_min(1), most

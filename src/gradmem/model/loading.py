@@ -1,0 +1,129 @@
+"""Checkpoints by name: those in the package, directories, and the hub."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from ..errors import GradmemError, unknown
+from ..gguf import PACKAGED, is_gguf
+from ..language_model import CONFIG
+from ..lazy import uncollected
+from ..memory import Memory
+from ..pretrained import HUB_NAME
+from ..untrusted import check_counts, read_json
+from .model import NAMED, MemoryModel
+from .packaged import FOLDER, checkpoint_names
+
+
+@uncollected()
+def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> MemoryModel:
+    """Load a checkpoint (a name of the package, a directory, or a hub name `owner/model`) or a plain language model.
+
+    Parameters
+    ----------
+    name : str or path
+        For a plain language model also a GGUF file, or the short name of a model that comes as a Python package.
+    method : dict, optional
+        For a plain language model: `name` and options of a method that needs no training, by default `cram`. For a
+        checkpoint: `chunk` and `chunks`, where contexts are to be cut in another way than in training, and
+        `gauss_newton_after`, where GradMem is to go on by other steps.
+
+    Raises
+    ------
+    GradmemError
+        When there is none of that name, it is damaged, or a checkpoint is given another method.
+    """
+    name = os.fspath(name)
+    if name not in checkpoint_names() and _is_language_model(name):
+        return MemoryModel.from_language_model(name, {"name": "cram"} | (method or {}))
+    model = _checkpoint(name)
+    model.choose(method or {})
+    return model
+
+
+def _checkpoint(name: str) -> MemoryModel:
+    if name in checkpoint_names():
+        model = MemoryModel.from_pretrained(str(FOLDER / name))
+        model.name = name
+        return model
+    if os.path.isdir(name):  # Path.is_dir raises for names that are too long
+        return MemoryModel.from_pretrained(name)
+    if not _is_hub_name(name):
+        raise unknown("checkpoint", name, checkpoint_names())
+    try:
+        return MemoryModel.from_pretrained(name)
+    except GradmemError:
+        raise
+    except Exception as error:  # the hub client raises its own, requests' and the system's errors
+        raise GradmemError(f"'{name}' is no directory, and the hub does not give it: {error}") from error
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and bool(HUB_NAME.fullmatch(name)) and not os.path.exists(name)
+
+
+def _is_language_model(name: str) -> bool:
+    """Whether a name stands for a plain language model, whose config is without our format."""
+    if is_gguf(name):
+        return True
+    file = Path(name) / CONFIG
+    if _is_hub_name(name):
+        try:
+            file = Path(hf_hub_download(name, CONFIG))
+        except Exception:  # whatever is wrong, loading says so
+            return False
+    try:
+        config = read_json(file)
+    except GradmemError:
+        return False
+    return "format" not in config and "model_type" in config
+
+
+def open_memory(path: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> Memory:
+    """Load a memory file together with the checkpoint that wrote it.
+
+    The file says which that is, but only checkpoints of the package are loaded because a file says so: name any other.
+
+    Parameters
+    ----------
+    path : str or path
+    checkpoint : str or path, optional
+        Checkpoint or language model that wrote the memory, as for `load`; not needed for those of the package, and
+        those that this process has loaded before.
+
+    Raises
+    ------
+    GradmemError
+        When the file is damaged, or its checkpoint is not found, not named or another one.
+    """
+    return bind_memory(Memory.load(path), str(path), checkpoint)
+
+
+def bind_memory(memory: Memory, what: str, checkpoint: str | os.PathLike[str] | None = None) -> Memory:
+    """Bind a loaded memory to the checkpoint that wrote it, which is loaded too; see `open_memory`.
+
+    Raises
+    ------
+    GradmemError
+        When the checkpoint is not found, not named or another one.
+    """
+    if not memory.records:
+        raise GradmemError(f"{what} does not say which model wrote it")
+    record = memory.records[0]
+    name = record.model if checkpoint is None else os.fspath(checkpoint)
+    if checkpoint is None and name not in {*checkpoint_names(), *PACKAGED, *NAMED}:
+        raise GradmemError(
+            f"{what} says that '{name}' wrote it, and a file does not decide what is loaded: name the model if you "
+            f"trust it, as --checkpoint {shlex.quote(name)} (in Python: checkpoint={name!r})"
+        )
+    if name in checkpoint_names() or not _is_language_model(name):
+        return load(name).bind(memory, what)
+    # Only a plain language model needs to be told the method: a checkpoint knows.
+    largest = max(size for tensor in memory.tensors.values() for size in tensor.shape)
+    check_counts(record.options, largest)
+    return load(name, {"name": record.method, **record.options}).bind(memory, what)

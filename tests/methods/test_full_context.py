@@ -1,0 +1,204 @@
+"""The key-value cache as memory against whole forward passes without a cache, in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradmem.batch import Batch, Tokens
+from gradmem.errors import GradmemError
+from gradmem.memory import Memory
+from gradmem.methods import FullContext
+from helpers import (
+    KINDS,
+    VOCABULARY,
+    assert_same_gradients,
+    distance,
+    gradients,
+    make_batch,
+    make_method,
+    random_tokens,
+    real,
+)
+
+TOLERANCE = 1e-6
+"""Transformers computes softmax and rotary tables in float32, even in a float64 model."""
+# It biases attention by distance, and counts positions by the mask.
+BLOOM = {"hidden_size": 16, "n_layer": 2, "n_head": 2}
+
+
+def make_full(kind: str = "llama", *, config: dict[str, Any] | None = None, **options: Any) -> FullContext:
+    return make_method(FullContext, kind, config=BLOOM if kind == "bloom" else config, **options)
+
+
+def whole(method: FullContext, ids: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Logits of one sequence in one forward pass, in which positions see only where `seen` (heads, length, length)."""
+    mask = None if seen is None else torch.where(seen, 0.0, -torch.inf).double()[None]
+    model = method.backbone.model
+    return model.get_output_embeddings()(model.base_model(ids[None], attention_mask=mask).last_hidden_state)[0]
+
+
+def causal(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bloom"])
+def test_write_and_read_equal_one_forward(kind: str) -> None:
+    """Values and all gradients, rows of different lengths, several queries for one context."""
+    method, batch = make_full(kind), make_batch()
+    logits = method.read(method.write(batch.context).memory, batch.queries, batch.rows)
+    got, wanted = 0.0, 0.0
+    for query, row in enumerate(batch.rows):
+        ids = real(batch.queries, query)
+        found, reference = logits[query, 1 : len(ids) + 1], whole(method, torch.cat([real(batch.context, row), ids]))
+        assert distance(found, reference[-len(ids) :]) < TOLERANCE
+        got, wanted = got + found.square().sum(), wanted + reference[-len(ids) :].square().sum()
+    assert_same_gradients(gradients(got, method), gradients(wanted, method), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("bloom", {}), *((kind, options) for kind in KINDS for options in ({}, {"budget": 3}))]
+)
+def test_targets_of_queries_in_one_row(kind: str, options: dict[str, Any]) -> None:
+    """As if each query were read alone, whichever context it asks; one is asked nothing."""
+    method, context, queries = make_full(kind, **options), random_tokens([7, 5, 8]), random_tokens([4, 6, 3, 2, 5], 1)
+    rows = torch.tensor([2, 0, 2, 0, 2])
+    labels = queries.ids.masked_fill(~queries.mask, -100)
+    labels[:, 0] = -100
+    found = method.read_targets(method.write(context).memory, Batch(context, queries, labels, rows))
+    memory, wanted = method.write(context).memory, []
+    for query, row in enumerate(rows.tolist()):
+        alone = method.read(memory, queries[query : query + 1], torch.tensor([row]))[0]
+        wanted.append(alone[1 : int(queries.lengths[query])])
+    reference = torch.cat(wanted)
+    assert distance(found, reference) < TOLERANCE
+    got = gradients(found.square().sum(), method)
+    assert_same_gradients(got, gradients(reference.square().sum(), method), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", [1, 3, 6, 50])
+def test_budget_of_last_entries(kind: str, budget: int) -> None:
+    """As if query tokens could not see the tokens before; positions are those of the whole context."""
+    method, context, queries = make_full(kind, budget=budget), random_tokens([7, 5, 8]), random_tokens([4, 6, 3], 1)
+    memory = method.write(context).memory
+    assert memory.tensors["lengths"].tolist() == [min(budget, length) for length in (7, 5, 8)]
+    logits = method.read(memory, queries)
+    for row, length in enumerate((7, 5, 8)):
+        ids = torch.cat([real(context, row), real(queries, row)])
+        seen = causal(len(ids))
+        seen[length:, : max(0, length - budget)] = False
+        wanted = whole(method, ids, seen[None])[length:]
+        assert distance(logits[row, 1 : len(wanted) + 1], wanted) < TOLERANCE
+        assert budget >= length or distance(wanted, whole(method, ids)[length:]) > 0.01
+
+
+def test_budget_of_lowest_key_norms() -> None:
+    """In one layer, where each head's keys are those of the token embeddings alone."""
+    method = make_full("llama", config={"num_hidden_layers": 1}, budget=3, keep="lowest-key-norm")
+    # Equal tokens would have equal norms.
+    context = Tokens.from_lists([[3, 11, 7, 0, 19, 5, 14], [8, 2, 21, 13, 6], [9, 4]])
+    queries = random_tokens([4, 6, 3], 1)
+    logits = method.read(method.write(context).memory, queries)
+    layer = method.backbone.model.base_model.layers[0]
+    kept = set()
+    for row, length in enumerate((7, 5, 2)):
+        ids = torch.cat([real(context, row), real(queries, row)])
+        embeds = method.backbone.embed(ids[:length])
+        norms = layer.self_attn.k_proj(layer.input_layernorm(embeds)).unflatten(1, (2, 4)).norm(dim=-1).tolist()
+        seen = causal(len(ids)).repeat(4, 1, 1)
+        for head in range(4):
+            # Two heads share each head of keys.
+            lowest = sorted(range(length), key=lambda i: norms[i][head // 2])[:3]
+            kept.add(tuple(sorted(lowest)))
+            seen[head, length:, [i for i in range(length) if i not in lowest]] = False
+        wanted = whole(method, ids, seen)[length:]
+        assert distance(logits[row, 1 : len(wanted) + 1], wanted) < TOLERANCE
+    assert len(kept) > 3, "heads and rows should keep different entries"
+
+
+def test_equal_norms_keep_the_earliest_whatever_the_rounding() -> None:
+    """A token that comes again has the same norm, but for the rounding of its rotary position."""
+    config = {"num_hidden_layers": 1}
+    method = make_full("llama", config=config, budget=3, keep="lowest-key-norm").float()
+    everything = make_full("llama", config=config).float()
+    for token in range(20):
+        context = Tokens.from_lists([[token] * 12])
+        kept, whole_keys = (m.write(context).memory.tensors["keys"] for m in (method, everything))
+        assert distance(kept, whole_keys[:, :3]) < 1e-5, token
+
+
+def test_bytes_are_those_of_the_entries() -> None:
+    entry, numbers = 8 * 2 * 2 * 2 * 4, 2 * 8  # keys and values of 2 layers, 2 heads of width 4, float64
+    context = random_tokens([7, 5])
+    for options, entries in (({}, 12), ({"budget": 3}, 6), ({"budget": 6, "keep": "lowest-key-norm"}, 11)):
+        assert make_full(**options).write(context).memory.nbytes == entries * entry + 2 * numbers
+    assert make_full().write(context, 0).memory.nbytes == 2 * numbers
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom"])
+def test_token_losses_continue_the_context(kind: str) -> None:
+    method, context = make_full(kind), random_tokens([7, 5])
+    losses = method.token_losses(method.write(context).memory, context)
+    for row in range(2):
+        ids = real(context, row)
+        wanted = F.cross_entropy(whole(method, torch.cat([ids, ids[:-1]]))[len(ids) :], ids[1:], reduction="none")
+        assert distance(losses[row, 1 : len(ids)], wanted) < TOLERANCE
+        assert losses[row, 0].item() == pytest.approx(math.log(VOCABULARY))
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 3}, {"budget": 3, "keep": "lowest-key-norm"}], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "bloom"])
+def test_generate_is_greedy_reading(kind: str, options: dict[str, Any]) -> None:
+    """Rows and queries of different lengths; positions go on after what the budget dropped."""
+    if kind == "bloom" and options:
+        pytest.skip("bloom takes no positions")
+    method, context = make_full(kind, **options), make_batch().context
+    queries, rows = [[3, 1, 4, 1, 5], [9], [2, 6], [9]], [2, 0, 0, 1]
+    memory = method.write(context).memory
+    got = method.generate(memory, queries, torch.tensor(rows), max_new_tokens=6, do_sample=False)
+    for query, row, answer in zip(queries, rows, got, strict=True):
+        ids = list(query)
+        for _ in range(6):
+            logits = method.read(memory.select([row]), Tokens.from_lists([ids]))
+            ids.append(int(logits[0, -1].argmax()))
+        assert answer == ids[len(query) :]
+    assert len(set(map(tuple, got))) > 2, "the test should see different answers"
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bloom"])
+def test_joined_prefixes_answer_as_each_alone(kind: str) -> None:
+    """Contexts of different lengths, also where the model counts positions for itself."""
+    method, context = make_full(kind), make_batch().context
+    parts = [method.write(Tokens.from_lists([real(context, row).tolist()])).memory for row in range(3)]
+    with torch.no_grad():
+        first, *others = [method.prefix(part) for part in parts]
+        hidden = method.read_hidden(first.join(others), Tokens.from_lists([[3, 1, 4]] * 3))
+        for row, part in enumerate(parts):
+            wanted = method.read_hidden(method.prefix(part), Tokens.from_lists([[3, 1, 4]]))[0]
+            assert distance(hidden[row], wanted) < TOLERANCE
+
+
+def test_refused() -> None:
+    windows = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(GradmemError, match="sliding_window"):
+        make_full("mistral", config=windows | {"num_key_value_heads": 1, "sliding_window": 4})
+    with pytest.raises(GradmemError, match="leave out `budget`"):
+        make_full("bloom", budget=2)
+    with pytest.raises(GradmemError, match="budget must be at least 1"):
+        make_full(budget=0)
+    with pytest.raises(GradmemError, match="last or lowest-key-norm"):
+        make_full(keep="first")
+    with pytest.raises(GradmemError, match="the limit is 20"):
+        make_full().write(random_tokens([21]))
+    memory = make_full().write(random_tokens([7, 5])).memory
+    with pytest.raises(GradmemError, match="budget"):
+        make_full(budget=6).check(memory, "it")
+    for name, change in (("lengths", 1), ("lengths", -6), ("start", -1), ("start", 20)):
+        with pytest.raises(GradmemError, match="it holds"):
+            make_full().check(Memory({**memory.tensors, name: memory.tensors[name] + change}), "it")

@@ -1,0 +1,451 @@
+"""Training: what it learns, resuming, data parallelism, divergence."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import gradmem
+from gradmem import GradmemError
+from gradmem.cli.training import train
+from gradmem.evaluation import evaluate
+from gradmem.model import MemoryModel
+from gradmem.tasks.kv import KV
+from gradmem.training import Recipe, Stage
+from gradmem.training import trainer as loop
+from gradmem.training.optimizers import build_optimizers
+from gradmem.training.state import load_state, save_state, states, take_weights
+from gradmem.training.step import MetaStep
+from helpers import make_batch, random_tokens
+
+TASK = {"name": "kv", "pairs": 2, "key_length": 1, "value_length": 1, "alphabet": 8}
+BACKBONE = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+}
+METHOD = {"name": "gradmem", "n_mem": 2, "write_steps": 1, "learn_inner_lr": True, "write_head": "random"}
+
+
+def recipe(steps: int = 12, **changes: object) -> Recipe:
+    stages = [
+        Stage(max_steps=steps // 2, write_steps=[1], batch_size=4, warmup=2),
+        Stage(max_steps=steps - steps // 2, write_steps=[1, 2], batch_size=4, warmup=2, decay=steps // 4),
+    ]
+    # Measured choices could differ between two runs that are to be equal.
+    settled = {"strategy": "recompute", "micro_batch": 8, "save_every": 3, "device": "cpu", "precision": "fp32"}
+    fields = {"task": TASK, "backbone": BACKBONE, "method": METHOD, "stages": stages, **settled}
+    return Recipe(**{**copy.deepcopy(fields), **changes})
+
+
+def log(output: Path) -> list[dict[str, str]]:
+    with (output / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "checkpoint" / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def command(recipe: Recipe, folder: Path, *options: str) -> list[str]:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    return [sys.executable, "-m", "gradmem", "train", str(file), *options]
+
+
+def test_log_and_checkpoint(tmp_path: Path) -> None:
+    train(recipe(14), tmp_path / "run")
+    rows = log(tmp_path / "run")
+    assert [int(row["step"]) for row in rows] == list(range(1, 15))
+    assert {row["stage"] for row in rows} == {"0", "1"}
+    assert {row["write_steps"] for row in rows[:7]} == {"1"}
+    assert {row["write_steps"] for row in rows[7:]} == {"1", "2"}
+    assert [float(row["lr"]) for row in rows[:3]] == [0.5, 1, 1]
+    assert [float(row["lr"]) for row in rows[-3:]] == pytest.approx([1, 2 / 3, 1 / 3], abs=1e-5)
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert gradmem.load(tmp_path / "run" / "checkpoint").write("a:b").ask("a") is not None
+
+
+def test_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "whole")
+    from gradmem.training.trainer import Trainer
+
+    class Stop(Exception):
+        pass
+
+    for stop_at in (4, 7, 10):
+        trainer = Trainer(recipe(), tmp_path / "cut")
+        step = trainer._step
+
+        def interrupted(*given: object, step=step, trainer=trainer, stop_at=stop_at) -> dict:
+            if trainer.place.step == stop_at:
+                raise Stop
+            return step(*given)
+
+        trainer._step = interrupted
+        with pytest.raises(Stop):
+            trainer.run()
+    train(recipe(), tmp_path / "cut")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert [int(row["step"]) for row in log(tmp_path / "cut")] == list(range(1, 13))
+
+
+def test_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    long = recipe(40)
+    train(long, tmp_path / "whole")
+    run = command(long, tmp_path, "--output", str(tmp_path / "cut"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not states(tmp_path / "cut" / "states"):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run(run, env=environment, check=True, capture_output=True)
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_two_processes_learn_what_one_with_the_joint_batch_learns(tmp_path: Path) -> None:
+    """Same weights after some steps means the same gradients at each of them."""
+    small = recipe(4, optimizer="adamw", seed=3)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for processes in ("1", "2"):
+        run = command(small, tmp_path, "--output", str(tmp_path / processes), "--processes", processes)
+        subprocess.run(run, env=environment, check=True, capture_output=True)
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-5), name
+    fresh = MemoryModel.from_spec(small.task, small.backbone, small.method).method.state_dict()
+    assert any(not torch.allclose(fresh[name], one[name], atol=1e-3) for name in one)
+
+
+def test_state_round_trip_includes_the_optimisers(tmp_path: Path) -> None:
+    def build() -> tuple[MemoryModel, list[torch.optim.Optimizer]]:
+        torch.manual_seed(1)
+        model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
+        return model, build_optimizers(model.method, recipe())
+
+    def step(model: MemoryModel, optimizers: list[torch.optim.Optimizer]) -> None:
+        batch = model.task.batch("train", 0, 4)
+        model.method.write(batch.context).losses.sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizers = build()
+    assert {type(optimizer).__name__ for optimizer in optimizers} == {"Muon", "AdamW"}
+    step(model, optimizers)
+    save_state(tmp_path, 1, model.method, optimizers, {"note": 7})
+    step(model, optimizers)
+    again, their_optimizers = build()
+    assert load_state(states(tmp_path)[-1], again.method, their_optimizers) == {"note": 7}
+    step(again, their_optimizers)
+    assert same(model.method.state_dict(), again.method.state_dict())
+
+
+def test_bf16_trains_as_fp32_does(tmp_path: Path) -> None:
+    """The first loss agrees to the precision of bf16; also, one process may train in both."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        train(recipe(2, precision=precision), tmp_path / precision)
+        losses.append(float(log(tmp_path / precision)[0]["loss"]))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_half_written_state_is_not_taken_for_one(tmp_path: Path) -> None:
+    model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
+    save_state(tmp_path, 3, model.method, [], {})
+    (tmp_path / "incomplete.tmp").mkdir()
+    (tmp_path / "incomplete.tmp" / "weights.safetensors").write_bytes(b"half")
+    assert [path.name for path in states(tmp_path)] == ["step-00000003"]
+    save_state(tmp_path, 6, model.method, [], {})
+    assert [path.name for path in states(tmp_path)] == ["step-00000006"]
+
+
+def test_divergence_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    calm = Stage(max_steps=4, write_steps=[1], batch_size=4)
+    wild = Stage(max_steps=40, write_steps=[1], batch_size=4, lr=1e38)
+    with pytest.raises(GradmemError, match="diverged at step"):
+        train(recipe(stages=[calm, wild]), tmp_path / "run")
+    (state,) = states(tmp_path / "run" / "states")
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(state / "weights.safetensors").values())
+    train(recipe(stages=[calm]), tmp_path / "calm")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "calm"))
+
+
+def test_warm_start_takes_over_equal_weights(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "one")
+    one = gradmem.load(tmp_path / "one" / "checkpoint")
+    model = MemoryModel.from_spec(TASK, BACKBONE, {**METHOD, "n_mem": 5})
+    kept = take_weights(model.method, one.method)
+    assert kept == ["initial_memory", "log_inner_lr"]
+    mine, theirs = model.method.state_dict(), one.method.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine if name not in kept)
+
+
+def test_warm_start_takes_over_weights_of_layers_that_have_adapters_now(tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "one")
+    one = gradmem.load(tmp_path / "one" / "checkpoint")
+    model = MemoryModel.from_spec(TASK, BACKBONE, {**METHOD, "write_lora": 2})
+    kept = take_weights(model.method, one.method)
+    assert kept
+    assert all("lora_" in name for name in kept)
+    batch = make_batch()
+    with torch.no_grad():
+        mine, theirs = (some.method.write(batch.context, 2).memory.tensors["memory"] for some in (model, one))
+    assert torch.allclose(mine, theirs, atol=1e-6)  # new adapters add nothing
+    back = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
+    assert take_weights(back.method, model.method) == []
+
+
+def test_warm_start_says_what_is_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(recipe(), tmp_path / "one")
+    start = str(tmp_path / "one" / "checkpoint")
+    train(recipe(init_from=start), tmp_path / "same")
+    assert "so new" not in capsys.readouterr().err
+    train(recipe(init_from=start, method={**METHOD, "n_mem": 5}), tmp_path / "two")
+    assert "so new: initial_memory, log_inner_lr" in " ".join(capsys.readouterr().err.split())
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    whole = recipe(4, optimizer="adamw", inner_loss_weight=0.3, task={**TASK, "queries": 2})
+    train(whole, tmp_path / "whole")
+    train(dataclasses.replace(whole, micro_batch=3), tmp_path / "parts")
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=2e-5), name
+    for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
+        for name in ("loss", "write_loss", "exact_match", "grad_norm"):
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3), name
+
+
+def test_a_stage_may_weigh_the_write_loss_itself(tmp_path: Path) -> None:
+    def trained(name: str, weight: float, of_stages: list[float | None]) -> dict[str, torch.Tensor]:
+        some = recipe(8, optimizer="adamw", inner_loss_weight=weight)
+        stages = zip(some.stages, of_stages, strict=True)
+        some.stages = [dataclasses.replace(stage, inner_loss_weight=own) for stage, own in stages]
+        train(some, tmp_path / name)
+        return weights(tmp_path / name)
+
+    first = trained("first", 0.0, [0.5, None])
+    assert same(first, trained("last", 0.5, [None, 0.0]))
+    assert not same(first, trained("never", 0.0, [None, None]))
+    assert not same(first, trained("always", 0.5, [None, None]))
+
+
+def test_a_write_loss_without_weight_takes_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = MemoryModel.from_spec(TASK, BACKBONE, {**METHOD, "reconstruction": True}).method
+    passes = []
+    whole = type(method).token_losses
+    monkeypatch.setattr(type(method), "token_losses", lambda *given: passes.append(1) or whole(*given))
+    batch = make_batch()
+    scored = KV(2, 1, 1, alphabet=8).scored(batch.labels)
+    for reconstruct, count in ((True, 1), (False, 0)):
+        passes.clear()
+        write_loss = MetaStep(method)(batch, 1, scored, reconstruct)[1].detach()
+        assert len(passes) == count
+        assert (float(write_loss) > 0) == reconstruct
+
+
+def test_a_batch_splits_into_contexts_with_their_queries() -> None:
+    batch = make_batch()
+    batch.rows = torch.tensor([2, 0, 0, 3, 2])
+    batch.context = random_tokens([7, 5, 8, 6, 4])
+    parts = list(batch.split(2))
+    assert [part.context.lengths.tolist() for part in parts] == [[7, 5], [8, 6]]  # the last has no query
+    assert [part.rows.tolist() for part in parts] == [[0, 0], [0, 1, 0]]
+    for part, chosen in zip(parts, ([1, 2], [0, 3, 4]), strict=True):
+        assert torch.equal(part.queries.ids, batch.queries.ids[chosen])
+        assert torch.equal(part.labels, batch.labels[chosen])
+
+
+def test_until_ends_a_stage(tmp_path: Path) -> None:
+    easy = {**TASK, "pairs": 1, "alphabet": 2}
+    stage = Stage(max_steps=300, write_steps=[1], batch_size=32, until=0.3, warmup=1)
+    train(recipe(task=easy, stages=[stage]), tmp_path / "run")
+    rows = log(tmp_path / "run")
+    means = [sum(float(row["exact_match"]) for row in rows[i : i + 10]) / 10 for i in range(len(rows) - 9)]
+    assert means[-1] >= 0.3 or len(rows) == 300
+    assert all(mean < 0.3 for mean in means[:-1])
+    assert len(rows) < 300
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_run_that_is_told_to_stop_saves_a_state(
+    signal_: signal.Signals, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the states of every third step, also before the first; then it goes on as if nothing had been."""
+    train(recipe(), tmp_path / "whole")
+    step, before = loop.Trainer._step, signal.getsignal(signal_)
+
+    def told(self: loop.Trainer, *given: object) -> dict:
+        if self.place.step == at:
+            signal.raise_signal(signal_)
+        return step(self, *given)
+
+    monkeypatch.setattr(loop.Trainer, "_step", told)
+    with pytest.raises(KeyboardInterrupt, match=f"continues from .*step-0*{at + 1}$"):
+        train(recipe(), tmp_path / "cut")
+    monkeypatch.setattr(loop.Trainer, "_step", step)
+    assert signal.getsignal(signal_) is before
+    assert len(log(tmp_path / "cut")) == at + 1
+    assert not (tmp_path / "cut" / "checkpoint").exists()
+    train(recipe(), tmp_path / "cut")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_where_no_state_is_none_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the second Ctrl-C comes before the first step is over."""
+
+    def twice(self: loop.Trainer, *given: object) -> dict:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(loop.Trainer, "_step", twice)
+    with pytest.raises(KeyboardInterrupt, match="there is no state"):
+        train(recipe(), tmp_path)
+
+
+def test_minutes_are_those_of_a_clock_on_the_wall() -> None:
+    """Which goes on while the processor has nothing to do."""
+    wall, processor = loop.clock(), time.process_time()
+    time.sleep(0.2)
+    wall, processor = loop.clock() - wall, time.process_time() - processor
+    assert wall >= 0.2 > processor
+
+
+def test_a_run_ends_when_its_minutes_are_over(tmp_path: Path) -> None:
+    for _ in range(2):  # the second time there is nothing left to do
+        train(recipe(12, max_minutes=1e-6), tmp_path)
+        assert len(log(tmp_path)) <= 1
+        assert (tmp_path / "checkpoint").is_dir()
+    train(recipe(12), tmp_path)  # with more time it goes on in the same stage
+    assert len(log(tmp_path)) == 12
+
+
+def test_learning_rates_cool_down_before_the_minutes_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes six seconds of a run of two minutes: 20 steps, of which the last three cool down."""
+    ticks = itertools.count(0, 6)
+    monkeypatch.setattr("gradmem.training.trainer.clock", lambda: next(ticks))
+    train(recipe(100, max_minutes=2, strategy="unroll", micro_batch=4), tmp_path)
+    rates = [float(row["lr"]) for row in log(tmp_path)]
+    assert rates[2:18] == [1.0] * 16
+    assert rates[18:] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_one_process_keeps_the_time_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a main process that counts a minute a step, another cools down and ends with it, by the same clock."""
+    minutes = itertools.count(1)
+    monkeypatch.setattr("gradmem.training.trainer.broadcast_object_list", lambda mine: [60.0 * next(minutes)])
+    train(recipe(100, max_minutes=20, strategy="unroll", micro_batch=4), tmp_path)
+    rows = log(tmp_path)
+    assert [float(row["seconds"]) for row in rows] == [60.0 * minute for minute in range(1, 21)]
+    assert [float(row["lr"]) for row in rows[-2:]] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_patience_halves_the_learning_rate(tmp_path: Path) -> None:
+    """Exact match stays near zero on this task, so each 5 steps without progress halve the rate."""
+    hard = {**TASK, "pairs": 3, "value_length": 4}
+    stage = Stage(max_steps=16, write_steps=[0], batch_size=2, warmup=1, patience=5)
+    train(recipe(task=hard, stages=[stage]), tmp_path / "run")
+    rows = log(tmp_path / "run")
+    assert {row["exact_match"] for row in rows} == {"0"}
+    assert [float(row["lr"]) for row in rows] == [1.0] * 5 + [0.5] * 5 + [0.25] * 5 + [0.125]
+
+
+def test_tasks_of_a_stage_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both tasks are seen; the checkpoint keeps the first."""
+    seen = []
+    monkeypatch.setattr(
+        KV, "batch", lambda self, *a, batch=KV.batch: seen.append((self.pairs, a[0])) or batch(self, *a)
+    )
+    train(recipe(stages=[Stage(max_steps=12, write_steps=[1], tasks=[{"pairs": 3}, {}])]), tmp_path / "run")
+    assert {pairs for pairs, split in seen if split == "train"} == {2, 3}
+    assert gradmem.load(tmp_path / "run" / "checkpoint").spec["task"]["pairs"] == 3
+
+
+def test_inner_rates_and_momentum_learn_at_a_rate_of_their_own() -> None:
+    """The first step of AdamW moves every parameter with a gradient by its learning rate."""
+    method = {**METHOD, "write_steps": 2, "learn_inner_lr": True, "learn_momentum": True}
+    model = MemoryModel.from_spec(TASK, BACKBONE, method)
+    before = {name: parameter.detach().clone() for name, parameter in model.method.named_parameters()}
+    optimizers = build_optimizers(model.method, recipe(optimizer="adamw", adamw_lr=1e-4, inner_adamw_lr=0.05))
+    batch = model.task.batch("train", 0, 4)
+    model.method.write(batch.context).memory.tensors["memory"].square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    moved = {name: (p - before[name]).abs().max().item() for name, p in model.method.named_parameters()}
+    assert moved["log_inner_lr"] == pytest.approx(0.05, rel=1e-3)
+    assert moved["momentum"] == pytest.approx(0.05, rel=1e-3)
+    assert moved["initial_memory"] == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_frozen_model_has_nothing_to_train() -> None:
+    model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
+    model.method.requires_grad_(False)
+    assert build_optimizers(model.method, recipe()) == []
+
+
+def test_training_from_weights_that_are_not_there_says_which(tmp_path: Path) -> None:
+    with pytest.raises(GradmemError, match=r"init_from: runs/other/checkpoint.*train that first"):
+        train(recipe(init_from="runs/other/checkpoint"), tmp_path / "run")
+
+
+def test_evaluate_agrees_with_asking_one_by_one(tmp_path: Path) -> None:
+    """Teacher-forced exact match is the exact match of greedy generation, counted by hand."""
+    train(recipe(60), tmp_path / "run")
+    model = gradmem.load(tmp_path / "run" / "checkpoint")
+    result = evaluate(model, [1], samples=20, seed=5)[0]
+    batch = model.task.batch("test", 0, 20, 5)
+    right = []
+    for ids in batch.context.ids:
+        text = model.task.tokenizer.decode(ids)
+        memory = model.write(text, 1)
+        truth = model.task.examples(text)
+        answers = memory.ask([key for key, _ in truth])
+        right.append(sum(a == v for a, (_, v) in zip(answers, truth, strict=True)) / len(truth))
+    assert result.exact_match == pytest.approx(sum(right) / len(right))
+    assert result.ci95[0] <= result.exact_match <= result.ci95[1]
+    assert result.exact_match > 0
+
+
+def test_evaluate_controls_and_steps(tmp_path: Path) -> None:
+    model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
+    results = evaluate(model, [2, 0, 1], samples=6, seed=2)
+    assert [result.steps for result in results] == [0, 1, 2]
+    assert {result.unwritten for result in results} == {results[0].exact_match}
+    row = results[2].row()
+    assert {"pairs", "steps", "exact_match", "ci95", "samples", "seed", "parameters", "n_mem", "d", "bytes"} <= set(row)
+    assert row["bytes"] == 2 * 16 * 4
+    assert row["unwritten_ci95"] == results[0].ci95  # nothing written is the memory after no steps
+    assert row["swapped_ci95"][0] <= row["swapped"] <= row["swapped_ci95"][1]
+    with pytest.raises(GradmemError, match="limit"):
+        evaluate(model, [1], samples=2, task={"pairs": 32, "key_length": 2})
