@@ -25,7 +25,7 @@ from rich.progress import track
 from sqlalchemy import insert
 
 from benchmarks.common import Row, machine, measure, parser, report
-from gradmem import Memory, Record
+from gradmem import Memory, Receipt
 from gradmem.store import Store
 from gradmem.store import database as db
 
@@ -41,7 +41,7 @@ def made(number: int) -> Memory:
     about: dict[str, Any] = {"method": "gradmem", "model": "kv-32", "context_tokens": TOKENS, "steps": 5}
     about |= dict.fromkeys(("backbone", "checkpoint", "tokenizer", "context_sha256"), "0" * 64)
     about |= {"losses": numbers[:6], "token_losses": numbers, "inner_lr": [0.5] * 8}
-    return Memory({"memory": torch.randn(1, 8, 128)}, [Record(**about)])
+    return Memory({"memory": torch.randn(1, 8, 128)}, [Receipt(**about)])
 
 
 def fill(place: str, count: int) -> list[str]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from gradmem import Memory, Record
+from gradmem import Memory, Receipt
 
 LOST = 5.0
 
 
 def made(seed: int, lost: tuple[int, ...] = (), tokens: int = 6, checkpoint: str = "c", rows: int = 1) -> Memory:
-    """Make a memory of 4 x 8 random numbers whose record says that the tokens `lost` are."""
+    """Make a memory of 4 x 8 random numbers whose receipt says that the tokens `lost` are."""
     generator = torch.Generator().manual_seed(seed)
-    record = Record(
+    receipt = Receipt(
         method="gradmem",
         model=f"model-{checkpoint}",
         backbone="b" * 64,
@@ -25,4 +25,4 @@ def made(seed: int, lost: tuple[int, ...] = (), tokens: int = 6, checkpoint: str
         losses=[3.0, 2.0, 1.0 + seed],
         token_losses=[LOST if position in lost else 0.25 for position in range(tokens)],
     )
-    return Memory({"memory": torch.randn(rows, 4, 8, generator=generator)}, [record] * rows)
+    return Memory({"memory": torch.randn(rows, 4, 8, generator=generator)}, [receipt] * rows)

@@ -111,14 +111,14 @@ def test_its_tokenizer_comes_along(file: Path) -> None:
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id >= len(WORDS)) == (2, True)
     task, method = {"name": "text", "tokenizer": str(file)}, {"name": "gradmem", "n_mem": 2, "write_steps": 1}
     model = MemoryModel.from_spec(task, {"pretrained": str(file)}, method)
-    assert model.write("ab c").records[0].context_tokens == 2
+    assert model.write("ab c").receipts[0].context_tokens == 2
     assert str(file.parent) not in str(model.spec["backbone"])
 
 
 def test_a_memory_of_a_gguf_file_finds_it_again(file: Path, tmp_path: Path) -> None:
     """A plain language model by its file: no training, no checkpoint."""
     memory = gradmem.load(file, {"n_mem": 2, "write_steps": 3}).write("ab c")
-    assert memory.records[0].model == str(file)
+    assert memory.receipts[0].model == str(file)
     memory.save(tmp_path / "m")
     assert gradmem.open(tmp_path / "m").restore() == memory.restore()
 

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 
 import gradmem
 import standin
+from gradmem.cli import main as cli
 from gradmem.cli import store as store_commands
-from gradmem.cli.main import main as cli
 from gradmem.device import device_named
 from gradmem.errors import GradmemError
 from gradmem.evaluation.calibrate import calibrate
@@ -239,7 +239,7 @@ def used(device: Any, name: str, folder: Path) -> dict[str, Any]:
         answers = [answer.result() for answer in served]
     found = {
         "exact": [memory.ask(queries), many.ask([["a7"], ["a7", "0b"], ["33"]])],
-        "receipts": [record.loss_after for record in [*memory.records, *many.records]],
+        "receipts": [receipt.loss_after for receipt in [*memory.receipts, *many.receipts]],
         "answers": [[getattr(answer, n) for n in NUMBERS] for answer in [*memory.answer(queries), *answers]],
         "measured": [[r.exact_match, r.unwritten, r.swapped] for r in evaluate(model, None, samples=4, seed=2)],
     }
@@ -248,7 +248,7 @@ def used(device: Any, name: str, folder: Path) -> dict[str, Any]:
     if name in ("joint", "independent"):
         longer = model.append(memory, "c4:d5", may_forget=True)
         found["exact"].append(longer.ask([*queries, "c4"]))
-        found["receipts"] += [record.loss_after for record in longer.parts]
+        found["receipts"] += [receipt.loss_after for receipt in longer.history]
     return found
 
 

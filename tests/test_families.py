@@ -255,7 +255,7 @@ def test_answers_do_not_depend_on_fields_that_compute_nothing(field: dict[str, b
 
 def memory_of(model: MemoryModel, memory: Memory) -> Memory:
     """The tensors of a memory, for another model."""
-    return Memory(dict(memory.tensors), memory.records, model)
+    return Memory(dict(memory.tensors), memory.receipts, model)
 
 
 @pytest.mark.parametrize(

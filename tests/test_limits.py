@@ -173,7 +173,7 @@ def test_ranges_are_not_known(client: TestClient, served: str, value: str) -> No
     "key", ["context_tokens", "steps", "losses", "token_losses", "inner_lr", "options", "deep", "many"]
 )
 def test_records_hold_only_what_machines_know(client: TestClient, key: str) -> None:
-    from gradmem import Record
+    from gradmem import Receipt
     from stored import made
 
     huge = 10**400
@@ -190,9 +190,9 @@ def test_records_hold_only_what_machines_know(client: TestClient, key: str) -> N
         "deep": {"x": deep},
         "many": {str(number): number for number in range(5000)},
     }
-    record = vars(made(1).records[0]) | {("options" if key in ("deep", "many") else key): change[key]}
-    with pytest.raises(ValueError, match="a record's"):
-        Record.read(record)
+    receipt = vars(made(1).receipts[0]) | {("options" if key in ("deep", "many") else key): change[key]}
+    with pytest.raises(ValueError, match="a receipt's"):
+        Receipt.read(receipt)
 
 
 def test_a_header_that_would_take_long_to_parse_is_refused(client: TestClient) -> None:

@@ -21,7 +21,7 @@ import gradmem
 from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
-from gradmem.cli.memory_tables import receipt
+from gradmem.cli.memory_tables import receipt_table
 from helpers import tiny_model
 
 TEXT = "a7:Qz\nk2:9f\nzz:aa"
@@ -39,7 +39,7 @@ def test_round_trip(tiny: MemoryModel, tmp_path: Path) -> None:
     memory = tiny.write(TEXT, 2)
     opened = tiny.open(memory.save(tmp_path / "m.safetensors"))
     assert torch.equal(opened.tensors["memory"], memory.tensors["memory"])
-    assert opened.records == memory.records
+    assert opened.receipts == memory.receipts
     assert opened.ask(["a7", "zz"]) == memory.ask(["a7", "zz"])
 
 
@@ -60,8 +60,8 @@ def test_file_holds_the_vectors_and_the_header_only(
 
 
 def test_no_text_hides_in_the_record(tiny: MemoryModel) -> None:
-    """Everything in a record but hashes and numbers is the same for any two texts of one length."""
-    one, other = (tiny.write(text, 1).records[0] for text in ("a7:Qz", "b9:xY"))
+    """Everything in a receipt but hashes and numbers is the same for any two texts of one length."""
+    one, other = (tiny.write(text, 1).receipts[0] for text in ("a7:Qz", "b9:xY"))
     assert {k: v for k, v in vars(one).items() if isinstance(v, str) and k != "context_sha256"} == {
         k: v for k, v in vars(other).items() if isinstance(v, str) and k != "context_sha256"
     }
@@ -79,16 +79,16 @@ def test_precision(tiny: MemoryModel, tmp_path: Path, precision: str, tolerance:
 def test_record(tiny: MemoryModel) -> None:
     import hashlib
 
-    record = tiny.write(TEXT, 2).records[0]
+    receipt = tiny.write(TEXT, 2).receipts[0]
     ids = tiny.task.tokenizer("!a7:Qz!!k2:9f!!zz:aa!|").input_ids
-    assert record.context_tokens == len(ids) == len(record.token_losses)
-    assert record.context_sha256 == hashlib.sha256(TEXT.encode()).hexdigest()
-    assert record.steps == 2
-    assert len(record.losses) == 3
-    assert record.loss_after == pytest.approx(sum(record.token_losses) / len(ids), abs=1e-3)
-    assert (record.loss_before, record.loss_after) == (record.losses[0], record.losses[-1])
-    assert record.lost == [i for i, loss in enumerate(record.token_losses) if loss > 0.6931472]
-    assert record.method == "gradmem"
+    assert receipt.context_tokens == len(ids) == len(receipt.token_losses)
+    assert receipt.context_sha256 == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert receipt.steps == 2
+    assert len(receipt.losses) == 3
+    assert receipt.loss_after == pytest.approx(sum(receipt.token_losses) / len(ids), abs=1e-3)
+    assert (receipt.loss_before, receipt.loss_after) == (receipt.losses[0], receipt.losses[-1])
+    assert receipt.lost == [i for i, loss in enumerate(receipt.token_losses) if loss > 0.6931472]
+    assert receipt.method == "gradmem"
 
 
 def test_answers_at_risk_are_measured_by_reading(tiny: MemoryModel) -> None:
@@ -101,30 +101,30 @@ def test_answers_at_risk_are_measured_by_reading(tiny: MemoryModel) -> None:
             with torch.no_grad():
                 scores = tiny.method.read(memory[row], Tokens.from_lists([ids]))[0].log_softmax(-1)
             wanted.append(max(-float(scores[5 + i, ids[5 + i]]) for i in range(2)))
-        record = memory.records[row]
-        assert record.answers == pytest.approx(wanted, abs=2e-3)
-        assert record.at_risk == [i for i, loss in enumerate(wanted) if loss > math.log(2)]
-        assert record.row()["at_risk"] == record.at_risk
+        receipt = memory.receipts[row]
+        assert receipt.answers == pytest.approx(wanted, abs=2e-3)
+        assert receipt.at_risk == [i for i, loss in enumerate(wanted) if loss > math.log(2)]
+        assert receipt.to_dict()["at_risk"] == receipt.at_risk
 
 
 def test_a_memory_may_lose_tokens_that_no_answer_needs() -> None:
     memory = gradmem.load("kv-32").write(TEXT)
-    (record,) = memory.records
+    (receipt,) = memory.receipts
     assert memory.ask(["a7", "k2", "zz"]) == ["Qz", "9f", "aa"]
-    assert (len(record.answers), record.at_risk) == (3, [])
-    assert len(record.lost) > 10
+    assert (len(receipt.answers), receipt.at_risk) == (3, [])
+    assert len(receipt.lost) > 10
 
 
 def test_until_stops_each_text_by_its_own_loss(tiny: MemoryModel) -> None:
     texts = ["a7:Qz", TEXT]
-    alone = [tiny.write(text, 6).records[0].losses for text in texts]
+    alone = [tiny.write(text, 6).receipts[0].losses for text in texts]
     until = (min(alone[0]) + max(alone[0])) / 2
     expected = [next((i for i, loss in enumerate(losses) if loss <= until), 6) for losses in alone]
-    together = tiny.write(texts, until=until, max_steps=6).records
-    assert [record.steps for record in together] == expected
+    together = tiny.write(texts, until=until, max_steps=6).receipts
+    assert [receipt.steps for receipt in together] == expected
     assert together[0].loss_after <= until
-    for record, losses, steps in zip(together, alone, expected, strict=True):
-        assert record.losses == pytest.approx(losses[: steps + 1], abs=1e-4)
+    for receipt, losses, steps in zip(together, alone, expected, strict=True):
+        assert receipt.losses == pytest.approx(losses[: steps + 1], abs=1e-4)
 
 
 def test_batch_of_texts_is_each_text_alone(tiny: MemoryModel) -> None:
@@ -143,7 +143,7 @@ def test_many_texts_are_written_in_parts(tiny: MemoryModel, monkeypatch: pytest.
     monkeypatch.setattr(Backbone, "tokens_at_once", 50)
     parts = tiny.write(texts, 2)
     assert torch.allclose(parts.tensors["memory"], whole.tensors["memory"], atol=1e-5)
-    assert [r.context_sha256 for r in parts.records] == [r.context_sha256 for r in whole.records]
+    assert [r.context_sha256 for r in parts.receipts] == [r.context_sha256 for r in whole.receipts]
 
 
 def test_the_prefix_is_run_once_for_all_questions(tiny: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,15 +217,15 @@ def damage(path: Path, how: str) -> None:
         data = data.replace(b'"version":"1"', b'"version":"9"')
     elif how == "foreign":
         data = data.replace(b"gradmem-memory", b"gradmem-mamory")
-    elif how == "no record":
+    elif how == "no receipt":
         data = data.replace(b'\\"method\\"', b'\\"mothod\\"')
     elif how == "options are no table":
         data = data.replace(b'\\"options\\": {}', b'\\"options\\": 55')
     elif how == "options name a method":
         header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
-        records = json.loads(header["__metadata__"]["records"])
-        records[0]["options"] = {"name": "other"}
-        header["__metadata__"]["records"] = json.dumps(records)
+        receipts = json.loads(header["__metadata__"]["records"])
+        receipts[0]["options"] = {"name": "other"}
+        header["__metadata__"]["records"] = json.dumps(receipts)
         new = json.dumps(header).encode()
         data = struct.pack("<Q", len(new)) + new + data[8 + struct.unpack("<Q", data[:8])[0] :]
     assert data != path.read_bytes()
@@ -242,7 +242,7 @@ def damage(path: Path, how: str) -> None:
         "text",
         "newer",
         "foreign",
-        "no record",
+        "no receipt",
         "options are no table",
         "options name a method",
     ],
@@ -354,10 +354,10 @@ def test_only_floating_point_is_rounded(tmp_path: Path, precision: str) -> None:
 def test_a_receipt_shows_all_of_the_text_and_lists_some_of_what_was_lost() -> None:
     """In a narrow window, of a text without spaces."""
     tokens = [chr(0x4E00 + i) for i in range(80)]
-    record = dataclasses.replace(tiny_model(0).write("a1:2b").records[0], context_tokens=80, token_losses=[1.0] * 80)
+    receipt = dataclasses.replace(tiny_model(0).write("a1:2b").receipts[0], context_tokens=80, token_losses=[1.0] * 80)
     console = Console(width=50, record=True, file=io.StringIO())
-    console.print(receipt(record, tokens))
-    console.print(receipt(record))
+    console.print(receipt_table(receipt, tokens))
+    console.print(receipt_table(receipt))
     shown = re.sub(r"[│\s]+", " ", console.export_text())
     assert "…" not in shown
     with_text, without = shown.split("positions lost")

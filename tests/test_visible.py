@@ -57,10 +57,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write_file(path: Path, tensor: str = "memory", **record: str) -> Path:
+def write_file(path: Path, tensor: str = "memory", **receipt: str) -> Path:
     """Write a memory file as anybody may make one."""
     memory = made(1)
-    return Memory({tensor: memory.tensors["memory"]}, [replace(memory.records[0], **record)]).save(path)
+    return Memory({tensor: memory.tensors["memory"]}, [replace(memory.receipts[0], **receipt)]).save(path)
 
 
 def test_markup_and_escapes_in_files_and_names_are_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,12 +82,12 @@ def test_names_that_a_file_cannot_have_are_refused(place: Path, capsys: pytest.C
         write_file(place / "b", tensor="m" * 10**6),
     ]
     for name, value in (("model", "m" * 10**6), ("checkpoint", "c" * 65), ("method", TITLE), ("model", "a\n")):
-        with pytest.raises(ValueError, match=f"record's {name}"):
-            replace(made(1).records[0], **{name: value})
+        with pytest.raises(ValueError, match=f"receipt's {name}"):
+            replace(made(1).receipts[0], **{name: value})
         data = made(1).to_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        records = json.loads(header["__metadata__"]["records"])
-        header["__metadata__"]["records"] = json.dumps([{**records[0], name: value}])
+        receipts = json.loads(header["__metadata__"]["records"])
+        header["__metadata__"]["records"] = json.dumps([{**receipts[0], name: value}])
         written = json.dumps(header).encode()
         file = place / f"{name}{len(value)}"
         file.write_bytes(len(written).to_bytes(8, "little") + written + data[8 + int.from_bytes(data[:8], "little") :])

@@ -50,7 +50,7 @@ def job(name: str, texts: list[str], n_mem: int, until: float, steps: int) -> Ro
     started = time.process_time()
     memory = model.write(texts, until=until, max_steps=steps, progress=partial(show, n_mem))
     took = (time.process_time() - started) / torch.get_num_threads()
-    tokens = sum(record.context_tokens for record in memory.records)
+    tokens = sum(record.context_tokens for record in memory.receipts)
     rounded: list[Precision] = ["float16", "int8"]
     scores = {
         "float32": right(model, memory, texts),
@@ -68,8 +68,8 @@ def job(name: str, texts: list[str], n_mem: int, until: float, steps: int) -> Ro
         "int8_pct": 100 * statistics.mean(scores["int8"]),
         "unwritten_pct": 100 * statistics.mean(unwritten),
         "swapped_pct": 100 * statistics.mean(swapped),
-        "steps_median": statistics.median(record.steps for record in memory.records),
-        "loss": statistics.mean(record.loss_after for record in memory.records),
+        "steps_median": statistics.median(record.steps for record in memory.receipts),
+        "loss": statistics.mean(record.loss_after for record in memory.receipts),
         "seconds_a_chunk": took / len(texts),
         "bytes_float16": memory.nbytes // 2,
     }

@@ -303,7 +303,7 @@ def measure(
 
 
 def _memories(method: Any, batch: Batch, steps: Sequence[int], controls: bool) -> Iterator[tuple[str, Any]]:
-    for step, written in method.after(batch.context, [0, *steps] if controls else list(steps)):
+    for step, written in method.at_steps(batch.context, [0, *steps] if controls else list(steps)):
         yield (f"K={step}" if step else "unwritten"), written.memory
         if controls and step == max(steps):
             yield "swapped", written.memory.select(torch.arange(len(batch.context)).roll(1).to(batch.rows.device))

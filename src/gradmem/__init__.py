@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .model.loading import load
     from .model.loading import open_memory as open  # noqa: F401
     from .model.packaged import checkpoint_names
-    from .receipts import Record
+    from .receipts import Receipt
     from .serving.client import Client
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ __all__ = [
     "Memory",
     "MemoryModel",
     "Method",
-    "Record",
+    "Receipt",
     "Tokens",
     "Written",
     "checkpoint_names",
@@ -53,7 +53,7 @@ PLACES = {
     "Memory": "memory",
     "MemoryModel": "model",
     "Method": "methods",
-    "Record": "receipts",
+    "Receipt": "receipts",
     "Tokens": "batch",
     "Written": "methods",
     "checkpoint_names": "model.packaged",

@@ -21,7 +21,7 @@ from torch import Tensor
 from .choices import Precision
 from .errors import GradmemError
 from .files import write_bytes
-from .receipts import Record, text_digest
+from .receipts import Receipt, text_digest
 
 if TYPE_CHECKING:
     from .model import MemoryModel
@@ -45,7 +45,7 @@ class Memory:
     Attributes
     ----------
     tensors : dict of Tensor, shapes (batch, ...)
-    records : list of Record
+    receipts : list of Receipt
         One for each row where text was written; empty for memories of bare tokens.
     model : MemoryModel or None
         The model that answers `ask`.
@@ -54,7 +54,7 @@ class Memory:
     """
 
     tensors: dict[str, Tensor]
-    records: list[Record] = field(default_factory=list)
+    receipts: list[Receipt] = field(default_factory=list)
     model: MemoryModel | None = field(default=None, repr=False, compare=False)
     prefix: Prefix | None = field(default=None, repr=False, compare=False)
 
@@ -72,7 +72,7 @@ class Memory:
         if LENGTHS in tensors:
             longest = max(tensors[LENGTHS].tolist(), default=0)
             tensors = {name: tensor[:, :longest] if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
-        return Memory(tensors, [self.records[i] for i in index.tolist()] if self.records else [], self.model)
+        return Memory(tensors, [self.receipts[i] for i in index.tolist()] if self.receipts else [], self.model)
 
     @classmethod
     def join(cls, memories: Sequence[Memory]) -> Memory:
@@ -85,12 +85,12 @@ class Memory:
                 pads = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
                 parts = [F.pad(part, pad) for part, pad in zip(parts, pads, strict=True)]
             tensors[name] = torch.cat(parts)
-        return cls(tensors, [record for memory in memories for record in memory.records])
+        return cls(tensors, [receipt for memory in memories for receipt in memory.receipts])
 
     @property
-    def parts(self) -> list[Record]:
+    def history(self) -> list[Receipt]:
         """What was written into each row, one row after the other."""
-        return [part for record in self.records for part in record.parts]
+        return [part for receipt in self.receipts for part in receipt.history]
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +109,7 @@ class Memory:
             name: tensor.to(self.tensors[name].device)
             for name, tensor in _decode(_encode(self.tensors, precision)).items()
         }
-        return Memory(tensors, self.records, self.model)
+        return Memory(tensors, self.receipts, self.model)
 
     def ask(self, query: Any, **generate: Any) -> Any:
         """Answer from the memory alone; see `MemoryModel.ask`.
@@ -159,7 +159,7 @@ class Memory:
             "format": FORMAT,
             "version": str(VERSION),
             "sha256": digest(tensors),
-            "records": json.dumps([dataclasses.asdict(record) for record in self.records]),
+            "records": json.dumps([dataclasses.asdict(receipt) for receipt in self.receipts]),
         }
         return save(tensors, header)
 
@@ -189,7 +189,7 @@ class Memory:
                 raise GradmemError(f"{what} has format version {about.get('version')}, this gradmem reads {VERSION}")
             told = json.loads(about["records"])
             json.dumps(told, ensure_ascii=False).encode()  # text that is none would break whoever prints it
-            records = [Record.read(record) for record in told]
+            receipts = [Receipt.read(receipt) for receipt in told]
             same = digest(stored) == about.get("sha256")
             tensors = _decode(stored) if same else {}
         except (SafetensorError, AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -197,9 +197,9 @@ class Memory:
         if not same:
             raise GradmemError(f"{what} is damaged: its contents do not match its checksum")
         sizes = {tensor.shape[:1] for tensor in tensors.values()}
-        if len(sizes) != 1 or (records and sizes != {(len(records),)}):
-            raise GradmemError(f"{what} is damaged: its tensors and records do not fit together")
-        return cls(tensors, records)
+        if len(sizes) != 1 or (receipts and sizes != {(len(receipts),)}):
+            raise GradmemError(f"{what} is damaged: its tensors and receipts do not fit together")
+        return cls(tensors, receipts)
 
     def save(self, path: str | os.PathLike[str], precision: Precision = "float32") -> Path:
         """Save as one safetensors file, which appears whole or not at all; see `to_bytes`.

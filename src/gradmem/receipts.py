@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from .errors import GradmemError
 
 LARGEST = 2**63 - 1
-"""Largest integer in a record: databases and other programs hold no larger ones."""
+"""Largest integer in a receipt: databases and other programs hold no larger ones."""
 MOST_OPTIONS, DEEPEST = 1000, 8
-"""Values in the options of a record, and how deep they may be nested."""
+"""Values in the options of a receipt, and how deep they may be nested."""
 
 
 def _anything(value: object) -> bool:
@@ -46,7 +46,7 @@ def _simple(options: dict[str, Any]) -> bool:
 
 
 LONGEST = 4096
-"""Characters of a string in a record, the longest of which may be the path of a model."""
+"""Characters of a string in a receipt, the longest of which may be the path of a model."""
 Digest = str
 """A SHA-256 in hexadecimal digits."""
 _KINDS: dict[str, Callable[[Any], bool]] = {
@@ -58,13 +58,13 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "list[float]": _floats,
     "list[float] | None": lambda value: value is None or _floats(value),
     "dict[str, Any]": lambda value: isinstance(value, dict) and _simple(value),
-    "list[Record]": lambda value: not any(record.earlier for record in value),
+    "list[Receipt]": lambda value: not any(receipt.earlier for receipt in value),
 }
-"""What a field of a record may hold, by its type: records come out of files that anybody may have written."""
+"""What a field of a receipt may hold, by its type: receipts come out of files that anybody may have written."""
 
 
 @dataclass(frozen=True)
-class Record:
+class Receipt:
     """Provenance and write receipt of one memory: who wrote it, from what, and how well.
 
     Of a memory that was written several times, this is the last time, and `earlier` has those before.
@@ -91,7 +91,7 @@ class Record:
         Options of the method, where a plain language model wrote it: there they stand in no checkpoint.
     chunks : list of int
         Tokens of each chunk that the text was written in; empty where it was written whole.
-    earlier : list of Record
+    earlier : list of Receipt
         What was written into this memory before, first things first.
     answers : list of float or None
         For each answer that the text gives, as far as the task can tell (`Task.examples`), the highest loss of a token
@@ -114,28 +114,28 @@ class Record:
     token_losses: list[float]
     options: dict[str, Any] = field(default_factory=dict)
     chunks: list[int] = field(default_factory=list)
-    earlier: list[Record] = field(default_factory=list)
+    earlier: list[Receipt] = field(default_factory=list)
     answers: list[float] | None = None
     measured: bool = True
 
     def __post_init__(self) -> None:
         for field_ in dataclasses.fields(self):
             if not _KINDS.get(str(field_.type), _anything)(getattr(self, field_.name)):
-                raise ValueError(f"a record's {field_.name} is {field_.type}")
+                raise ValueError(f"a receipt's {field_.name} is {field_.type}")
         if not self.losses:
-            raise ValueError("a record has losses")
+            raise ValueError("a receipt has losses")
         if "name" in self.options:
-            raise ValueError("a record's options are those of its method")
+            raise ValueError("a receipt's options are those of its method")
         if self.chunks and sum(self.chunks) != self.context_tokens:
-            raise ValueError("a record's chunks are those of its context")
+            raise ValueError("a receipt's chunks are those of its context")
 
     @classmethod
-    def read(cls, data: dict[str, Any]) -> Record:
-        """The record that `dataclasses.asdict` made plain data of."""
+    def read(cls, data: dict[str, Any]) -> Receipt:
+        """The receipt that `dataclasses.asdict` made plain data of."""
         return cls(**{**data, "earlier": [cls.read(one) for one in data.get("earlier", [])]})
 
     @property
-    def parts(self) -> list[Record]:
+    def history(self) -> list[Receipt]:
         """What was written into the memory, first things first."""
         return [*self.earlier, self]
 
@@ -152,9 +152,9 @@ class Record:
         """Write loss of this memory."""
         return self.losses[-1]
 
-    def row(self) -> dict[str, Any]:
-        """The record as plain data, with what follows from it; `lost` is None where nothing was measured."""
-        earlier = [record.row() for record in self.earlier]
+    def to_dict(self) -> dict[str, Any]:
+        """The receipt as plain data, with what follows from it; `lost` is None where nothing was measured."""
+        earlier = [receipt.to_dict() for receipt in self.earlier]
         losses = {"loss_before": self.loss_before, "loss_after": self.loss_after}
         lost = {"lost": self.lost if self.measured else None, "at_risk": self.at_risk}
         return {**vars(self), "earlier": earlier, **losses, **lost}
@@ -182,8 +182,8 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def written_texts(text: str, records: Sequence[Record], what: str) -> dict[str, str]:
-    """Find what was written: the text of one record, or all their texts one after the other.
+def written_texts(text: str, receipts: Sequence[Receipt], what: str) -> dict[str, str]:
+    """Find what was written: the text of one receipt, or all their texts one after the other.
 
     Returns
     -------
@@ -196,17 +196,17 @@ def written_texts(text: str, records: Sequence[Record], what: str) -> dict[str, 
         When `text` is not what was written.
     """
     whole, hasher, begin = text_digest(text), hashlib.sha256(), 0
-    if any(record.context_sha256 == whole for record in records):
+    if any(receipt.context_sha256 == whole for receipt in receipts):
         return {whole: text}
     found: dict[str, str] = {}
     characters = iter(enumerate(text, 1))
-    for record in records:
+    for receipt in receipts:
         for end, character in characters:
             hasher.update(character.encode())
-            if hasher.hexdigest() == record.context_sha256:
-                found[record.context_sha256] = text[begin:end]
+            if hasher.hexdigest() == receipt.context_sha256:
+                found[receipt.context_sha256] = text[begin:end]
                 hasher, begin = hashlib.sha256(), end
                 break
-    if begin < len(text) or any(record.context_sha256 not in found for record in records):
+    if begin < len(text) or any(receipt.context_sha256 not in found for receipt in receipts):
         raise GradmemError(f"{what} is not the text that was written")
     return found

@@ -51,8 +51,8 @@ def test_ask_arguments_stdin_and_python_agree(
 
 def test_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", f"{place}/m.safetensors", "--json"]) == 0
-    (record,) = json.loads(capsys.readouterr().out)
-    assert record["context_tokens"] == 22
+    (receipt,) = json.loads(capsys.readouterr().out)
+    assert receipt["context_tokens"] == 22
     assert main(["inspect", f"{place}/m.safetensors"]) == 0
     without = capsys.readouterr().out
     assert "Qz" not in without
@@ -301,7 +301,7 @@ def test_an_interrupted_write_saves_what_there_is(
     said = capfd.readouterr()
     assert "saved memory.safetensors" in said.out
     assert "gradmem: interrupted: what was saved is the memory after 3 write steps" in said.err
-    assert gradmem.open("memory.safetensors").records[0].steps == 3
+    assert gradmem.open("memory.safetensors").receipts[0].steps == 3
     assert signal.getsignal(signal_) is before
     with Store() as keeper:
         assert list(keeper.list()) == []
@@ -335,7 +335,7 @@ def test_any_command_that_is_interrupted_says_so_in_a_line(
 def test_a_write_loss_that_was_missed_is_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["write", f"{place}/checkpoint", f"{place}/pairs.txt", "-o", f"{tmp_path}/m", "--max-steps", "2", "--until"]
     assert main([*line, "1e-6"]) == 0
-    loss = Memory.load(tmp_path / "m").records[0].loss_after
+    loss = Memory.load(tmp_path / "m").receipts[0].loss_after
     assert f"missed --until 1e-06: write loss {loss:.4f} after 2 steps" in capsys.readouterr().out
     assert main([*line, "100"]) == 0
     assert "missed" not in capsys.readouterr().out

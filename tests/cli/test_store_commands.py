@@ -43,7 +43,7 @@ def test_write_ask_and_all_commands(place: Path, capsys: pytest.CaptureFixture[s
     answers = run(capsys, "ask", "m.safetensors", *asked)
     assert run(capsys, "ask", "notes", *asked) == run(capsys, "ask", entry.id, *asked) == answers
 
-    assert json.loads(run(capsys, "store", "ls", "--tags", "kv", "--json")) == [json.loads(json.dumps(entry.row()))]
+    assert json.loads(run(capsys, "store", "ls", "--tags", "kv", "--json")) == [json.loads(json.dumps(entry.to_dict()))]
     assert "notes" in run(capsys, "store", "ls", "--since", "2020-01-01", "--name", "no*")
     assert "notes" not in run(capsys, "store", "ls", "--until", "2020-01-01")
     shown = json.loads(run(capsys, "store", "show", "notes", "--json"))
@@ -63,7 +63,7 @@ def test_write_ask_and_all_commands(place: Path, capsys: pytest.CaptureFixture[s
     assert "deleted 1" in run(capsys, "store", "rm", entry.id)
     run(capsys, "store", "import", "m.safetensors", "copy.safetensors", "--tags", "back")
     (back,) = Store().list(tags="back")
-    assert Memory.load("m.safetensors").records == Store().load(back.id).records
+    assert Memory.load("m.safetensors").receipts == Store().load(back.id).receipts
 
 
 def test_versions(capsys: pytest.CaptureFixture[str]) -> None:

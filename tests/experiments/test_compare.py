@@ -80,7 +80,7 @@ def test_systems_are_measured_on_the_same_contexts() -> None:
     ]
     assert entries[0].reference is entries[2].reference
     assert entries[0].cost.bytes == 2 * 16 * 4
-    row = entries[0].row()
+    row = entries[0].to_dict()
     assert (row["trained_samples"], row["trained_seconds"], row["pairs"]) == (10, 60.0, 2)
 
 

@@ -33,7 +33,7 @@ def test_steps_are_chosen_on_validation_and_measured_on_test(
     monkeypatch.setattr(module, "evaluate", scored)
     (point,) = sweep(tiny, [2], range(10), samples=4, valid_samples=3)
     assert (point.few, point.best) == (3, 8)
-    rows = point.rows()
+    rows = point.to_dicts()
     assert [row["steps"] for row in rows] == list(range(10))
     assert [row["steps"] for row in rows if row["chosen_of_few"]] == [3]
     assert [row["exact_match"] for row in rows if row["chosen_of_all"]] == [0.4]
@@ -48,7 +48,7 @@ def test_sweep_is_evaluation(tiny: MemoryModel) -> None:
     assert [point.bits for point in points] == pytest.approx([2 * 4 * math.log2(62), 4 * 4 * math.log2(62)])
     for point in points:
         wanted = evaluate(tiny, [0, 1, 3], 5, 1, "test", {"pairs": point.pairs}, swapped_steps=point.best)
-        assert [result.row() for result in point.results.values()] == [result.row() for result in wanted]
+        assert [result.to_dict() for result in point.results.values()] == [result.to_dict() for result in wanted]
         assert point.trained_steps == 2
 
 

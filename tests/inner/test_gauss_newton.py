@@ -161,7 +161,7 @@ def test_a_sample_without_slope_rests() -> None:
 def test_chosen_for_a_checkpoint_and_shown(tiny: MemoryModel, tmp_path: Path) -> None:
     tiny.save_pretrained(tmp_path)
     model, plain = gradmem.load(tmp_path, {"gauss_newton_after": 1}), gradmem.load(tmp_path)
-    losses, curved = (made.write(TEXT, steps=3).records[0].losses for made in (plain, model))
+    losses, curved = (made.write(TEXT, steps=3).receipts[0].losses for made in (plain, model))
     assert losses[:2] == curved[:2]
     assert curved[-1] < losses[-1]
     assert "gauss_newton_after 1" in str(table(evaluate(model, [1], 2)).title)
@@ -172,10 +172,10 @@ def test_the_same_choices_have_the_same_hash_in_any_order(tmp_path: Path, tiny: 
     tiny.save_pretrained(tmp_path)
     one, other = gradmem.load(tmp_path), gradmem.load(tmp_path)
     for options in ({"chunk": 15}, {"gauss_newton_after": 1}):
-        one.choose(options)
+        one.configure(options)
     for options in ({"gauss_newton_after": 1}, {"chunk": 15}):
-        other.choose(options)
-    assert one.chosen == {"chunk": 15, "chunks": "sequential", "gauss_newton_after": 1}
+        other.configure(options)
+    assert one.overrides == {"chunk": 15, "chunks": "sequential", "gauss_newton_after": 1}
     assert content_of(one, [TEXT]) == content_of(other, [TEXT])
 
 
@@ -184,4 +184,4 @@ def test_bad_uses_say_what_to_do(tiny: MemoryModel) -> None:
         make_gradmem().gauss_newton_after = -1
     pool = MemoryModel.from_spec(tiny.spec["task"], tiny.spec["backbone"], {"name": "mean_pool"})
     with pytest.raises(GradmemError, match=r"a checkpoint takes `chunk`, `chunks`$"):
-        pool.choose({"gauss_newton_after": 1})
+        pool.configure({"gauss_newton_after": 1})

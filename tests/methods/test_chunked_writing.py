@@ -170,11 +170,11 @@ def test_one_chunk_is_the_whole(mode: str) -> None:
     wanted, got = whole.write(batch.context), method.write(batch.context)
     assert distance(got.losses, wanted.losses) < TOLERANCE
     assert got.taken.tolist() == wanted.taken.tolist()
-    assert distance(method.apart(got.memory).tensors["memory"], wanted.memory.tensors["memory"]) < TOLERANCE
+    assert distance(method.split_chunks(got.memory).tensors["memory"], wanted.memory.tensors["memory"]) < TOLERANCE
     logits = whole.read(wanted.memory, batch.queries, batch.rows)
     assert distance(method.read(got.memory, batch.queries, batch.rows), logits) < TOLERANCE
-    assert method.cuts(batch.context) == [[7], [5], [8]]
-    assert whole.cuts(batch.context) == [[], [], []]
+    assert method.chunk_lengths(batch.context) == [[7], [5], [8]]
+    assert whole.chunk_lengths(batch.context) == [[], [], []]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -230,7 +230,7 @@ def test_until_stops_chunks_one_by_one(mode: str) -> None:
             taken, places = [], []
             for chunk in real(context, row).split(SIZE):
                 start = memory if mode == "sequential" else whole._start(1)
-                *_, own = whole.walk(Tokens.from_lists([chunk.tolist()]), start, 6, until)
+                *_, own = whole.trajectory_from(Tokens.from_lists([chunk.tolist()]), start, 6, until)
                 memory = own.memory.tensors
                 taken.append(int(own.taken))
                 places.append(memory["memory"])
@@ -282,8 +282,8 @@ def test_parts_of_a_long_context(until: float | None, monkeypatch: pytest.Monkey
     method, context = chunked("independent"), random_tokens([14, 5])
     wanted = method.write(context, 4, until=until)
     sizes = []
-    walk = method.walk
-    method.walk = lambda tokens, *rest: (sizes.append(len(tokens)), walk(tokens, *rest))[1]
+    walk = method.trajectory_from
+    method.trajectory_from = lambda tokens, *rest: (sizes.append(len(tokens)), walk(tokens, *rest))[1]
     monkeypatch.setattr(Backbone, "tokens_at_once", 2 * SIZE)
     with torch.no_grad():
         got = method.write(context, 4, until=until)
@@ -317,7 +317,7 @@ def test_recompute_keeps_one_chunk_whatever_their_number() -> None:
 def test_steps_are_read_off_anew() -> None:
     """After so many steps on each chunk, in evaluation too."""
     method, context = chunked("sequential"), random_tokens([8, 5])
-    for number, written in method.after(context, [3, 0, 1]):
+    for number, written in method.at_steps(context, [3, 0, 1]):
         assert distance(written.memory.tensors["memory"], method.write(context, number).memory.tensors["memory"]) == 0
         assert written.taken.tolist() == [number] * 2
     states = list(method.trajectory(context, 2))

@@ -217,7 +217,7 @@ def test_trajectory(method: Method) -> None:
 def test_after_some_steps(method: Method) -> None:
     context = random_tokens([7, 5])
     with torch.no_grad():
-        found = list(method.after(context, [method.write_steps, 0]))
+        found = list(method.at_steps(context, [method.write_steps, 0]))
     assert [number for number, _ in found] == [0, method.write_steps]
     assert all(same(written.memory, write(method, context, number)) for number, written in found)
 
@@ -309,7 +309,7 @@ def test_memory_file(
 ) -> None:
     memory = model.write([TEXT, "a7:Qz"])
     opened = model.open(memory.save(tmp_path / "m.safetensors", precision))
-    assert opened.records == memory.records
+    assert opened.receipts == memory.receipts
     assert opened.tensors.keys() == memory.tensors.keys()
     for name, wanted in memory.tensors.items():
         got, allowed = opened.tensors[name], tolerance * float(wanted.abs().max())
@@ -350,10 +350,10 @@ def test_write_and_ask(model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> N
     answers = memory.ask(queries, max_new_tokens=8)
     assert answers[:2] == [one.ask(asked, max_new_tokens=8) for one, asked in zip(single, queries[:2], strict=False)]
     assert answers[2] == []
-    for record, one in zip(memory.records, single, strict=True):
-        assert record.steps == model.method.write_steps
-        assert record.losses == pytest.approx(one.records[0].losses, abs=1e-4)
-        assert record.context_tokens == len(record.token_losses)
+    for receipt, one in zip(memory.receipts, single, strict=True):
+        assert receipt.steps == model.method.write_steps
+        assert receipt.losses == pytest.approx(one.receipts[0].losses, abs=1e-4)
+        assert receipt.context_tokens == len(receipt.token_losses)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -59,7 +59,7 @@ def test_train_save_ask(name: str, precision: Any, tmp_path: Path) -> None:
     file = memory.save(tmp_path / "memory.safetensors")
     assert loaded.open(file).ask([["a", "c"], ["a"]]) == answers
     assert gradmem.open(file).ask([["a", "c"], ["a"]]) == answers
-    record = memory.records[0]
+    record = memory.receipts[0]
     assert len(record.token_losses) == record.context_tokens
     assert record.steps == 1
     assert len(record.losses) == (2 if name == "rmt" else 1)

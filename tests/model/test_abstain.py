@@ -57,11 +57,11 @@ def test_near_loss_is_the_receipt_of_the_pair_alone(tiny: MemoryModel) -> None:
 
 def test_near_loss_is_that_of_the_chunk_that_says_it() -> None:
     model = tiny_model(0)  # of its own: other tests share `tiny`
-    model.choose({"chunk": 15, "chunks": "independent"})
+    model.configure({"chunk": 15, "chunks": "independent"})
     memory = model.write(["a0:bc\nd1:ef\ng2:hi", "a0:bc"])
     texts = ["!a0:bc!", "!g2:hi!"]
     claims = [model.task.encode(text) for text in texts]
-    rows = model.method.apart(memory)
+    rows = model.method.split_chunks(memory)
     assert len(rows) == 3
     every = [claim_losses(model.method, rows, [claim] * 3) for claim in claims]
     found = [claim_losses(model.method, memory, [claim] * 2) for claim in claims]

@@ -22,7 +22,7 @@ from gradmem.cli.training import plan, train
 from gradmem.evaluation import evaluate
 from gradmem.methods import RMT, MeanPool
 from gradmem.model.writing import answer_losses
-from gradmem.receipts import Record
+from gradmem.receipts import Receipt
 from helpers import distance, make_gradmem, make_method, random_tokens, tiny_model
 
 # --- Models, files, receipts ------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ QUERIES = ["a0", "f5", "h7"]
 def model(request: pytest.FixtureRequest) -> MemoryModel:
     """A model trained on whole contexts that is to write two pairs at a time."""
     made = tiny_model(0)
-    made.choose({"chunk": 15, "chunks": request.param})
+    made.configure({"chunk": 15, "chunks": request.param})
     return made
 
 
@@ -49,12 +49,12 @@ def logits(model: MemoryModel, memory: Memory) -> Tensor:
 def test_a_file_of_chunks(model: MemoryModel, tmp_path: Path) -> None:
     """Any copy of the checkpoint reads it, however it would write itself."""
     memory = model.write([TEXT, LAST])
-    assert [record.chunks for record in memory.records] == [[14, 15], [8]]
-    assert [record.context_tokens for record in memory.records] == [29, 8]
-    assert [record.steps for record in memory.records] == [2, 2]
+    assert [receipt.chunks for receipt in memory.receipts] == [[14, 15], [8]]
+    assert [receipt.context_tokens for receipt in memory.receipts] == [29, 8]
+    assert [receipt.steps for receipt in memory.receipts] == [2, 2]
     plain = tiny_model(0)
     opened = plain.open(memory.save(tmp_path / "m"))
-    assert opened.records == memory.records
+    assert opened.receipts == memory.receipts
     assert opened.ask([QUERIES, QUERIES]) == memory.ask([QUERIES, QUERIES])
     if model.method.chunks == "independent":
         assert opened.restore() == memory.restore()
@@ -81,7 +81,7 @@ def test_append(model: MemoryModel, tmp_path: Path) -> None:
         assert distance(second.tensors[name].double(), tensor.double()) < 1e-5
     opened = model.open(second.save(tmp_path / "m"))
     assert opened.ask(QUERIES) == second.ask(QUERIES)
-    assert opened.records == second.records
+    assert opened.receipts == second.receipts
 
 
 def test_append_to_several(model: MemoryModel) -> None:
@@ -90,27 +90,27 @@ def test_append_to_several(model: MemoryModel) -> None:
     for row, (text, more) in enumerate([(TEXT, LAST), (LAST, MORE)]):
         alone = model.append(model.write(text), more, may_forget=True)
         assert distance(logits(model, rows[row]), logits(model, alone)) < 1e-4
-        assert rows.records[row].losses == pytest.approx(alone.records[0].losses, abs=1e-4)
+        assert rows.receipts[row].losses == pytest.approx(alone.receipts[0].losses, abs=1e-4)
 
 
 def test_receipts_of_appended_texts(model: MemoryModel, tmp_path: Path) -> None:
     first = model.write(TEXT)
     second = model.append(first, MORE, may_forget=True)
     third = model.append(second, LAST, may_forget=True)
-    (record,) = third.records
-    assert [part.context_tokens for part in record.parts] == [29, 22, 8]
+    (receipt,) = third.receipts
+    assert [part.context_tokens for part in receipt.history] == [29, 22, 8]
     # Vectors of their own keep their losses, but READ sees more of them now; of the same vectors nobody knows.
     since = {"answers": None, "measured": model.method.chunks == "independent", "earlier": []}
-    assert record.earlier == [dataclasses.replace(one.records[0], **since) for one in (first, second)]
-    assert (record.measured, len(record.answers)) == (True, 1)
-    own = model.write(LAST).records[0]
-    assert record.context_sha256 == own.context_sha256
+    assert receipt.earlier == [dataclasses.replace(one.receipts[0], **since) for one in (first, second)]
+    assert (receipt.measured, len(receipt.answers)) == (True, 1)
+    own = model.write(LAST).receipts[0]
+    assert receipt.context_sha256 == own.context_sha256
     again = model.append(second, LAST, before=TEXT + MORE, may_forget=True)
-    measured = again.records[0]
-    assert measured.token_losses == record.token_losses
+    measured = again.receipts[0]
+    assert measured.token_losses == receipt.token_losses
     for part, text in zip(measured.earlier, (TEXT, MORE), strict=True):
         context = Tokens.from_lists([model.task.encode(model.task.context_text(text))])
-        known = next(one for one in record.earlier if one.context_sha256 == part.context_sha256)
+        known = next(one for one in receipt.earlier if one.context_sha256 == part.context_sha256)
         assert part.losses[:-1] == known.losses[:-1]
         assert part.measured
         assert part.answers == answer_losses(model, again, [text])[0]
@@ -122,12 +122,12 @@ def test_receipts_of_appended_texts(model: MemoryModel, tmp_path: Path) -> None:
             assert part.token_losses == pytest.approx(wanted, abs=1e-3)
             assert part.losses[-1] == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
             assert part.token_losses != known.token_losses
-    shown = json.loads(json.dumps(record.row()))["earlier"][0]
-    kept = first.records[0].lost if model.method.chunks == "independent" else None
+    shown = json.loads(json.dumps(receipt.to_dict()))["earlier"][0]
+    kept = first.receipts[0].lost if model.method.chunks == "independent" else None
     assert (shown["lost"], shown["at_risk"]) == (kept, None)
     with pytest.raises(GradmemError, match="`before` is not the text"):
         model.append(second, LAST, before=MORE + TEXT, may_forget=True)
-    assert Memory.load(third.save(tmp_path / "m")).records == third.records
+    assert Memory.load(third.save(tmp_path / "m")).receipts == third.receipts
 
 
 def test_an_appended_text_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,18 +149,18 @@ def test_an_appended_text_is_read_back(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_records_of_version_1() -> None:
     """As they were written before there were chunks."""
-    data = dataclasses.asdict(tiny_model(0).write(LAST).records[0])
-    old = Record.read({name: value for name, value in data.items() if name not in ("chunks", "earlier")})
-    assert (old.chunks, old.earlier, old.parts) == ([], [], [old])
+    data = dataclasses.asdict(tiny_model(0).write(LAST).receipts[0])
+    old = Receipt.read({name: value for name, value in data.items() if name not in ("chunks", "earlier")})
+    assert (old.chunks, old.earlier, old.history) == ([], [], [old])
 
 
 def test_long_memories_leave_less_room() -> None:
     """Appending stops where READ would have no positions left for a query."""
     model = tiny_model(0)
-    model.choose({"chunks": "independent"})
+    model.configure({"chunks": "independent"})
     model.method.backbone.model.config.max_position_embeddings = 60
     memory = model.write(LAST)
-    while len(memory.records[0].parts) < model.method.max_chunks:
+    while len(memory.receipts[0].history) < model.method.max_chunks:
         memory = model.append(memory, LAST, may_forget=True)
     assert memory.ask("h7", max_new_tokens=20) is not None
     with pytest.raises(GradmemError, match=r"the query has 5 tokens; the limit of 'unnamed' is 3"):
@@ -197,14 +197,14 @@ def test_too_many_chunks_are_refused() -> None:
 def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model(0)
     with pytest.raises(GradmemError, match="has a method of its own"):
-        model.choose({"n_mem": 3})
+        model.configure({"n_mem": 3})
     with pytest.raises(GradmemError, match="2 texts for 1 memories"):
         model.append(model.write(TEXT), [MORE, LAST], may_forget=True)
     with pytest.raises(GradmemError, match="not by"):
         model.append(tiny_model(1).write(TEXT), MORE)
     pool = MemoryModel.from_spec(model.spec["task"], model.spec["backbone"], {"name": "mean_pool"})
     with pytest.raises(GradmemError, match="writes no chunks"):
-        pool.choose({"chunk": 4})
+        pool.configure({"chunk": 4})
     with pytest.raises(GradmemError, match="writes a memory once"):
         pool.append(pool.write(TEXT), MORE)
     with pytest.raises(GradmemError, match="chunks must be sequential or independent, not 'joint'"):
@@ -212,9 +212,9 @@ def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(GradmemError, match="whole, at once"):
         make_method(MeanPool).chunk_by(3)
     apart = model.write(TEXT)
-    model.choose({"chunk": 15, "chunks": "independent"})
+    model.configure({"chunk": 15, "chunks": "independent"})
     apart = model.append(apart, MORE, may_forget=True)
-    model.choose({"chunks": "sequential"})
+    model.configure({"chunks": "sequential"})
     with pytest.raises(GradmemError, match="vectors of their own: append with"):
         model.append(apart, LAST, may_forget=True)
     bad = {**apart.tensors, "lengths": apart.tensors["lengths"] + 1}
@@ -239,7 +239,7 @@ def test_training(mode: str, tmp_path: Path) -> None:
     assert result.n_mem == (8 if mode == "independent" else 2)
     assert result.metrics == {}
     memory = model.write("a:b\nc:d\ne:f")
-    assert memory.records[0].chunks == [10, 6]
+    assert memory.receipts[0].chunks == [10, 6]
     assert memory.ask("a") is not None
 
 
@@ -253,7 +253,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*write, "--chunk=15"]) == 0
     opened = Memory.load(tmp_path / "m")
     assert opened.tensors["memory"].shape == (1, 8, 16)
-    assert opened.records[0].chunks == [14, 15]
+    assert opened.receipts[0].chunks == [14, 15]
     capsys.readouterr()
     measure = ["eval", f"{tmp_path}/checkpoint", "--pairs=6", "--samples=2", "--json", f"{tmp_path}/e.json"]
     assert main([*measure, "--method.chunk", "15", "--method.chunks", "independent"]) == 0

@@ -254,8 +254,8 @@ def named(memory: Memory, model: str, folder: Path, **options: Any) -> Path:
     """A memory file that says another model wrote it."""
     from dataclasses import replace
 
-    record = replace(memory.records[0], model=model, options=options)
-    return Memory(memory.tensors, [record]).save(folder / "named")
+    receipt = replace(memory.receipts[0], model=model, options=options)
+    return Memory(memory.tensors, [receipt]).save(folder / "named")
 
 
 @pytest.mark.parametrize("name", ["someone/model", "gpt2", "/etc", "../made/lm", "x.gguf"])

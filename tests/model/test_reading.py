@@ -96,7 +96,7 @@ def test_no_embedding_is_added(model: MemoryModel) -> None:
 def test_same_text_same_memory(lm: Path, model: MemoryModel) -> None:
     one, two = model.write("abc", 5), gradmem.load(lm, CRAM).write("abc", 5)
     assert torch.equal(one.tensors["memory"], two.tensors["memory"])
-    assert one.records == two.records
+    assert one.receipts == two.receipts
 
 
 def test_a_query_is_continued(model: MemoryModel) -> None:
@@ -144,13 +144,13 @@ def test_chunk_sizes(model: MemoryModel) -> None:
 
 def test_written_texts(model: MemoryModel) -> None:
     chunks = model.chunks(TEXT, 6)
-    records = model.write(chunks, 0).records
+    receipts = model.write(chunks, 0).receipts
     digests = [hashlib.sha256(chunk.encode()).hexdigest() for chunk in chunks]
-    assert written_texts(TEXT, records, "it") == dict(zip(digests, chunks, strict=True))
-    assert written_texts(chunks[1], records, "it") == {digests[1]: chunks[1]}
+    assert written_texts(TEXT, receipts, "it") == dict(zip(digests, chunks, strict=True))
+    assert written_texts(chunks[1], receipts, "it") == {digests[1]: chunks[1]}
     for wrong in (TEXT + "z", TEXT[:-1], "z" + TEXT, ""):
         with pytest.raises(GradmemError, match="it is not the text"):
-            written_texts(wrong, records, "it")
+            written_texts(wrong, receipts, "it")
 
 
 # --- Restoring -------------------------------------------------------------------------------------------
@@ -160,8 +160,8 @@ def test_restores_exactly(place: Path, lm: Path, tmp_path: Path, capsys: pytest.
     """From the file alone: the text is not there any more."""
     memory = gradmem.open(place / "m")
     assert len(memory) == 3
-    assert [record.lost for record in memory.records] == [[]] * 3
-    assert max(record.loss_after for record in memory.records) < 0.06
+    assert [receipt.lost for receipt in memory.receipts] == [[]] * 3
+    assert max(receipt.loss_after for receipt in memory.receipts) < 0.06
     assert "".join(memory.restore()) == TEXT
     assert main(["restore", f"{place}/m", "-o", f"{tmp_path}/r.txt"]) == 0
     assert (tmp_path / "r.txt").read_bytes() == TEXT.encode()
@@ -202,7 +202,7 @@ def test_says_what_differs(model: MemoryModel, tmp_path: Path, capsys: pytest.Ca
     assert main(["restore", f"{tmp_path}/m", "--context", f"{tmp_path}/t.txt", "-o", f"{tmp_path}/r"]) == 0
     shown = " ".join(capsys.readouterr().err.split())
     assert "0 of 1 chunks" in shown
-    assert f"{len(memory.records[0].lost)} of 6 (loss above" in shown
+    assert f"{len(memory.receipts[0].lost)} of 6 (loss above" in shown
     assert f"{right} of 6" in shown
     first = next(i for i in range(6) if ids[i] != wanted[i])
     assert f"chunk 1, token {first}" in shown
@@ -219,10 +219,10 @@ def test_bad_input(place: Path, lm: Path, tmp_path: Path, capsys: pytest.Capture
     damaged[-1] ^= 1
     (tmp_path / "damaged").write_bytes(damaged)
     opened = Memory.load(place / "m")
-    opened.records[0].options["n_mem"] = 3
+    opened.receipts[0].options["n_mem"] = 3
     opened.save(tmp_path / "another")
-    record = json.loads(json.dumps(vars(opened.records[0]))) | {"context_tokens": 10**9, "options": CRAM}
-    Memory(opened[0].tensors, [type(opened.records[0])(**record)]).save(tmp_path / "endless")
+    receipt = json.loads(json.dumps(vars(opened.receipts[0]))) | {"context_tokens": 10**9, "options": CRAM}
+    Memory(opened[0].tensors, [type(opened.receipts[0])(**receipt)]).save(tmp_path / "endless")
     cases = {
         ("restore", f"{place}/m", "--context", f"{tmp_path}/other.txt"): "not the text that was written",
         ("restore", f"{place}/m", "-o", f"{tmp_path}/other.txt/r"): "cannot write",

@@ -98,7 +98,7 @@ def test_a_written_memory_is_that_of_the_model(tiny: MemoryModel) -> None:
     assert steps == [(0, 4), (1, 4), (2, 4), (3, 4)]
     wanted = tiny.write(TEXT, steps=3)
     assert torch.equal(memory.tensors["memory"], wanted.tensors["memory"])
-    assert memory.records == wanted.records
+    assert memory.receipts == wanted.receipts
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda pair: f"{pair[0]}-{pair[1]}")
@@ -128,16 +128,16 @@ def test_texts_that_wait_are_written_together(case: tuple[str, int], monkeypatch
         bad.result()
     with pytest.raises(ZeroDivisionError):
         leaving.result()
-    assert other.result().records[0].steps <= 1
+    assert other.result().receipts[0].steps <= 1
     for future, alone, mine in zip(good, wanted, followed, strict=True):
         memory = future.result()
-        assert memory.records[0].context_sha256 == alone.records[0].context_sha256
-        assert memory.records[0].losses == pytest.approx(alone.records[0].losses, abs=1e-4)
+        assert memory.receipts[0].context_sha256 == alone.receipts[0].context_sha256
+        assert memory.receipts[0].losses == pytest.approx(alone.receipts[0].losses, abs=1e-4)
         for name, tensor in memory.tensors.items():
             assert torch.allclose(tensor, alone.tensors[name], atol=1e-4)
             assert torch.equal(tensor, mine[-1].memory.tensors[name])
         assert [len(written.taken) for written in mine] == [1] * len(mine)
-        assert mine[-1].losses[:, 0].tolist() == pytest.approx(memory.records[0].losses[:-1], abs=1e-4)
+        assert mine[-1].losses[:, 0].tolist() == pytest.approx(memory.receipts[0].losses[:-1], abs=1e-4)
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda pair: f"{pair[0]}-{pair[1]}")

@@ -149,8 +149,8 @@ def test_append_makes_a_version(client: TestClient, tiny: MemoryModel, tmp_path:
         entry = written(client, str(tmp_path / "chunked"))
         more = client.post(f"/v1/memories/{entry['id']}/append", json={"text": "b1:c2", "before": TEXT})
         assert more.json()["current"]["number"] == 2
-        records = client.get(f"/v1/memories/{entry['id']}").json()["records"]
-        assert len(records[0]["earlier"]) == 1
+        receipts = client.get(f"/v1/memories/{entry['id']}").json()["records"]
+        assert len(receipts[0]["earlier"]) == 1
         asked = {"queries": ["b1"], "version": 1}
         assert client.post(f"/v1/memories/{entry['id']}/ask", json=asked).status_code == 200
 
@@ -163,7 +163,7 @@ def test_a_watched_write_tells_tokens_and_their_losses(client: TestClient, serve
     model = load(served)
     assert "".join(told[0][1]["tokens"]) == model.task.context_text(TEXT) == "!a7:Qz!!k2:9f!|"
     for number, (_, data) in enumerate(told[1:-1]):
-        receipt = model.write(TEXT, number).records[0]
+        receipt = model.write(TEXT, number).receipts[0]
         assert data["token_losses"] == pytest.approx(receipt.token_losses, abs=1e-3)
     again = events(client.post("/v1/memories", json=wanted).text)
     assert [name for name, _ in again] == ["tokens", "step", "step", "step", "memory"]
@@ -177,8 +177,8 @@ def test_appending_is_refused_where_it_was_never_trained(client: TestClient, ser
     assert client.get(f"/v1/memories/{ref}").json()["memory"]["current"]["number"] == 1
     more = client.post(f"/v1/memories/{ref}/append", json={"text": "b1:c2", "may_forget": True}).json()
     assert (more["current"]["number"], more["current"]["unmeasured"] > 0, more["current"]["at_risk"]) == (2, True, None)
-    (record,) = client.get(f"/v1/memories/{ref}").json()["records"]
-    assert (record["earlier"][0]["lost"], record["earlier"][0]["measured"]) == (None, False)
+    (receipt,) = client.get(f"/v1/memories/{ref}").json()["records"]
+    assert (receipt["earlier"][0]["lost"], receipt["earlier"][0]["measured"]) == (None, False)
 
 
 def test_a_watched_append_shows_what_is_appended(

@@ -61,7 +61,7 @@ def test_what_is_put_comes_back(store: Store, place: str) -> None:
     assert current.size == len(data)
     for found in (store.load(entry.id), Memory.from_bytes(data)):
         assert torch.equal(found.tensors["memory"], memory.tensors["memory"])
-        assert found.records == memory.records
+        assert found.receipts == memory.receipts
     assert store.get("notes") == store.get(entry.id) == entry
 
 
@@ -303,11 +303,11 @@ def test_versions(store: Store) -> None:
         (2, "int8", 3.0),
         (3, "float32", 4.0),
     ]
-    assert store.load("notes").records == made(3).records
-    assert store.load("notes", 1).records == made(1).records
+    assert store.load("notes").receipts == made(3).receipts
+    assert store.load("notes", 1).receipts == made(1).receipts
     back = store.rollback("notes", 1)
     assert back.current == entry.current
-    assert store.load("notes").records == made(1).records
+    assert store.load("notes").receipts == made(1).receipts
     assert store.update("notes", made(4)).current.number == 4
     assert [v.number for v in store.versions("notes")] == [1, 2, 3, 4]
 
@@ -330,20 +330,20 @@ def test_diff(store: Store) -> None:
 def test_what_was_not_measured_is_neither_kept_nor_lost(store: Store) -> None:
     """A text in the same vectors, of which nobody knows any more, and one that was appended."""
     store.put(made(1, lost=(1, 2), tokens=4), name="notes")
-    (first,) = made(1, lost=(1, 2), tokens=4).records
+    (first,) = made(1, lost=(1, 2), tokens=4).receipts
     more = made(2, lost=(0,), tokens=3)
     since = replace(first, measured=False)
-    more.records = [replace(more.records[0], earlier=[since], answers=[0.1, 2.0])]
+    more.receipts = [replace(more.receipts[0], earlier=[since], answers=[0.1, 2.0])]
     version = store.update("notes", more).current
     assert (version.tokens, version.kept, version.unmeasured, version.at_risk) == (7, 2, 4, None)
-    assert version.loss_after == more.records[0].loss_after
+    assert version.loss_after == more.receipts[0].loss_after
     diff = store.diff("notes", 1, 2)
     assert (diff.lost, diff.regained, diff.added, diff.unmeasured) == ([], [], 3, 4)
     again = replace(since, measured=True, answers=[])
-    more.records = [replace(more.records[0], earlier=[again])]
+    more.receipts = [replace(more.receipts[0], earlier=[again])]
     version = store.update("notes", more).current
     assert (version.kept, version.unmeasured, version.answers, version.at_risk) == (4, 0, 2, 1)
-    assert store.get("notes").read(store.get("notes").row()) == store.get("notes")
+    assert store.get("notes").read(store.get("notes").to_dict()) == store.get("notes")
 
 
 def test_append_is_a_version(store: Store) -> None:
@@ -352,7 +352,7 @@ def test_append_is_a_version(store: Store) -> None:
             return memory
 
         def append(self, memory: Memory, text: str) -> Memory:
-            assert memory.records == made(1).records
+            assert memory.receipts == made(1).receipts
             if text == "slow":
                 store.update("notes", made(8))
             return made(2, tokens=9)
@@ -363,7 +363,7 @@ def test_append_is_a_version(store: Store) -> None:
     store.rollback("notes", 1)
     with pytest.raises(GradmemError, match="changed meanwhile: version 3 is current, not 1"):
         store.append("notes", "slow", Model())
-    assert store.load("notes").records == made(8).records
+    assert store.load("notes").receipts == made(8).receipts
 
 
 def test_versions_are_by_one_checkpoint(store: Store) -> None:
@@ -554,7 +554,7 @@ def test_a_store_of_version_1_is_brought_up_to_date(store: Store) -> None:
         with pytest.raises(QuotaExceeded, match=f"and {3 * size:,} are"):
             old.put(made(4))
     memory = made(4)
-    memory.records = [replace(memory.records[0], answers=[0.1, 2.0])]
+    memory.receipts = [replace(memory.receipts[0], answers=[0.1, 2.0])]
     with Store(url) as again:
         version = again.put(memory).current
         assert (version.unmeasured, version.answers, version.at_risk) == (0, 2, 1)
@@ -611,7 +611,7 @@ def test_no_version_has_a_number_that_no_database_takes(store: Store) -> None:
 def spoiled() -> Memory:
     """Make a memory whose write diverged."""
     memory = made(1)
-    return Memory(memory.tensors, [replace(memory.records[0], losses=[3.0, float("nan")])])
+    return Memory(memory.tensors, [replace(memory.receipts[0], losses=[3.0, float("nan")])])
 
 
 REFUSED = {
@@ -766,7 +766,7 @@ def test_a_damaged_file_never_gives_wrong_memories(place: str) -> None:
         try:
             with Store(place) as store:
                 for one in ids:
-                    assert store.load(one).records == made(ids[one]).records
+                    assert store.load(one).receipts == made(ids[one]).receipts
                 store.list(tags="t")
         except GradmemError as error:
             errors.append(str(error))

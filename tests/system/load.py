@@ -215,7 +215,7 @@ class User(threading.Thread):
         """Fetch a memory file, whose checksum is checked."""
         name = self.any()
         memory = Memory.from_bytes(self.client.download(name, version=1))
-        self.check(memory.records[0].context_tokens > 0, f"{name}: an empty file")
+        self.check(memory.receipts[0].context_tokens > 0, f"{name}: an empty file")
 
     def chat(self) -> None:
         """Ask as a client of OpenAI."""
@@ -312,7 +312,7 @@ class Result:
     killer: Killer
     acknowledged: int
 
-    def row(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         seconds = self.account.seconds
         every = [one for kind in seconds.values() for one in kind]
@@ -373,8 +373,8 @@ def compare(store: Store, user: User) -> list[str]:
         if name not in listed:
             wrong.append(f"lost: {name}")
             continue
-        records = store.load(listed[name].id, version=1).records
-        if records[0].context_sha256 != text_digest(kept.texts[0]):
+        receipts = store.load(listed[name].id, version=1).receipts
+        if receipts[0].context_sha256 != text_digest(kept.texts[0]):
             wrong.append(f"{name} was written from another text")
     return wrong
 
@@ -417,7 +417,7 @@ def main() -> int:
     found: dict[str, Any] = {}
     if options.only != "hostile":
         with tempfile.TemporaryDirectory() as folder:
-            killed = run(Path(folder), options.minutes, options.clients, tuple(options.pause), options.seed).row()
+            killed = run(Path(folder), options.minutes, options.clients, tuple(options.pause), options.seed).to_dict()
         Console().print(table(killed), *killed["wrong"][:20], sep="\n")
         found["killed"] = killed
     if options.only != "killed":

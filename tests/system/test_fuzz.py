@@ -118,13 +118,13 @@ def test_any_headers_and_any_query_are_answered(
 # Memory files
 
 
-def file_of(tensors: dict[str, torch.Tensor], records: Any) -> bytes:
-    """A memory file with any tensors and records, whose checksum is right."""
-    told = records if isinstance(records, str) else json.dumps(records)
+def file_of(tensors: dict[str, torch.Tensor], receipts: Any) -> bytes:
+    """A memory file with any tensors and receipts, whose checksum is right."""
+    told = receipts if isinstance(receipts, str) else json.dumps(receipts)
     return save(tensors, {"format": FORMAT, "version": "1", "sha256": digest(tensors), "records": told})
 
 
-RECORD: dict[str, Any] = vars(made(1).records[0])
+RECORD: dict[str, Any] = vars(made(1).receipts[0])
 VECTORS = {"memory": torch.randn(1, 4, 8)}
 DEEP: Any = []
 for _ in range(200):
@@ -160,9 +160,9 @@ def numbers(value: float) -> dict[str, torch.Tensor]:
 
 def test_files_that_are_valid_but_mean_nothing_are_answered(client: TestClient, tiny: MemoryModel) -> None:
     """Losses and vectors that are no numbers, and shapes of another method, under the checkpoint's own fingerprint."""
-    written = tiny.write("a7:Qz").records[0]
+    written = tiny.write("a7:Qz").receipts[0]
     name = client.app.state.engines.names[0]
-    record = {**vars(written), "model": name}
+    receipt = {**vars(written), "model": name}
     for number, (tensors, more) in enumerate(
         [
             (numbers(float("nan")), {}),
@@ -173,8 +173,8 @@ def test_files_that_are_valid_but_mean_nothing_are_answered(client: TestClient, 
             ({"memory": torch.zeros(3, 8, 16)}, {}),
         ]
     ):
-        records = [{**record, **more, "context_sha256": str(number)}] * len(next(iter(tensors.values())))
-        kept = client.post("/v1/memories/files", content=file_of(tensors, records))
+        receipts = [{**receipt, **more, "context_sha256": str(number)}] * len(next(iter(tensors.values())))
+        kept = client.post("/v1/memories/files", content=file_of(tensors, receipts))
         assert kept.status_code in (201, 422, 503), kept.text
         if kept.status_code == 201:
             ref = kept.json()["id"]
@@ -202,8 +202,8 @@ ANYTHING = ODD | st.lists(ODD_NUMBERS, max_size=3) | NESTED
 def test_files_with_any_records_are_kept_and_read_or_refused(
     client: TestClient, tiny: MemoryModel, more: dict[str, Any]
 ) -> None:
-    record = {**vars(tiny.write("a7:Qz").records[0]), "model": client.app.state.engines.names[0], **more}
-    told = json.dumps([record])
+    receipt = {**vars(tiny.write("a7:Qz").receipts[0]), "model": client.app.state.engines.names[0], **more}
+    told = json.dumps([receipt])
     kept = client.post("/v1/memories/files", content=file_of(VECTORS, told))
     assert kept.status_code in (201, 422), kept.text
     if kept.status_code == 201:

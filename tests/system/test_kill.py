@@ -94,7 +94,7 @@ def test_nothing_acknowledged_is_lost_and_nothing_half_written_is_listed(databas
     assert gone
     with Store(database) as store:
         for one, number, version in kept:
-            assert store.load(one, version).records == made(number).records
+            assert store.load(one, version).receipts == made(number).receipts
         listed = everything(store)
         for entry in listed:
             assert len(store.load(entry.id)) == 1
@@ -171,8 +171,8 @@ def test_names_that_move_lose_no_memory(database: str, tmp_path: Path) -> None:
         assert process.exitcode == 0
     with Store(database) as store:
         single, several = store.list()
-        assert store.load(single.id).records == made(3).records
-        assert store.load(several.id).records == made(several.current.number).records
+        assert store.load(single.id).receipts == made(3).receipts
+        assert store.load(several.id).receipts == made(several.current.number).receipts
 
 
 def fill(place: str, log: Path, seed: int) -> None:
@@ -199,5 +199,5 @@ def test_a_server_that_crashes_loses_nothing(postgres: str, crash: Callable[[], 
     with Store(postgres) as store:
         ids = [store.put(made(seed)).id for seed in range(20)]
         crash()
-        assert [store.load(one).records for one in ids] == [made(seed).records for seed in range(20)]
+        assert [store.load(one).receipts for one in ids] == [made(seed).receipts for seed in range(20)]
         assert {entry.id for entry in store.list()} == set(ids)

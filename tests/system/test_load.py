@@ -10,7 +10,7 @@ from load import run
 
 def test_nothing_acknowledged_is_lost_under_load(tmp_path: Path) -> None:
     result = run(tmp_path, minutes=0.6, clients=64, pause=(4, 10))
-    row = result.row()
+    row = result.to_dict()
     assert row["wrong"] == []
     assert row["ended"]["SIGKILL"] >= 2
     assert row["memories_acknowledged"] > 20

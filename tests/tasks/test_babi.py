@@ -699,7 +699,7 @@ def test_the_packaged_checkpoint_abstains() -> None:
         "What is north of the kitchen?",
     ]
     assert all(one.abstained for one in memory.answer(strange))
-    assert (memory.records[0].answers, memory.records[0].at_risk) == ([0.0, 0.0], [])
+    assert (memory.receipts[0].answers, memory.receipts[0].at_risk) == ([0.0, 0.0], [])
     # Where it answers wrong, it does not know either: what was dropped stays when its holder goes on.
     moved = "Mary went to the garden. Mary grabbed the milk. Mary dropped the milk. Mary went to the kitchen."
     where, milk, apple = (

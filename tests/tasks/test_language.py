@@ -217,7 +217,7 @@ def test_evaluation_generates_what_asking_gives(bytes_tokenizer: str, tmp_path: 
     match, f1 = (sum(column) / len(means) for column in zip(*means, strict=True))
     assert (result.exact_match, result.metrics["f1"]) == pytest.approx((match, f1))
     assert 0 < match < f1 < 1
-    assert {"f1", "unwritten_f1", "swapped_f1", "exact_match", "task"} <= set(result.row())
+    assert {"f1", "unwritten_f1", "swapped_f1", "exact_match", "task"} <= set(result.to_dict())
 
 
 def test_a_checkpoint_takes_its_tokenizer_along(bytes_tokenizer: str, paragraphs: str, tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_exact_chunks_are_the_same_read_and_generated(books: str, bytes_tokenize
     shuffled = places("test", 0, 3, 3, 0, shuffled=True)
     assert scores["generated_accuracy"].tolist() == [[1.0, 0.0, 0.25][i] for i in shuffled]
     (result,) = evaluate(model, [1])
-    row = result.row()
+    row = result.to_dict()
     # All logits are equal: every byte costs the same with a memory and without.
     assert row["bits"] == pytest.approx(4 * torch.log2(torch.tensor(float(len(model.task.tokenizer)))).item())
     assert row["bits_per_vector"] == pytest.approx(0)
@@ -363,7 +363,7 @@ def test_bits_per_vector(books: str, bytes_tokenizer: str) -> None:
     before, after = evaluate(model, [0, 3])
     assert before.bits_per_vector == 0
     assert after.bits_per_vector == pytest.approx((before.metrics["bits"] - after.metrics["bits"]) / 2)
-    assert after.row()["unwritten_bits"] == before.metrics["bits"]
+    assert after.to_dict()["unwritten_bits"] == before.metrics["bits"]
 
 
 def test_text_needs_its_folders(bytes_tokenizer: str, tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_pretrained_backbone_grows_by_the_pad() -> None:
     model = MemoryModel.from_spec({"name": "text", "tokenizer": place}, {"pretrained": place}, METHOD)
     assert model.task.pad_id == 512
     assert model.method.backbone.head.weight.shape[0] == 513
-    assert model.write("Once upon a time").records[0].context_tokens == len(model.task.encode("Once upon a time"))
+    assert model.write("Once upon a time").receipts[0].context_tokens == len(model.task.encode("Once upon a time"))
 
 
 def test_pretrained_models_answer_as_before_but_for_the_pad(bytes_tokenizer: str, tmp_path: Path) -> None:

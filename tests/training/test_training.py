@@ -442,7 +442,7 @@ def test_evaluate_controls_and_steps(tmp_path: Path) -> None:
     results = evaluate(model, [2, 0, 1], samples=6, seed=2)
     assert [result.steps for result in results] == [0, 1, 2]
     assert {result.unwritten for result in results} == {results[0].exact_match}
-    row = results[2].row()
+    row = results[2].to_dict()
     assert {"pairs", "steps", "exact_match", "ci95", "samples", "seed", "parameters", "n_mem", "d", "bytes"} <= set(row)
     assert row["bytes"] == 2 * 16 * 4
     assert row["unwritten_ci95"] == results[0].ci95  # nothing written is the memory after no steps

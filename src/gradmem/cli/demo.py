@@ -67,7 +67,7 @@ def demo(
         written = model.write(source.read_text(encoding="utf-8"))
         file = written.save(output / "memory.safetensors")
         source.unlink()
-    console.print(f"wrote {len(truth)} pairs into {file} in {written.records[0].steps} steps and deleted them")
+    console.print(f"wrote {len(truth)} pairs into {file} in {written.receipts[0].steps} steps and deleted them")
     del written
 
     memory = _opened(file, device)

@@ -113,7 +113,7 @@ def measure(
         )
     console.print(table(results))
     if json:
-        console.print(f"saved {save_json([result.row() for result in results], json)}")
+        console.print(f"saved {save_json([result.to_dict() for result in results], json)}")
     if figure:
         title = f"{checkpoint}: {results[0].samples} fresh contexts, seed {seed}"
         console.print(f"saved {steps_figure(results, figure, title)}")
@@ -179,7 +179,7 @@ def sweep(
             raise GradmemError(f"'{name}' was trained on no number of pairs: a sweep is for key-value tasks")
         points += measure(model, pairs or [own], steps or range(31), samples, valid_samples, seed, progress_bar)
     console.print(table(points))
-    rows = [row for point in points for row in point.rows()]
+    rows = [row for point in points for row in point.to_dicts()]
     saved = [
         json and save_json(rows, json),
         csv and save_csv(rows, csv),
@@ -236,7 +236,7 @@ def compare(
         progress=progress_bar,
     )
     console.print(comparison.match_table(entries), comparison.cost_table(entries))
-    rows = [entry.row() for entry in entries]
+    rows = [entry.to_dict() for entry in entries]
     saved = [
         json and save_json(rows, json),
         csv and save_csv(rows, csv),
@@ -305,5 +305,9 @@ def calibrate(
     model = gradmem.load(checkpoint).to(device_named(device))
     found = calibration.calibrate(model, samples, seed, task, progress_bar)
     console.print(found.table())
-    saved = [found.abstain.save(directory), json and save_json([found.row()], json), figure and found.figure(figure)]
+    saved = [
+        found.abstain.save(directory),
+        json and save_json([found.to_dict()], json),
+        figure and found.figure(figure),
+    ]
     _tell_saved(saved)

@@ -21,11 +21,11 @@ from ..errors import GradmemError, Missing
 from ..files import write_bytes
 from ..interruption import Interruptible
 from ..model.packaged import checkpoint_names
-from ..receipts import Record, written_texts
+from ..receipts import Receipt, written_texts
 from ..training.recipe import recipe_names
 from ..visible import shown_on
 from .console import console, dumps, notes, progress_bar, read_stdin, read_text
-from .memory_tables import differences, provenance, receipt, receipts, restored, tokens_of
+from .memory_tables import differences, provenance, receipt_table, receipts_table, restored, tokens_of
 
 NOT_HERE = "not in this memory"
 
@@ -93,7 +93,7 @@ def write(
     model = gradmem.load(checkpoint, given or None).to(device_named(device))
     _settle()
     if chunk is not None and model.method.joins:
-        model.choose({"chunk": chunk})
+        model.configure({"chunk": chunk})
     texts = [text] if model.method.chunk is not None else model.chunks(text, chunk)
     settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps}
     kept = None
@@ -104,18 +104,18 @@ def write(
         else:
             data = model.write(texts, **settings).to_bytes(precision)
     memory = model.bind(gradmem.Memory.from_bytes(data))
-    records = memory.records
-    console.print(receipt(records[0], tokens_of(memory, text)) if len(memory) == 1 else receipts(records))
+    receipts = memory.receipts
+    console.print(receipt_table(receipts[0], tokens_of(memory, text)) if len(memory) == 1 else receipts_table(receipts))
     size = f"{len(data)} bytes for {len(text.encode())} bytes of text"
     if kept:
         _say(f"kept {kept.label} ({kept.id}): {size}")
     if output or not kept:
         _say(f"saved {write_bytes(output or Path('memory.safetensors'), data)}: {size}")
-    _tell_missed(records, until)
+    _tell_missed(receipts, until)
     if model.method.caution:
         _say(f"note: {model.method.caution}")
     if stopped:
-        taken = max(record.steps for record in records)
+        taken = max(receipt.steps for receipt in receipts)
         raise KeyboardInterrupt(f"what was saved is the memory after {taken} write steps")
 
 
@@ -146,12 +146,12 @@ def _loss(written: gradmem.Written) -> str:
     return f"write loss {float(written.losses[-1].mean()):.4f}" if len(written.losses) else ""
 
 
-def _tell_missed(records: list[Record], until: float | None) -> None:
+def _tell_missed(receipts: list[Receipt], until: float | None) -> None:
     """Say where the write loss that was asked for was not reached."""
-    missed = [record for record in records if until is not None and record.loss_after > until]
+    missed = [receipt for receipt in receipts if until is not None and receipt.loss_after > until]
     if missed:
-        worst = max(missed, key=lambda record: record.loss_after)
-        where = f" in {len(missed)} of {len(records)} chunks" if len(records) > 1 else ""
+        worst = max(missed, key=lambda receipt: receipt.loss_after)
+        where = f" in {len(missed)} of {len(receipts)} chunks" if len(receipts) > 1 else ""
         _say(
             f"missed --until {until:g}{where}: write loss {worst.loss_after:.4f} after {worst.steps} steps; raise "
             "--max_steps, or give shorter chunks or more memory"
@@ -197,11 +197,11 @@ def ask(
     _settle()
     if abstain and model.abstain is None:
         raise GradmemError(f"'{model.name}' was not calibrated: gradmem calibrate CHECKPOINT")
-    if abstain and model.abstain and not model.abstain.holds(opened.records[0]):
+    if abstain and model.abstain and not model.abstain.holds(opened.receipts[0]):
         lengths = "{} to {}".format(*model.abstain.context_tokens)
         raise GradmemError(
             f"'{model.name}' was calibrated for contexts of {lengths} tokens, and {memory} is of "
-            f"{opened.records[0].context_tokens}: calibrate it for such contexts, or leave out --abstain"
+            f"{opened.receipts[0].context_tokens}: calibrate it for such contexts, or leave out --abstain"
         )
     if not queries:
         queries, jsonl = [line for line in read_stdin().splitlines() if line.strip()], True
@@ -248,7 +248,7 @@ def restore(
     if opened.model is None:
         raise GradmemError(f"{memory} is bound to no model")
     model = opened.model.to(device_named(device))
-    original = None if context is None else written_texts(read_text(context), opened.parts, str(context))
+    original = None if context is None else written_texts(read_text(context), opened.history, str(context))
     ids = model.reconstruct(model.bind(opened), progress_bar)
     texts = [model.task.text(row) for row in ids]
     text = "".join(texts)
@@ -258,9 +258,9 @@ def restore(
         sys.stdout.write(shown_on(sys.stdout, text))
         sys.stdout.flush()
     # Beside the text, not in it.
-    notes.print(restored(opened.parts, texts))
+    notes.print(restored(opened.history, texts))
     if original is not None:
-        wanted = [original.get(record.context_sha256) for record in opened.parts]
+        wanted = [original.get(receipt.context_sha256) for receipt in opened.history]
         notes.print(differences(model.task, ids, wanted))
 
 
@@ -276,19 +276,19 @@ def inspect(memory: Path, checkpoint: str | None = None, context: Path | None = 
     context
         The text that was written: shows which of its tokens were lost. The memory itself holds no text.
     json
-        Print the records as JSON.
+        Print the receipts as JSON.
     """
     loaded = gradmem.Memory.load(memory)
     if json:
-        print(dumps([record.row() for record in loaded.records]))
+        print(dumps([receipt.to_dict() for receipt in loaded.receipts]))
         return
     text = read_text(context) if context else None
-    texts = {} if text is None else written_texts(text, loaded.parts, str(context))
+    texts = {} if text is None else written_texts(text, loaded.history, str(context))
     bound = gradmem.open(memory, checkpoint) if texts else loaded
-    for record in loaded.parts:
-        console.print(provenance(record, loaded, memory))
-        written = texts.get(record.context_sha256)
-        console.print(receipt(record, None if written is None else tokens_of(bound, written)))
+    for receipt in loaded.history:
+        console.print(provenance(receipt, loaded, memory))
+        written = texts.get(receipt.context_sha256)
+        console.print(receipt_table(receipt, None if written is None else tokens_of(bound, written)))
 
 
 def _settle() -> None:

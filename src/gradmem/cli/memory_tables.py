@@ -10,69 +10,69 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import GradmemError
-from ..receipts import Record, text_digest
+from ..receipts import Receipt, text_digest
 
 if TYPE_CHECKING:
     from ..memory import Memory
     from ..tasks.base import Task
 
 
-def provenance(record: Record, memory: Memory, path: Path) -> Table:
+def provenance(receipt: Receipt, memory: Memory, path: Path) -> Table:
     """Where a memory comes from, as a table."""
     built = Table(title=str(path), show_header=False)
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in memory.tensors.items())
-    lr = f"{min(record.inner_lr):.4g} to {max(record.inner_lr):.4g}" if record.inner_lr else "none"
+    lr = f"{min(receipt.inner_lr):.4g} to {max(receipt.inner_lr):.4g}" if receipt.inner_lr else "none"
     rows = {
-        "written by": f"{record.method}, checkpoint '{record.model}'",
-        "checkpoint": record.checkpoint,
-        "backbone": record.backbone,
-        "tokenizer": record.tokenizer,
-        "context SHA-256": record.context_sha256,
-        "context": f"{record.context_tokens} tokens" + (f" in {len(record.chunks)} chunks" if record.chunks else ""),
+        "written by": f"{receipt.method}, checkpoint '{receipt.model}'",
+        "checkpoint": receipt.checkpoint,
+        "backbone": receipt.backbone,
+        "tokenizer": receipt.tokenizer,
+        "context SHA-256": receipt.context_sha256,
+        "context": f"{receipt.context_tokens} tokens" + (f" in {len(receipt.chunks)} chunks" if receipt.chunks else ""),
         "tensors": f"{shapes}; {path.stat().st_size} bytes in the file",
-        "steps": f"{record.steps}, inner learning rate {lr}",
-        "write loss": f"{record.loss_before:.4f} before, {record.loss_after:.4f} after"
-        + ("" if record.measured else ", not measured since more was written"),
+        "steps": f"{receipt.steps}, inner learning rate {lr}",
+        "write loss": f"{receipt.loss_before:.4f} before, {receipt.loss_after:.4f} after"
+        + ("" if receipt.measured else ", not measured since more was written"),
     }
     for name, value in rows.items():
         built.add_row(name, value)
     return built
 
 
-def receipt(record: Record, tokens: Sequence[str] | None = None) -> Table:
+def receipt_table(receipt: Receipt, tokens: Sequence[str] | None = None) -> Table:
     """A write receipt as a table: loss by step, and what was lost (with its tokens where they are at hand)."""
     built = Table(title="write receipt", show_header=False)
-    built.add_row("write loss by step", _by_step(record.losses))
-    if record.answers != []:
-        built.add_row("answers at risk", _at_risk([record]))
-    if not record.measured:
+    built.add_row("write loss by step", _by_step(receipt.losses))
+    if receipt.answers != []:
+        built.add_row("answers at risk", _at_risk([receipt]))
+    if not receipt.measured:
         built.add_row("tokens kept", f"{NOT_MEASURED} since more was written")
         return built
-    kept = record.context_tokens - len(record.lost)
-    built.add_row("tokens kept", f"{kept} of {record.context_tokens} (loss below ln 2 = 0.693)")
+    kept = receipt.context_tokens - len(receipt.lost)
+    built.add_row("tokens kept", f"{kept} of {receipt.context_tokens} (loss below ln 2 = 0.693)")
     if tokens is None:
-        built.add_row("positions lost", _listed([str(position) for position in record.lost], ", ") or "none")
+        built.add_row("positions lost", _listed([str(position) for position in receipt.lost], ", ") or "none")
         return built
     text = Text(overflow="fold")  # which may have no spaces
-    lost_at = set(record.lost)
+    lost_at = set(receipt.lost)
     for position, token in enumerate(tokens):
         text.append(token, style="bold white on red" if position in lost_at else "green")
     built.add_row("text (lost in red)", text)
     if lost_at:
-        built.add_row("lost", _listed([f"{tokens[i]!r}@{i}" for i in record.lost], " "))
+        built.add_row("lost", _listed([f"{tokens[i]!r}@{i}" for i in receipt.lost], " "))
     return built
 
 
 NOT_MEASURED = "not measured"
 
 
-def _at_risk(records: Sequence[Record]) -> str:
+def _at_risk(receipts: Sequence[Receipt]) -> str:
     """How many of the answers that texts give may come out wrong."""
-    answers = [record.answers for record in records]
+    answers = [receipt.answers for receipt in receipts]
     if any(one is None for one in answers):
         return NOT_MEASURED
     total = sum(len(one or ()) for one in answers)
-    return f"{sum(len(record.at_risk or ()) for record in records)} of {total}" if total else "none known"
+    return f"{sum(len(receipt.at_risk or ()) for receipt in receipts)} of {total}" if total else "none known"
 
 
 LISTED = 50
@@ -97,19 +97,19 @@ def _by_step(losses: Sequence[float]) -> str:
     )
 
 
-def receipts(records: Sequence[Record]) -> Table:
+def receipts_table(receipts: Sequence[Receipt]) -> Table:
     """Write receipts of the chunks of a text, one a line, and their sum."""
     built = Table(title="write receipts", show_footer=True)
-    kept = [record.context_tokens - len(record.lost) for record in records]
-    tokens = [record.context_tokens for record in records]
+    kept = [receipt.context_tokens - len(receipt.lost) for receipt in receipts]
+    tokens = [receipt.context_tokens for receipt in receipts]
     columns = {
-        "chunk": ([str(i) for i in range(1, len(records) + 1)], "all"),
+        "chunk": ([str(i) for i in range(1, len(receipts) + 1)], "all"),
         "tokens": (tokens, str(sum(tokens))),
-        "steps": ([record.steps for record in records], ""),
-        "write loss before": ([f"{record.loss_before:.4f}" for record in records], ""),
-        "after": ([f"{record.loss_after:.4f}" for record in records], ""),
+        "steps": ([receipt.steps for receipt in receipts], ""),
+        "write loss before": ([f"{receipt.loss_before:.4f}" for receipt in receipts], ""),
+        "after": ([f"{receipt.loss_after:.4f}" for receipt in receipts], ""),
         "tokens kept": (kept, str(sum(kept))),
-        "answers at risk": ([_at_risk([record]) for record in records], _at_risk(records)),
+        "answers at risk": ([_at_risk([receipt]) for receipt in receipts], _at_risk(receipts)),
     }
     for heading, (_, footer) in columns.items():
         built.add_column(heading, footer, justify="right")
@@ -118,16 +118,16 @@ def receipts(records: Sequence[Record]) -> Table:
     return built
 
 
-def restored(records: Sequence[Record], texts: Sequence[str]) -> Table:
-    """How sure a restored text is, by what the records say alone."""
+def restored(receipts: Sequence[Receipt], texts: Sequence[str]) -> Table:
+    """How sure a restored text is, by what the receipts say alone."""
     built = Table(title="restored", show_header=False)
-    exact = [text_digest(text) == record.context_sha256 for record, text in zip(records, texts, strict=True)]
-    tokens, lost = (sum(map(len, rows)) for rows in zip(*((r.token_losses, r.lost) for r in records), strict=True))
+    exact = [text_digest(text) == receipt.context_sha256 for receipt, text in zip(receipts, texts, strict=True)]
+    tokens, lost = (sum(map(len, rows)) for rows in zip(*((r.token_losses, r.lost) for r in receipts), strict=True))
     built.add_row("exact, by SHA-256", "yes" if all(exact) else f"{sum(exact)} of {len(exact)} chunks")
     built.add_row("uncertain tokens", f"{lost} of {tokens} (loss above ln 2 = 0.693)")
-    for number, (record, same) in enumerate(zip(records, exact, strict=True), 1):
+    for number, (receipt, same) in enumerate(zip(receipts, exact, strict=True), 1):
         if not same:
-            positions = ", ".join(map(str, record.lost)) or "none: the tokenizer may not keep all of this text"
+            positions = ", ".join(map(str, receipt.lost)) or "none: the tokenizer may not keep all of this text"
             built.add_row(f"uncertain in chunk {number}", positions)
     return built
 

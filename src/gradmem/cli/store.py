@@ -38,7 +38,7 @@ def ls(limit: int = 50, after: str | None = None, json: bool = False, **filters:
     with _store() as store:
         found = list(store.list(limit=limit, after=after, **filters))
     if json:
-        print(dumps([entry.row() for entry in found]))
+        print(dumps([entry.to_dict() for entry in found]))
         return found
     console.print(entries_table(found))
     if len(found) == limit:
@@ -60,7 +60,7 @@ def show(ref: str, json: bool = False) -> Entry:
         entry = store.get(ref)
         history = list(store.versions(entry.id))
     if json:
-        print(dumps({**entry.row(), "versions": [version.row() for version in history]}))
+        print(dumps({**entry.to_dict(), "versions": [version.to_dict() for version in history]}))
     else:
         console.print(entry_table(entry), versions_table(history, entry.current.number))
     return entry
@@ -234,7 +234,7 @@ def diff(ref: str, a: int, b: int, json: bool = False) -> Diff:
     with _store() as store:
         found = store.diff(ref, a, b)
     if json:
-        print(dumps(found.row()))
+        print(dumps(found.to_dict()))
     else:
         console.print(diff_table(found))
     return found

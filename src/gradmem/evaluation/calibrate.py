@@ -104,7 +104,7 @@ class Calibration:
         right, wrong = (sum(not one.abstained for one in self.answers.get(kind, [])) for kind in (RIGHT, WRONG))
         return right / (right + wrong) if right + wrong else float("nan")
 
-    def row(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All that was measured, as plain data."""
         return {
             "checkpoint": self.checkpoint,

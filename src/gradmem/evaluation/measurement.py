@@ -90,7 +90,7 @@ class Result:
         """Size of a memory in words."""
         return f"{self.n_mem} vectors of {self.d}, {self.bytes} bytes" if self.n_mem else f"{self.bytes} bytes"
 
-    def row(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The result as one flat row; the task's options (as `pairs`) stand beside the rest."""
         fields = asdict(self)
         task, metrics, method, intervals = (fields.pop(name) for name in ("task", "metrics", "method", "intervals"))
@@ -187,7 +187,7 @@ def evaluate(
             batch = built.batch(split, start, size, seed).to(model.device)
             _check_lengths(model, built, batch)
             queries += len(batch.rows)
-            for step, written in model.method.after(batch.context, [0, *steps]):
+            for step, written in model.method.at_steps(batch.context, [0, *steps]):
                 memory = convert(written.memory)
                 token_losses = model.method.token_losses(memory, batch.context)
                 losses.setdefault(step, []).append(token_losses.sum(1) / batch.context.lengths)
@@ -236,7 +236,7 @@ def evaluate(
             n_mem=round(vectors / samples),
             d=method.backbone.width,
             bytes=round(nbytes / samples),
-            method=dict(model.chosen),
+            method=dict(model.overrides),
             metrics=means,
             intervals=intervals,
         )
@@ -254,7 +254,7 @@ def _check_lengths(model: MemoryModel, task: Task, batch: Batch) -> None:
     """Refuse contexts and queries that the model cannot hold."""
     asked = int((batch.labels == -100).logical_and(batch.queries.mask).sum(1).max()) + task.answer_length
     longest = {
-        "contexts": (batch.context.ids.shape[1], model.method.max_context, model.method.longer),
+        "contexts": (batch.context.ids.shape[1], model.method.max_context, model.method.too_long_advice),
         "queries": (max(asked, batch.queries.ids.shape[1]), model.method.max_query, ""),
     }
     for what, (length, limit, advice) in longest.items():

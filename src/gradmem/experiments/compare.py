@@ -107,11 +107,11 @@ class Entry:
             self.cost.write_seconds, self.cost.query_seconds, reference.write_seconds, reference.query_seconds
         )
 
-    def row(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All numbers as one flat row; a number of queries that is never reached is None."""
         never = {math.inf: None}
         return {
-            **self.result.row(),
+            **self.result.to_dict(),
             **asdict(self.cost),
             **{f"full_context_{key}": value for key, value in asdict(self.reference).items()},
             "cheaper_than_rereading_from": never.get(self.beats_rereading, self.beats_rereading),

@@ -47,11 +47,11 @@ class Point:
         """What a context says; NaN where the task does not count it."""
         return float(getattr(build_task(self.results[self.best].task), "bits", math.nan))
 
-    def rows(self) -> list[dict[str, Any]]:
+    def to_dicts(self) -> list[dict[str, Any]]:
         """One flat row for each number of steps."""
         about = {"trained_steps": self.trained_steps}
         return [
-            {**result.row(), **about, "chosen_of_few": steps == self.few, "chosen_of_all": steps == self.best}
+            {**result.to_dict(), **about, "chosen_of_few": steps == self.few, "chosen_of_all": steps == self.best}
             for steps, result in self.results.items()
         ]
 

@@ -85,7 +85,7 @@ class GradMem(ChunkedMethod):
     """
 
     modes = get_args(Mode)
-    open = ("gauss_newton_after",)
+    runtime_options = ("gauss_newton_after",)
 
     def __init__(
         self,
@@ -148,16 +148,16 @@ class GradMem(ChunkedMethod):
         self.adapters = _add_lora(backbone, {phase: rank for phase, rank in ranks.items() if rank})
         self.graphs: Graphs = {}
 
-    def walk(
+    def trajectory_from(
         self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
     ) -> Iterator[Written]:
-        """Yield the memory before the first write step and after every step; see `ChunkedMethod.walk`."""
+        """Yield the memory before the first write step and after every step; see `ChunkedMethod.trajectory_from`."""
         yield from self._walk(context, None, start, steps, until, more)
 
-    def walk_jointly(
+    def joint_trajectory(
         self, chunks: Tokens, rows: Tensor, start: Tensors, steps: int, until: float | None
     ) -> Iterator[Written]:
-        """Descend the mean loss of all chunks of a memory; see `ChunkedMethod.walk_jointly`."""
+        """Descend the mean loss of all chunks of a memory; see `ChunkedMethod.joint_trajectory`."""
         yield from self._walk(chunks, rows, start, steps, until)
 
     def _walk(

@@ -43,7 +43,7 @@ class Mamba(OnePassMethod):
         When the backbone is another model.
     """
 
-    attends = False
+    needs_kv_cache = False
 
     def __init__(self, backbone: Backbone, *, reconstruction: bool = False) -> None:
         super().__init__(backbone)

@@ -80,10 +80,10 @@ class RMT(ChunkedMethod):
         """Longest segment in tokens: what the backbone's positions leave beside memory and control vectors."""
         return self.backbone.max_positions - self.prefix_length - self.n_ctrl - self.n_mem
 
-    def walk(
+    def trajectory_from(
         self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
     ) -> Iterator[Written]:
-        """Yield the memory before the first pass and after every pass; see `ChunkedMethod.walk`.
+        """Yield the memory before the first pass and after every pass; see `ChunkedMethod.trajectory_from`.
 
         Losses, and `until`, are there with `reconstruction` only.
         """

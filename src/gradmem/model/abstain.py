@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..memory import Memory
     from ..methods.base import Method
     from ..prefix import Prefix
-    from ..receipts import Record
+    from ..receipts import Receipt
 
 FILE = "abstain.safetensors"
 FORMAT = 2
@@ -109,7 +109,7 @@ def claim_losses(method: Method, memory: Memory, claims: list[list[int]]) -> lis
 
     Where chunks of a context have vectors of their own, the text need stand in one of them: the least loss counts.
     """
-    apart = method.apart(memory)
+    apart = method.split_chunks(memory)
     counts = memory.tensors[LENGTHS].tolist() if len(apart) > len(memory) else [1] * len(memory)
     every = [claim for claim, count in zip(claims, counts, strict=True) for _ in range(count)]
     tokens = Tokens.from_lists(every).to(next(method.parameters()).device)
@@ -207,10 +207,10 @@ class Abstain:
         weights = {"mean": mean, "scale": scale, **{name: tensor.detach() for name, tensor in layers.items()}}
         return cls(weights, checkpoint, context_tokens, fitted=fitted)
 
-    def holds(self, record: Record) -> bool:
+    def holds(self, receipt: Receipt) -> bool:
         """Whether it was fitted for contexts as long as the one of this memory, which were written at once."""
         shortest, longest = self.context_tokens
-        return shortest <= record.context_tokens <= longest and not record.earlier
+        return shortest <= receipt.context_tokens <= longest and not receipt.earlier
 
     def judge(self, answers: Sequence[Answer], states: Tensor) -> list[Answer]:
         """The answers with `written` and `abstained`; `states` as for `fit`."""

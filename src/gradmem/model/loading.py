@@ -42,7 +42,7 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
     if name not in checkpoint_names() and _is_language_model(name):
         return MemoryModel.from_language_model(name, {"name": "cram"} | (method or {}))
     model = _checkpoint(name)
-    model.choose(method or {})
+    model.configure(method or {})
     return model
 
 
@@ -112,10 +112,10 @@ def bind_memory(memory: Memory, what: str, checkpoint: str | os.PathLike[str] | 
     GradmemError
         When the checkpoint is not found, not named or another one.
     """
-    if not memory.records:
+    if not memory.receipts:
         raise GradmemError(f"{what} does not say which model wrote it")
-    record = memory.records[0]
-    name = record.model if checkpoint is None else os.fspath(checkpoint)
+    receipt = memory.receipts[0]
+    name = receipt.model if checkpoint is None else os.fspath(checkpoint)
     if checkpoint is None and name not in {*checkpoint_names(), *PACKAGED, *NAMED}:
         raise GradmemError(
             f"{what} says that '{name}' wrote it, and a file does not decide what is loaded: name the model if you "
@@ -125,5 +125,5 @@ def bind_memory(memory: Memory, what: str, checkpoint: str | os.PathLike[str] | 
         return load(name).bind(memory, what)
     # Only a plain language model needs to be told the method: a checkpoint knows.
     largest = max(size for tensor in memory.tensors.values() for size in tensor.shape)
-    check_counts(record.options, largest)
-    return load(name, {"name": record.method, **record.options}).bind(memory, what)
+    check_counts(receipt.options, largest)
+    return load(name, {"name": receipt.method, **receipt.options}).bind(memory, what)

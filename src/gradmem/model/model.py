@@ -66,10 +66,10 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
 
     def __init__(self, method: Method, task: Task, spec: dict[str, Spec], name: str = "unnamed") -> None:
         self.method, self.task, self.spec, self.name = method, task, spec, name
-        self.options: Spec = {}
+        self.method_options: Spec = {}
         """Options of the method that a plain language model's memories need to say."""
-        self.chosen: Spec = {}
-        """Options of the method that were chosen anew; see `choose`."""
+        self.overrides: Spec = {}
+        """Options of the method that were chosen anew; see `configure`."""
         method.may_end = task.may_end
         self.abstain: Abstain | None = None
         """When to abstain, where the checkpoint was calibrated."""
@@ -128,12 +128,12 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             model = cls.from_spec({"name": "raw_text", "tokenizer": name}, {"pretrained": name}, method, trusted=False)
         model.method.requires_grad_(False)
         NAMED.add(name)
-        model.name, model.options = name, {key: value for key, value in method.items() if key != "name"}
+        model.name, model.method_options = name, {key: value for key, value in method.items() if key != "name"}
         model.method.eval()
         return model
 
-    def choose(self, options: Spec) -> None:
-        """Choose anew what trained weights leave open: `chunk` and `chunks`, how contexts are cut, and `Method.open`.
+    def configure(self, options: Spec) -> None:
+        """Set options that do not depend on the weights: `chunk` and `chunks`, and the method's `runtime_options`.
 
         Raises
         ------
@@ -141,7 +141,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             When there are other options, or the method cannot write so.
         """
         cutting = {name: value for name, value in options.items() if name in CUTTING}
-        known = (*CUTTING, *self.method.open)
+        known = (*CUTTING, *self.method.runtime_options)
         if set(options) - set(known):
             raise GradmemError(
                 f"'{self.name}' has a method of its own: only plain language models take another; a checkpoint takes "
@@ -151,12 +151,12 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
             raise GradmemError(f"'{self.name}' writes no chunks into one memory: cut its texts with `model.chunks`")
         if cutting:
             self.method.chunk_by(**{"chunk": self.method.chunk, **cutting})
-        for name in self.method.open:
+        for name in self.method.runtime_options:
             if name in options:
                 setattr(self.method, name, options[name])
-        chosen = {*self.chosen, *options, *(CUTTING if cutting else ())}
+        chosen = {*self.overrides, *options, *(CUTTING if cutting else ())}
         # Always in one order: what is written with the same options has the same hash.
-        self.chosen = {name: getattr(self.method, name) for name in known if name in chosen}
+        self.overrides = {name: getattr(self.method, name) for name in known if name in chosen}
 
     # Checkpoints
 
@@ -262,7 +262,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         if not ids:
             raise GradmemError(f"the {what} is empty")
         if len(ids) > limit:
-            advice = self.method.longer if what == "context" else ""
+            advice = self.method.too_long_advice if what == "context" else ""
             raise GradmemError(f"the {what} has {len(ids)} tokens; the limit of '{self.name}' is {limit}{advice}")
         unknown_id = self.task.tokenizer.unk_token_id
         if unknown_id is not None and unknown_id in ids:
@@ -345,7 +345,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         Returns
         -------
         Memory
-            One row for each text, with a `Record` each: provenance and write receipt.
+            One row for each text, with a `Receipt` each: provenance and write receipt.
 
         Raises
         ------
@@ -408,12 +408,12 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         texts = as_texts(text, memory)
         told = None if before is None else as_texts(before, memory, "`before` has")
         for row, given in enumerate(told or ()):
-            kept = sum(min(len(part.token_losses), self.method.max_context) for part in memory.records[row].parts)
+            kept = sum(min(len(part.token_losses), self.method.max_context) for part in memory.receipts[row].history)
             if len(given) > self.most_characters(kept):
                 raise GradmemError("`before` is not the text that was written")
         appended = write_texts(self, texts, memory, self.most_steps(steps, until, max_steps), until, progress)
         if told is not None:
-            appended.records = [measure_again(self, appended[row], text) for row, text in enumerate(told)]
+            appended.receipts = [measure_again(self, appended[row], text) for row, text in enumerate(told)]
         return appended
 
     @property
@@ -463,19 +463,19 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
     def bind(self, memory: Memory, what: str = "the memory") -> Memory:
         """Bind a loaded memory to this model; refuse one that another model wrote."""
         mine = self.fingerprints["checkpoint"]
-        if not memory.records:
+        if not memory.receipts:
             raise GradmemError(f"{what} does not say which model wrote it")
-        for record in memory.parts:
-            if record.checkpoint != mine:
+        for receipt in memory.history:
+            if receipt.checkpoint != mine:
                 raise GradmemError(
-                    f"{what} was written by the checkpoint {record.checkpoint[:16]} ('{record.model}'), "
+                    f"{what} was written by the checkpoint {receipt.checkpoint[:16]} ('{receipt.model}'), "
                     f"not by {mine[:16]} ('{self.name}'): a memory answers only through the model that wrote it"
                 )
         self.method.check(memory, what)
         # Counts stay on the CPU: shapes depend on them.
         found = memory.tensors.items()
         tensors = {name: tensor.to(self.device) if tensor.is_floating_point() else tensor for name, tensor in found}
-        return Memory(tensors, memory.records, self)
+        return Memory(tensors, memory.receipts, self)
 
     def reconstruct(self, memory: Memory, progress: Progress = _silent) -> list[list[int]]:
         """Token ids that a memory gives back, as many as were written; see `Method.reconstruct`.
@@ -488,16 +488,16 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         Raises
         ------
         GradmemError
-            When the memory has no records, or one with more tokens than the model can write, or several chunks were
+            When the memory has no receipts, or one with more tokens than the model can write, or several chunks were
             written into the same vectors.
         """
-        cuts = [part.chunks or [part.context_tokens] for part in memory.parts]
+        cuts = [part.chunks or [part.context_tokens] for part in memory.history]
         lengths = [length for own in cuts for length in own]
         if not lengths:
             raise GradmemError("the memory does not say how many tokens were written")
         if not all(isinstance(length, int) and 1 <= length <= self.method.max_chunk for length in lengths):
             raise GradmemError(f"the memory is damaged: it cannot hold contexts of {max(lengths, key=abs)} tokens")
-        memory = self.method.apart(memory)
+        memory = self.method.split_chunks(memory)
         if len(memory) != len(lengths):
             raise GradmemError(
                 f"the memory has {len(lengths)} chunks in the vectors of {len(memory)}, which cannot be told apart: "
@@ -578,8 +578,8 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         answers, states = self.evidence(memory, rows, queries, **options)
         if (abstain := self.abstain) is None:
             return answers
-        # Memories of bare tokens have no records: whoever makes them knows what they are.
-        known = [not memory.records or abstain.holds(memory.records[row]) for row in rows]
+        # Memories of bare tokens have no receipts: whoever makes them knows what they are.
+        known = [not memory.receipts or abstain.holds(memory.receipts[row]) for row in rows]
         judged = abstain.judge(answers, states)
         return [sure if good else answer for sure, answer, good in zip(judged, answers, known, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Write texts into memories through a model: in batches, with a record each."""
+"""Write texts into memories through a model: in batches, with a receipt each."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from ..batch import Tokens
 from ..errors import GradmemError
 from ..memory import Memory
-from ..methods.base import Method, Written, final
-from ..receipts import Record, text_digest, written_texts
+from ..methods.base import Method, Written, last_state
+from ..receipts import Receipt, text_digest, written_texts
 from .abstain import read_answers
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def write_texts(
     Returns
     -------
     Memory
-        One row for each text, with its record; bound to the model.
+        One row for each text, with its receipt; bound to the model.
 
     Raises
     ------
@@ -82,33 +82,33 @@ def _write_batch(
     progress: Callable[[Iterable[Written], int], Iterable[Written]],
 ) -> Memory:
     context, method = Tokens.from_lists(ids, model.task.pad_id).to(model.device), model.method
-    cuts = method.cuts(context)
+    cuts = method.chunk_lengths(context)
     turns = max(1, *map(len, cuts)) if method.chunks == "sequential" else 1
     with torch.no_grad():
         if onto is None:
             states = method.trajectory(context, steps, until=until)
         else:
             states = method.extend(onto, context, steps, until=until)
-        written = final(progress(states, turns))
+        written = last_state(progress(states, turns))
         token_losses = method.token_losses(written.memory, context)
-    records = []
+    receipts = []
     for row, text in enumerate(texts):
         losses = token_losses[row, : len(ids[row])].tolist()
-        earlier = [] if onto is None else [_since(part, method) for part in onto.records[row].parts]
-        records.append(_record(model, text, written, losses, row, cuts[row], earlier))
-    memory = written.memory if onto is None else method.joined(onto, written.memory)
+        earlier = [] if onto is None else [_since(part, method) for part in onto.receipts[row].history]
+        receipts.append(_record(model, text, written, losses, row, cuts[row], earlier))
+    memory = written.memory if onto is None else method.merge(onto, written.memory)
     answers = answer_losses(model, memory, texts)
-    records = [replace(record, answers=own) for record, own in zip(records, answers, strict=True)]
-    return Memory(memory.tensors, records)
+    receipts = [replace(receipt, answers=own) for receipt, own in zip(receipts, answers, strict=True)]
+    return Memory(memory.tensors, receipts)
 
 
-def _since(part: Record, method: Method) -> Record:
+def _since(part: Receipt, method: Method) -> Receipt:
     """What is known of a text after another was appended: READ sees another memory, which WRITE may have changed."""
     return replace(part, earlier=[], answers=None, measured=part.measured and method.chunks == "independent")
 
 
 def answer_losses(model: MemoryModel, memory: Memory, texts: Sequence[str]) -> list[list[float]]:
-    """Ask each row of a memory for all that the task knows its text to answer; see `Record.answers`."""
+    """Ask each row of a memory for all that the task knows its text to answer; see `Receipt.answers`."""
     task, method = model.task, model.method
     asked = [(row, *task.target(*one)) for row, text in enumerate(texts) for one in task.examples(text)]
     found: list[list[float]] = [[] for _ in texts]
@@ -137,12 +137,12 @@ def _record(
     token_losses: list[float],
     row: int,
     chunks: list[int],
-    earlier: list[Record],
-) -> Record:
+    earlier: list[Receipt],
+) -> Receipt:
     taken = int(written.taken[row])
     losses = [*written.losses[:taken, row].tolist(), _mean(token_losses)]
     prints = model.fingerprints
-    return Record(
+    return Receipt(
         method=model.spec["method"]["name"],
         model=model.name,
         backbone=prints["backbone"],
@@ -154,24 +154,24 @@ def _record(
         inner_lr=[round(rate, 6) for rate in model.method.inner_lrs()],
         losses=_rounded(losses, 6),
         token_losses=_rounded(token_losses, 3),
-        options=model.options,
+        options=model.method_options,
         chunks=chunks,
         earlier=earlier,
     )
 
 
-def measure_again(model: MemoryModel, memory: Memory, before: str) -> Record:
-    """The record of a memory of one row, with what it still keeps of the texts `before`.
+def measure_again(model: MemoryModel, memory: Memory, before: str) -> Receipt:
+    """The receipt of a memory of one row, with what it still keeps of the texts `before`.
 
     Raises
     ------
     GradmemError
         When `before` is not what was written.
     """
-    record = memory.records[0]
-    found = written_texts(before, record.earlier, "`before`")
+    receipt = memory.receipts[0]
+    found = written_texts(before, receipt.earlier, "`before`")
     earlier = []
-    for part in record.earlier:
+    for part in receipt.earlier:
         if (text := found.get(part.context_sha256)) is not None:
             part = replace(part, answers=answer_losses(model, memory, [text])[0])
             if model.method.chunks != "independent":  # vectors of their own have not changed
@@ -179,7 +179,7 @@ def measure_again(model: MemoryModel, memory: Memory, before: str) -> Record:
                 last, tokens = _rounded([_mean(losses)], 6), _rounded(losses, 3)
                 part = replace(part, losses=[*part.losses[:-1], *last], token_losses=tokens, measured=True)
         earlier.append(part)
-    return replace(record, earlier=earlier)
+    return replace(receipt, earlier=earlier)
 
 
 def as_texts(text: str | Sequence[str], memory: Memory | None = None, what: str = "there are") -> list[str]:

@@ -103,7 +103,7 @@ class Client:
         return Entry.read(self.inspect(ref)["memory"])
 
     def inspect(self, ref: str) -> dict[str, Any]:
-        """All that is known of a memory, as plain data: `memory`, `versions`, and `records` with write receipts."""
+        """All that is known of a memory, as plain data: `memory`, `versions`, and `receipts` with write receipts."""
         found: dict[str, Any] = self._json("GET", _path(ref))
         return found
 

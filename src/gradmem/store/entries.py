@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, TypedDict
 
 from ..choices import Precision
-from ..receipts import Record
+from ..receipts import Receipt
 
 CURSOR = "%Y%m%dT%H%M%S.%f"
 """A time as it stands in a cursor."""
@@ -57,7 +57,7 @@ class Version:
     size: int
     sha256: str
 
-    def row(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The version as plain data for JSON."""
         return plain(asdict(self))
 
@@ -107,7 +107,7 @@ class Entry:
         """The name, or the id where there is none."""
         return self.name or self.id
 
-    def row(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The entry as plain data for JSON."""
         return plain({**asdict(self), "cursor": self.cursor})
 
@@ -152,25 +152,25 @@ class Diff:
     unmeasured: int
 
     @classmethod
-    def of(cls, before: Version, after: Version, records: tuple[Sequence[Record], Sequence[Record]]) -> Diff:
-        """Compare the records of two versions."""
-        old, new = (dict(_tokens(side)) for side in records)
+    def of(cls, before: Version, after: Version, receipts: tuple[Sequence[Receipt], Sequence[Receipt]]) -> Diff:
+        """Compare the receipts of two versions."""
+        old, new = (dict(_tokens(side)) for side in receipts)
         both = [place for place in old if place in new]
         lost = [place for place in both if old[place] is True and new[place] is False]
         regained = [place for place in both if new[place] is True and old[place] is False]
         unmeasured = sum(None in (old[place], new[place]) for place in both)
         return cls(before, after, lost, regained, len(new.keys() - old.keys()), unmeasured)
 
-    def row(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The comparison as plain data for JSON."""
         return plain(asdict(self))
 
 
-def _tokens(records: Sequence[Record]) -> Iterator[tuple[tuple[int, int], bool | None]]:
+def _tokens(receipts: Sequence[Receipt]) -> Iterator[tuple[tuple[int, int], bool | None]]:
     """Place of each token, and whether it is kept; None where that was not measured."""
-    for row, record in enumerate(records):
+    for row, receipt in enumerate(receipts):
         kept = chain.from_iterable(
-            [loss <= Record.LOST if part.measured else None for loss in part.token_losses] for part in record.parts
+            [loss <= Receipt.LOST if part.measured else None for loss in part.token_losses] for part in receipt.history
         )
         yield from (((row, position), own) for position, own in enumerate(kept))
 

@@ -62,28 +62,28 @@ def version_of(memory: Memory, data: bytes) -> Version:
     """
     from ..memory import stored_precision
 
-    written = memory.parts
-    if not written or len({record.checkpoint for record in written}) != 1:
+    written = memory.history
+    if not written or len({receipt.checkpoint for receipt in written}) != 1:
         raise GradmemError("a store keeps memories of text, written by one checkpoint")
     require("the size of a memory", len(data), len(data) <= LARGEST, f"at most {LARGEST:,} bytes")
-    losses = [loss for record in written for loss in (record.loss_before, record.loss_after)]
+    losses = [loss for receipt in written for loss in (receipt.loss_before, receipt.loss_after)]
     if any(map(math.isnan, losses)):  # SQLite would keep it as NULL
         raise GradmemError("the memory's write losses are no numbers (NaN): it was not written well")
-    tokens = [len(record.token_losses) for record in written]
-    measured = [record for record in written if record.measured]
-    mean = partial(_mean, weights=[len(record.token_losses) for record in measured])
+    tokens = [len(receipt.token_losses) for receipt in written]
+    measured = [receipt for receipt in written if receipt.measured]
+    mean = partial(_mean, weights=[len(receipt.token_losses) for receipt in measured])
     return Version(
         number=0,
         created=now(),
         precision=stored_precision(data),
         rows=len(memory),
         tokens=sum(tokens),
-        kept=sum(len(record.token_losses) - len(record.lost) for record in measured),
-        unmeasured=sum(tokens) - sum(len(record.token_losses) for record in measured),
-        answers=_count([record.answers for record in written]),
-        at_risk=_count([record.at_risk for record in written]),
-        loss_before=mean([record.loss_before for record in measured]),
-        loss_after=mean([record.loss_after for record in measured]),
+        kept=sum(len(receipt.token_losses) - len(receipt.lost) for receipt in measured),
+        unmeasured=sum(tokens) - sum(len(receipt.token_losses) for receipt in measured),
+        answers=_count([receipt.answers for receipt in written]),
+        at_risk=_count([receipt.at_risk for receipt in written]),
+        loss_before=mean([receipt.loss_before for receipt in measured]),
+        loss_after=mean([receipt.loss_after for receipt in measured]),
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )

@@ -352,7 +352,7 @@ class Store:
             row = its.row(ref)
             data = memory.to_bytes(precision or its.entry(row.id).current.precision)
             version = version_of(memory, data)
-            if row.checkpoint != memory.records[0].checkpoint:
+            if row.checkpoint != memory.receipts[0].checkpoint:
                 raise Conflict(f"all versions of a memory are by one checkpoint; '{ref}' is by '{row.model}'")
             if expected not in (None, row.version):
                 raise Conflict(f"'{ref}' has changed meanwhile: version {row.version} is current, not {expected}")
@@ -401,8 +401,8 @@ class Store:
         with self._transaction() as its:
             id = its.row(ref).id
             (before, old), (after, new) = (its.stored(id, number) for number in (a, b))
-        records = [Memory.from_bytes(data, f"memory '{ref}'").records for data in (old, new)]
-        return Diff.of(before, after, (records[0], records[1]))
+        receipts = [Memory.from_bytes(data, f"memory '{ref}'").receipts for data in (old, new)]
+        return Diff.of(before, after, (receipts[0], receipts[1]))
 
     # The database
 
@@ -436,7 +436,7 @@ def content_of(
 ) -> str:
     """Hash of what `Store.write` with these arguments would write, and how."""
     # The fingerprint of the checkpoint covers the method and the options that it was trained with.
-    settings = [model.chosen, model.most_steps(steps, until, max_steps), until, precision]
+    settings = [model.overrides, model.most_steps(steps, until, max_steps), until, precision]
     return _hash([model.fingerprints["checkpoint"], [text_digest(one) for one in texts], *settings])
 
 

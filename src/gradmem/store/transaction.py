@@ -142,15 +142,15 @@ class Transaction:
 
     def insert(self, memory: Memory, data: bytes, content: str, name: str | None, tags: Sequence[str]) -> Entry:
         """Keep a memory that is not kept yet, under a name that is free."""
-        version, record, moment = version_of(memory, data), memory.records[0], now()
+        version, receipt, moment = version_of(memory, data), memory.receipts[0], now()
         values: dict[str, Any] = {
             "id": secrets.token_hex(16),
             "owner": self.owner,
             "name": name,
             "content": content,
-            "checkpoint": record.checkpoint,
-            "model": record.model,
-            "method": record.method,
+            "checkpoint": receipt.checkpoint,
+            "model": receipt.model,
+            "method": receipt.method,
             "pinned": False,
             "version": 1,
             "bytes": version.size,

@@ -222,7 +222,7 @@ class Task(ABC):
         return text
 
     def examples(self, text: str) -> list[tuple[str, str]]:
-        """Queries that a context text answers, with the true answers, where the task can tell; see `Record.answers`."""
+        """Return the queries that a context text answers, and their answers; see `Receipt.answers`."""
         return []
 
     def example(self, seed: int = 0) -> tuple[str, list[tuple[str, str]]] | None:

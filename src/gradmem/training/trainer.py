@@ -285,7 +285,7 @@ class Trainer:
         steps = sorted(set(stage.write_steps))
         results = evaluate(self.model, steps, self.recipe.valid_samples, self.recipe.seed, split="valid")
         self.model.method.train()
-        rows = json.dumps([result.row() for result in results], indent=1)
+        rows = json.dumps([result.to_dict() for result in results], indent=1)
         write_bytes(self.output / f"valid-{self.place.stage + 1}.json", rows.encode())
         shown = ", ".join(f"{r.exact_match:.2%} after {r.steps} steps" for r in results)
         last = results[-1]

@@ -32,11 +32,11 @@ def test_a_reload_stays_with_the_memory(page: Page) -> None:
 def test_the_receipt_is_the_memorys_own(page: Page, server: Server) -> None:
     write(page, f"{TEXT}\nrr:cc", name="receipt")
     forget(page)
-    record = Client(server.url).inspect("receipt")["records"][0]
-    expect(page.locator("#facts")).to_contain_text(f"{record['loss_before']:.2f} → {record['loss_after']:.2f} nats")
-    expect(page.locator("#facts")).to_contain_text(record["context_sha256"][:12])
+    receipt = Client(server.url).inspect("receipt")["records"][0]
+    expect(page.locator("#facts")).to_contain_text(f"{receipt['loss_before']:.2f} → {receipt['loss_after']:.2f} nats")
+    expect(page.locator("#facts")).to_contain_text(receipt["context_sha256"][:12])
     levels = page.locator("#cells .token").evaluate_all("all => all.map((one) => one.dataset.level === 'kept')")
-    assert levels == [loss <= LOST for loss in record["token_losses"]]
+    assert levels == [loss <= LOST for loss in receipt["token_losses"]]
     assert page.locator("#cells").text_content() == ""
     expect(page.locator("#vectors")).to_be_visible()
     values = page.locator("#vectors").evaluate(
@@ -115,8 +115,8 @@ def test_a_file_goes_out_and_in(page: Page, server: Server, tmp_path: Path) -> N
 )
 def test_a_file_whose_numbers_mean_nothing_is_shown(page: Page, tmp_path: Path, losses: list[float], told: str) -> None:
     memory = load("kv-16").write("l1:m2")
-    record = {"losses": losses, "token_losses": [math.inf, math.nan, 0.1], "context_tokens": 3}
-    memory.records = [replace(memory.records[0], **record)]
+    receipt = {"losses": losses, "token_losses": [math.inf, math.nan, 0.1], "context_tokens": 3}
+    memory.receipts = [replace(memory.receipts[0], **receipt)]
     saved = memory.save(tmp_path / "odd.safetensors")
     page.get_by_label("Upload").set_input_files(saved)
     expect(page.locator("#facts")).to_contain_text(told)

@@ -17,7 +17,7 @@ def test_a_text_is_written_watched_forgotten_and_asked(page: Page) -> None:
     page.evaluate("Math.random = () => 0.5")  # always the same example: of some, three steps keep what five do
     text = write(page)
     pairs = dict(line.split(":") for line in text.splitlines())
-    receipts = [load("kv-16").write(text, steps).records[0] for steps in range(6)]
+    receipts = [load("kv-16").write(text, steps).receipts[0] for steps in range(6)]
     expect(page.locator("#watch-chart circle")).to_have_count(6)
     tokens = page.locator("#heat .token")
     assert "".join(tokens.all_text_contents()) == load("kv-16").task.context_text(text)

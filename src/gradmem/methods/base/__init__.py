@@ -1,5 +1,5 @@
 """What methods have in common: the one interface, and bases that several share."""
 
-from .method import Method, Mode, Written, anywhere, final
+from .method import Method, Mode, Written, anywhere, last_state
 
-__all__ = ["Method", "Mode", "Written", "anywhere", "final"]
+__all__ = ["Method", "Mode", "Written", "anywhere", "last_state"]

@@ -21,7 +21,7 @@ from .prefix_method import PrefixMethod, pads_last
 
 
 class ChunkedMethod(PrefixMethod):
-    """Base of prefix methods that can write a context in chunks; subclasses implement `walk`.
+    """Base of prefix methods that can write a context in chunks; subclasses implement `trajectory_from`.
 
     - "sequential": a chunk is written from the memory that the chunk before it left; the memory stays as small.
     - "independent": every chunk is written from the start, all in one batch, into n_mem vectors of its own, and READ
@@ -29,7 +29,7 @@ class ChunkedMethod(PrefixMethod):
       and `lengths` says how many each row has.
     - "joint": every step descends the mean loss of the tokens of all chunks, each read on its own from the same memory,
       which stays as small and prefers none; its time is linear in the context. For methods that name it in `modes`
-      and implement `walk_jointly`.
+      and implement `joint_trajectory`.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class ChunkedMethod(PrefixMethod):
         super().__init__(backbone, n_mem, write_steps, n_ctrl)
         self.chunk_by(chunk, chunks)
 
-    def walk(
+    def trajectory_from(
         self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
     ) -> Iterator[Written]:
         """Write contexts whole, from a memory that may have been written before; see `Method.trajectory`.
@@ -67,7 +67,7 @@ class ChunkedMethod(PrefixMethod):
         """
         raise NotImplementedError
 
-    def walk_jointly(
+    def joint_trajectory(
         self, chunks: Tokens, rows: Tensor, start: Tensors, steps: int, until: float | None
     ) -> Iterator[Written]:
         """Write chunks into the memories of their rows, all of a memory at once; for methods with the mode "joint".
@@ -124,19 +124,19 @@ class ChunkedMethod(PrefixMethod):
         """
         self._check_write(context, steps)
         if self.chunk is None:
-            yield from self.walk(context, self._start(len(context)), steps, until)
+            yield from self.trajectory_from(context, self._start(len(context)), steps, until)
         elif self.chunks == "independent":
             yield from self._apart(context, steps, until)
         else:
             yield from self._into(self._start(len(context)), context, steps, until)
 
-    def after(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
-        """Yield the memory after each of these numbers of steps on each chunk; see `Method.after`.
+    def at_steps(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
+        """Yield the memory after each of these numbers of steps on each chunk; see `Method.at_steps`.
 
         What sequential chunks start from depends on the number of steps, so each number is written anew.
         """
         if self.chunk is None or self.chunks != "sequential":
-            yield from super().after(context, steps)
+            yield from super().at_steps(context, steps)
         else:
             yield from ((number, self.write(context, number)) for number in sorted(set(steps)))
 
@@ -155,8 +155,8 @@ class ChunkedMethod(PrefixMethod):
         start = {name: tensor.to(like[name]) for name, tensor in apart(memory).tensors.items()}
         yield from self._into(start, context, steps, until)
 
-    def joined(self, memory: Memory, more: Memory) -> Memory:
-        """Put together a memory and what `extend` wrote; see `Method.joined`."""
+    def merge(self, memory: Memory, more: Memory) -> Memory:
+        """Put together a memory and what `extend` wrote; see `Method.merge`."""
         if self.chunks != "independent":
             return more
         counts, added = chunk_counts(memory), chunk_counts(more)
@@ -167,10 +167,10 @@ class ChunkedMethod(PrefixMethod):
         tensors = {name: torch.cat([old[name], new[name]])[order.to(new[name].device)] for name in old}
         return pack(tensors, counts + added)
 
-    def cuts(self, context: Tokens) -> list[list[int]]:
+    def chunk_lengths(self, context: Tokens) -> list[list[int]]:
         """Tokens of each chunk of each context; none for contexts that are written whole."""
         if self.chunk is None:
-            return super().cuts(context)
+            return super().chunk_lengths(context)
         chunks = self._cut(context)
         lengths = iter(chunks.tokens.lengths.tolist())
         return [[next(lengths) for _ in range(count)] for count in chunks.counts.tolist()]
@@ -186,7 +186,7 @@ class ChunkedMethod(PrefixMethod):
         size = max(1, self.backbone.tokens_at_once // chunks.tokens.ids.shape[1])
         size = len(chunks.rows) if torch.is_grad_enabled() else size
         tokens = [chunks.tokens[i : i + size] for i in range(0, len(chunks.rows), size)]
-        walks = [self.walk(some, self._start(len(some)), steps, until) for some in tokens]
+        walks = [self.trajectory_from(some, self._start(len(some)), steps, until) for some in tokens]
         for states in _together(walks):
             names = states[0].memory.tensors
             tensors = {name: torch.cat([state.memory.tensors[name] for state in states]) for name in names}
@@ -199,7 +199,7 @@ class ChunkedMethod(PrefixMethod):
             yield from self._one_by_one(context, start, steps, until)
         else:
             chunks = self._cut(context)
-            yield from self.walk_jointly(chunks.tokens, chunks.rows, start, steps, until)
+            yield from self.joint_trajectory(chunks.tokens, chunks.rows, start, steps, until)
 
     def _one_by_one(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
         """Write sequential chunks: all contexts' first ones, then the second ones of those that have one, and so on."""
@@ -210,7 +210,7 @@ class ChunkedMethod(PrefixMethod):
             tokens, rows = chunks.tokens[mine], of_context[0][mine].to(chunks.rows.device, non_blocking=True)
             before, states = tensors, list[_Part]()
             start = {name: tensor[rows] for name, tensor in before.items()}
-            for number, written in enumerate(self.walk(tokens, start, steps, until, more=turn < last)):
+            for number, written in enumerate(self.trajectory_from(tokens, start, steps, until, more=turn < last)):
                 tensors = {name: new.index_copy(0, rows, written.memory.tensors[name]) for name, new in before.items()}
                 states = [_Part(tokens, rows, written)]
                 if number or not turn:
@@ -258,8 +258,8 @@ class ChunkedMethod(PrefixMethod):
         """Read chunks back, one row of tokens for each chunk that has vectors; see `Method.reconstruct`."""
         return super().reconstruct(apart(memory), lengths)
 
-    def apart(self, memory: Memory) -> Memory:
-        """Chunks with vectors of their own as rows of their own; see `Method.apart`."""
+    def split_chunks(self, memory: Memory) -> Memory:
+        """Chunks with vectors of their own as rows of their own; see `Method.split_chunks`."""
         return apart(memory)
 
     def vectors(self, memory: Memory) -> int:

@@ -52,7 +52,7 @@ def anywhere(ids: Tensor) -> Tensor:
     return torch.ones_like(ids, dtype=torch.bool)
 
 
-def final(trajectory: Iterable[Written]) -> Written:
+def last_state(trajectory: Iterable[Written]) -> Written:
     """The end of a trajectory; of the way there nothing is kept, which may be hundreds of memories."""
     return deque(trajectory, maxlen=1).pop()
 
@@ -73,7 +73,7 @@ class Method(nn.Module, ABC):
         When the backbone keeps recurrent states and the method reads through keys and values.
     """
 
-    attends = True
+    needs_kv_cache = True
     """Whether the method reads through keys and values, as a backbone of attention layers keeps them."""
 
     write_steps: int
@@ -83,7 +83,7 @@ class Method(nn.Module, ABC):
     strategy: Strategy = "recompute"
     """How gradients pass through WRITE: a choice of time and memory that changes no result. Methods that know one
     way only ignore it."""
-    open: Sequence[str] = ()
+    runtime_options: Sequence[str] = ()
     """Attributes that change how it writes, not what its weights are, and may be set at any time."""
     joins: bool = False
     """Whether it can write the chunks of a context into one memory; where not, each takes a memory of its own."""
@@ -99,7 +99,7 @@ class Method(nn.Module, ABC):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        if self.attends and not backbone.attends:
+        if self.needs_kv_cache and not backbone.attends:
             kind, layers = backbone.model.config.model_type, ", ".join(other_layers(backbone))
             raise GradmemError(
                 f"this method reads through keys and values, and '{kind}' has layers that keep something else "
@@ -162,7 +162,7 @@ class Method(nn.Module, ABC):
         """Longest context in tokens."""
 
     @property
-    def longer(self) -> str:
+    def too_long_advice(self) -> str:
         """What to do with longer contexts, for the end of an error message."""
         return ": write them in chunks (option `chunk`)" if self.joins and self.chunk is None else ""
 
@@ -195,9 +195,9 @@ class Method(nn.Module, ABC):
 
     def write(self, context: Tokens, steps: int | None = None, *, until: float | None = None) -> Written:
         """Write contexts into memories; the arguments are those of `trajectory`."""
-        return final(self.trajectory(context, self.write_steps if steps is None else steps, until=until))
+        return last_state(self.trajectory(context, self.write_steps if steps is None else steps, until=until))
 
-    def after(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
+    def at_steps(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
         """Yield the memory after each of several numbers of steps, in rising order; here off one trajectory.
 
         Methods that take fewer steps leave out the numbers beyond.
@@ -225,7 +225,7 @@ class Method(nn.Module, ABC):
         """
         raise self._whole_only()
 
-    def cuts(self, context: Tokens) -> list[list[int]]:
+    def chunk_lengths(self, context: Tokens) -> list[list[int]]:
         """Tokens of each chunk of each context; none for contexts that are written whole."""
         return [[] for _ in range(len(context))]
 
@@ -246,11 +246,11 @@ class Method(nn.Module, ABC):
         """
         raise self._whole_only()
 
-    def joined(self, memory: Memory, more: Memory) -> Memory:
+    def merge(self, memory: Memory, more: Memory) -> Memory:
         """Put together a memory and the last that `extend` wrote into it."""
         raise self._whole_only()
 
-    def apart(self, memory: Memory) -> Memory:
+    def split_chunks(self, memory: Memory) -> Memory:
         """The chunks that have tensors of their own as rows of their own; here a row is one chunk."""
         return memory
 
@@ -384,7 +384,7 @@ class Method(nn.Module, ABC):
             raise GradmemError(f"write steps must be at least 0, not {steps}")
         if context.ids.shape[1] > self.max_context:
             raise GradmemError(
-                f"a context has {context.ids.shape[1]} tokens; the limit is {self.max_context}{self.longer}"
+                f"a context has {context.ids.shape[1]} tokens; the limit is {self.max_context}{self.too_long_advice}"
             )
         mask = context.values.mask
         if not mask.numel() or not mask[:, :1].all():

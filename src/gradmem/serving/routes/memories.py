@@ -110,12 +110,12 @@ class Page(BaseModel):
 
 
 class Inspected(BaseModel):
-    """All that is known of a memory: versions, and of each row the record with its write receipt."""
+    """All that is known of a memory: versions, and of each row the receipt with its write receipt."""
 
     memory: Entry
-    memory_bytes: int = Field(description="Of the memory itself, in float32; its file has records besides.")
+    memory_bytes: int = Field(description="Of the memory itself, in float32; its file has receipts besides.")
     versions: list[Version]
-    records: list[dict[str, Any]]
+    receipts: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -259,10 +259,10 @@ async def inspect(ref: str, store: Owned) -> Any:
         entry = kept.get(ref)
         memory = kept.load(entry.id, entry.current.number)
         shown = {
-            "memory": entry.row(),
+            "memory": entry.to_dict(),
             "memory_bytes": memory.nbytes,
-            "versions": [version.row() for version in kept.versions(entry.id)],
-            "records": [record.row() for record in memory.records],
+            "versions": [version.to_dict() for version in kept.versions(entry.id)],
+            "records": [receipt.to_dict() for receipt in memory.receipts],
         }
         return JSONResponse(finite(shown))
 
