@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from gradmem.errors import GradmemError, Missing
-from gradmem.serving.api_keys import Keys
+from gradmem.serving.api_keys import ApiKeys
 
 PROCESSES, OWNERS = 8, 6
 
 
 def add_and_remove(file: Path, number: int) -> None:
     """Add keys and remove half of them; fail where one that was added is gone."""
-    keys = Keys(file)
+    keys = ApiKeys(file)
     for owner in range(OWNERS):
         keys.add(f"{number}-{owner}")
     for owner in range(0, OWNERS, 2):
@@ -33,11 +33,11 @@ def test_processes_that_change_the_file_take_turns(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0] * PROCESSES
     wanted = {f"{number}-{owner}" for number in range(PROCESSES) for owner in range(1, OWNERS, 2)}
-    assert Keys(file).owners().keys() == wanted
+    assert ApiKeys(file).owners().keys() == wanted
 
 
 def test_nobody_else_reads_the_file_or_what_lies_beside_it(tmp_path: Path) -> None:
-    keys = Keys(tmp_path / "new" / "keys.json")
+    keys = ApiKeys(tmp_path / "new" / "keys.json")
     before = os.umask(0)
     try:
         keys.add("one")
@@ -48,7 +48,7 @@ def test_nobody_else_reads_the_file_or_what_lies_beside_it(tmp_path: Path) -> No
 
 def test_changes_within_one_tick_of_the_clock_are_seen(tmp_path: Path) -> None:
     """A file of the same size and time, perhaps in the same place on the disk, may be another."""
-    keys, server = Keys(tmp_path / "keys.json"), Keys(tmp_path / "keys.json")
+    keys, server = ApiKeys(tmp_path / "keys.json"), ApiKeys(tmp_path / "keys.json")
     key = keys.add("one")
     when = keys.path.stat().st_mtime_ns
     os.utime(keys.path, ns=(when, when))
@@ -66,12 +66,12 @@ DAMAGED = ["", "[]", "{", '{"one": 1}', '{"one": {"sha256": "x"}}', "[" * 100_00
 def test_a_damaged_file_is_refused_and_left_as_it_is(text: str, tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     file.write_text(text)
-    for use in (Keys(file).owners, lambda: Keys(file).add("two"), lambda: Keys(file).owner("gm-x")):
-        with pytest.raises(GradmemError, match="damaged or no file of keys"):
+    for use in (ApiKeys(file).owners, lambda: ApiKeys(file).add("two"), lambda: ApiKeys(file).owner("gm-x")):
+        with pytest.raises(GradmemError, match="damaged or not a file of keys"):
             use()
     assert file.read_text() == text
     with pytest.raises(Missing):
-        Keys(tmp_path / "none.json").remove("one")
+        ApiKeys(tmp_path / "none.json").remove("one")
 
 
 def test_a_reply_does_not_say_where_the_file_is(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_reply_does_not_say_where_the_file_is(tmp_path: Path) -> None:
 
     file = tmp_path / "keys.json"
     file.write_text("{")
-    app = create_app(Store(tmp_path / "store.db"), Settings(), Keys(file))
+    app = create_app(Store(tmp_path / "store.db"), Settings(), ApiKeys(file))
     with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         for make in (lambda: None, file.unlink, file.mkdir):
             make()
@@ -91,3 +91,14 @@ def test_a_reply_does_not_say_where_the_file_is(tmp_path: Path) -> None:
             assert answer.status_code == (503 if file.exists() else 401)
             assert str(tmp_path) not in answer.text
             assert answer.json()["error"]["message"]
+
+
+def test_keys_are_hashed_and_their_file_is_private(keys: ApiKeys) -> None:
+    key = keys.add("one")
+    assert key not in keys.path.read_text()
+    assert keys.path.stat().st_mode & 0o077 == 0
+    assert ApiKeys(keys.path).owner(key) == "one"
+    with pytest.raises(GradmemError, match="has a key"):
+        keys.add("one")
+    with pytest.raises(GradmemError, match="an owner"):
+        keys.add("../one")

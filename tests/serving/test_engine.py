@@ -17,7 +17,7 @@ from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.methods.base import Written
 from gradmem.model.abstain import Answer
 from gradmem.serving import Busy, Closed, Engine
-from gradmem.serving.prefix_cache import Prefixes
+from gradmem.serving.prefix_cache import PrefixCache
 
 TEXTS = ["a7:Qz", TEXT, "11:22\n33:44", "b1:c2\nd3:e4\nf5:g6\nh7:i8"]
 QUERIES = ["a7", "k2", "zz", "11", "d3"]
@@ -226,7 +226,7 @@ def test_what_is_wrong_with_one_request_is_not_the_others(held: Held, memory: Me
     with pytest.raises(GradmemError, match="empty"):
         held.engine.write("").result()
     for refused in (other.write(TEXT), held.engine.model.write(TEXTS)):
-        with pytest.raises(GradmemError, match="single memories of its own model"):
+        with pytest.raises(GradmemError, match="one memory, opened with its own model"):
             held.engine.ask(2, refused, "a7")
 
 
@@ -243,9 +243,9 @@ def test_streamed_text_grows_into_the_answer(held: Held, memory: Memory) -> None
 def test_prefixes_are_kept_within_the_budget(tiny: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
     memories = [tiny.write(text) for text in TEXTS[:3]]
     one = tiny.method.prefix(memories[0]).nbytes
-    # Keys and values of 8 positions in 2 layers of width 16, and the last hidden state, 4 bytes each.
+    # ApiKeys and values of 8 positions in 2 layers of width 16, and the last hidden state, 4 bytes each.
     assert one == 4 * (2 * 8 * 2 * 16 + 16)
-    kept = Prefixes(tiny.method, 2 * one + 1)
+    kept = PrefixCache(tiny.method, 2 * one + 1)
     run: list[Memory] = []
     prefix = tiny.method.prefix
     monkeypatch.setattr(tiny.method, "prefix", lambda memory: run.append(memory) or prefix(memory))
@@ -253,7 +253,7 @@ def test_prefixes_are_kept_within_the_budget(tiny: MemoryModel, monkeypatch: pyt
         kept.get(i, memories[i])
         assert kept.nbytes <= kept.budget
     assert [next(i for i, m in enumerate(memories) if m is memory) for memory in run] == [0, 1, 2, 1]
-    tight = Prefixes(tiny.method, one - 1)
+    tight = PrefixCache(tiny.method, one - 1)
     tight.get(0, memories[0])
     assert tight.nbytes == 0
 
@@ -297,7 +297,7 @@ def test_close_gives_up_what_takes_too_long(held: Held, memory: Memory) -> None:
     long, asked = held.engine.write(TEXT, steps=10**6), held.engine.ask(1, memory, "a7")
     closing = threading.Thread(target=held.engine.close, args=(0.0,))
     closing.start()
-    while not held.engine._over():
+    while not held.engine._past_deadline():
         threading.Event().wait(0.01)
     held.gate.set()
     closing.join(60)

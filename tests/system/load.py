@@ -37,7 +37,7 @@ from gradmem.store import Store
 CHECKPOINT = "kv-16"
 PATIENCE = 120.0
 """Seconds after which a request without any answer counts as lost."""
-DOWN = ("cannot reach the server", "the server ended before", "the server is closing")
+DOWN = ("cannot reach the server", "the server stopped before", "the server is shutting down")
 """How a request may fail whose server has been killed, or is ending."""
 
 

@@ -26,7 +26,7 @@ from starlette.testclient import TestClient
 
 from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.memory import FORMAT, SCALE, digest
-from gradmem.serving.api_keys import Keys
+from gradmem.serving.api_keys import ApiKeys
 from gradmem.serving.app import create_app
 from gradmem.serving.settings import Settings
 from gradmem.store import Store
@@ -44,7 +44,7 @@ def client(tiny: MemoryModel, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("fuzz")
     tiny.save_pretrained(folder / "tiny")
     named = str(folder / "tiny")
-    app = create_app(Store(folder / "store.db"), Settings(checkpoints=(named,), rate=10**6), Keys(folder / "keys"))
+    app = create_app(Store(folder / "store.db"), Settings(checkpoints=(named,), rate=10**6), ApiKeys(folder / "keys"))
     with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=True) as client:
         wanted = {"text": "a7:Qz", "checkpoint": named, "name": "notes"}
         assert client.post("/v1/memories", json=wanted).status_code == 201

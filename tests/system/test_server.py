@@ -22,7 +22,8 @@ from gradmem.store import Store
 
 TEXT = "a7:Qz\nk2:9f\nzz:aa"
 LONG = 10_000
-CLOSING = "the server is closing"
+CLOSING = "the server is shutting down"
+SHORT_GRACE = "from gradmem.serving import connections; connections.SHUTDOWN_SECONDS = 0.5"
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_a_client_that_leaves_ends_its_write(server: Server) -> None:
     with httpx2.stream("POST", f"{server.url}/v1/memories", json=wanted, timeout=60) as answer:
         assert next(answer.iter_lines()) == "event: step"
     # Another write has its turn long before ten thousand steps are over.
-    assert eventually(lambda: server.metric("gradmem_requests_inside") == 1)  # the one that asks
+    assert eventually(lambda: server.metric("gradmem_requests_active") == 1)  # the one that asks
     client = Client(server.url)
     client.write(TEXT, "kv-16")
     assert len(client.list()) == 1
@@ -87,7 +88,9 @@ def test_what_was_accepted_is_finished_when_the_server_ends(server: Server) -> N
 
 
 def test_who_still_waits_at_the_end_is_told_and_nothing_is_half_done(tmp_path: Path) -> None:
-    server = Server(tmp_path, "kv-16", before="from gradmem.serving import connections; connections.GRACE = 0.5")
+    server = Server(
+        tmp_path, "kv-16", before="from gradmem.serving import connections; connections.SHUTDOWN_SECONDS = 0.5"
+    )
     client = Client(server.url)
     client.write(TEXT, "kv-16", name="kept")
     wanted = {"text": TEXT, "checkpoint": "kv-16", "steps": LONG}
@@ -96,7 +99,7 @@ def test_who_still_waits_at_the_end_is_told_and_nothing_is_half_done(tmp_path: P
             lines = answer.iter_lines()
             assert next(lines) == "event: step"
             others = [pool.submit(httpx2.post, f"{server.url}/v1/memories", json=wanted, timeout=60) for _ in range(3)]
-            assert eventually(lambda: server.metric("gradmem_requests_inside") >= 4)
+            assert eventually(lambda: server.metric("gradmem_requests_active") >= 4)
             server.process.send_signal(signal.SIGTERM)
             *_, event, data, _ = lines  # to a proper end
         assert (event, json.loads(data.removeprefix("data: "))["error"]["message"]) == ("event: error", CLOSING)
@@ -121,10 +124,10 @@ def test_writes_whose_clients_left_take_nobodys_place(server: Server) -> None:
         leaving = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(150)]
         for connection in leaving:
             connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        assert eventually(lambda: server.metric("gradmem_requests_inside") > 100)
+        assert eventually(lambda: server.metric("gradmem_requests_active") > 100)
         for connection in leaving:
             connection.close()
-        assert eventually(lambda: server.metric("gradmem_requests_inside") == 1)  # the one that asks
+        assert eventually(lambda: server.metric("gradmem_requests_active") == 1)  # the one that asks
         assert client.ask("notes", "a7").text == "Qz"
     assert client.write("b1:c2", "kv-16").current.number == 1
 

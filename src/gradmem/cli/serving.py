@@ -10,7 +10,7 @@ from typing import Any
 from ..device import device_named
 from ..errors import GradmemError
 from ..model.packaged import checkpoint_names
-from ..serving.api_keys import Keys
+from ..serving.api_keys import ApiKeys
 from .console import console
 
 
@@ -52,7 +52,7 @@ def serve(
         import uvicorn
 
         from ..serving.app import create_app
-        from ..serving.connections import Connection, Server, most_connections
+        from ..serving.connections import Connection, Server, connection_limit
         from ..serving.settings import Settings
         from ..serving.telemetry import LOG, JsonLines
         from ..store import Store
@@ -76,7 +76,7 @@ def serve(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=most_connections(4 * settings.max_requests),
+        limit_concurrency=connection_limit(4 * settings.max_requests),
         backlog=256,
         timeout_graceful_shutdown=30,
     )
@@ -103,14 +103,14 @@ def add(owner: str) -> str:
     owner
         Whose memories it is for.
     """
-    key = Keys().add(owner)
+    key = ApiKeys().add(owner)
     print(key)
     return key
 
 
 def ls() -> dict[str, str]:
     """List the owners of keys, and since when they have them."""
-    found = Keys().owners()
+    found = ApiKeys().owners()
     for owner, created in found.items():
         console.print(f"{owner} {created}", markup=False, highlight=False)
     return found
@@ -124,7 +124,7 @@ def rm(owner: str) -> None:
     owner
         Whose key it is.
     """
-    Keys().remove(owner)
+    ApiKeys().remove(owner)
 
 
 KEYS: dict[str, Callable[..., Any]] = {"add": add, "ls": ls, "rm": rm}

@@ -1,4 +1,4 @@
-"""Connections as `gradmem serve` takes them: those that stand still are closed, and make room for others."""
+"""Connections of `gradmem serve`: idle ones are closed, and make room for others."""
 
 from __future__ import annotations
 
@@ -9,88 +9,89 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .http_errors import Refused, problem
+from .http_errors import Refused, error_response
 
-PATIENCE = 10.0
-"""Seconds in which a connection must bring a whole head of a request, and take something of an answer."""
-GRACE = 25.0
-"""Seconds after SIGTERM in which what was accepted may finish; those who still wait are then told so."""
-FULL = Refused(503, "the server has too many connections", retry_after=1)
-NO_HTTP = Refused(400, "this is no HTTP/1.1 request, or its head is too long")
+IDLE_SECONDS = 10.0
+"""Seconds in which a connection must bring the whole head of a request, and accept some bytes of a response."""
+SHUTDOWN_SECONDS = 25.0
+"""Seconds after SIGTERM in which accepted requests may finish. Those that still wait then get an error."""
+TOO_MANY = Refused(503, "the server has too many connections", retry_after=1)
+NOT_HTTP = Refused(400, "this is not an HTTP/1.1 request, or its head is too long")
 
 
 class Connection(H11Protocol):
-    """One connection, of `limit_concurrency` of them.
+    """One connection, of at most `limit_concurrency`.
 
-    One too many, and the one that has been waiting longest for a request is closed: who sends a request takes its
-    place at once, and silent ones take nobody's.
+    If there is one too many, the connection that has waited longest for a request is closed. So idle connections never
+    keep out a client that sends a request.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.most, self.limit_concurrency = self.limit_concurrency, None  # uvicorn's own limit refuses the newest
-        self._since = self.loop.time()
+        # uvicorn's own limit would refuse the newest connection.
+        self.max_connections, self.limit_concurrency = self.limit_concurrency, None
+        self._idle_since = self.loop.time()
         self._unsent = 0
         self._timer: asyncio.TimerHandle | None = None
 
     @property
-    def waits(self) -> bool:
-        """Whether it has no request that is being answered."""
+    def idle(self) -> bool:
+        """Whether no request of the connection is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take the connection, and close another one where there are too many."""
+        """Accept the connection, and close an idle one if there are too many."""
         super().connection_made(transport)
-        self._look_again()
-        if self.most is not None and len(self.connections) > self.most:
-            others = (one for one in self.connections if isinstance(one, Connection) and one is not self and one.waits)
-            oldest = min(others, key=lambda one: one._since, default=None)
+        self._schedule_check()
+        if self.max_connections is not None and len(self.connections) > self.max_connections:
+            others = (one for one in self.connections if isinstance(one, Connection) and one is not self and one.idle)
+            oldest = min(others, key=lambda one: one._idle_since, default=None)
             if oldest is None:
-                self._refuse(FULL)
+                self._refuse(TOO_MANY)
             else:
                 self.connections.discard(oldest)
                 oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take what was sent, unless the connection is being closed."""
+        """Pass on the data, unless the connection is closing."""
         if not self.transport.is_closing():
             super().data_received(data)
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
-        self._since = self.loop.time()
+        self._idle_since = self.loop.time()
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
-        self._refuse(NO_HTTP)
+        """Refuse data that is not HTTP."""
+        self._refuse(NOT_HTTP)
 
-    def _look_again(self) -> None:
-        self._timer = self.loop.call_later(PATIENCE, self._look)
+    def _schedule_check(self) -> None:
+        self._timer = self.loop.call_later(IDLE_SECONDS, self._check_progress)
 
-    def _look(self) -> None:
-        """Close it if it stands still."""
+    def _check_progress(self) -> None:
+        """Close the connection if it has made no progress since the last check."""
         unsent = self.transport.get_write_buffer_size()
-        late = self.waits and not unsent and self.loop.time() - self._since >= PATIENCE
+        late = self.idle and not unsent and self.loop.time() - self._idle_since >= IDLE_SECONDS
         if late or (unsent and unsent == self._unsent):
             self.transport.abort()
             return
         self._unsent = unsent
-        self._look_again()
+        self._schedule_check()
 
     def _refuse(self, why: Refused) -> None:
-        """Answer in the form of all errors, and close."""
-        answer = problem(why)
-        headers = [*answer.raw_headers, (b"connection", b"close")]
+        """Answer with an error, and close the connection."""
+        response = error_response(why)
+        headers = [*response.raw_headers, (b"connection", b"close")]
         events = (
             h11.Response(status_code=why.status, headers=headers),
-            h11.Data(data=bytes(answer.body)),
+            h11.Data(data=bytes(response.body)),
             h11.EndOfMessage(),
         )
         for event in events:
@@ -99,21 +100,21 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A server that tells those who wait when it ends before they are answered."""
+    """A server that answers waiting requests with an error when it shuts down."""
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Finish what was accepted, within `GRACE` seconds."""
+        """Finish accepted requests within `SHUTDOWN_SECONDS`."""
         engines = self.config.app.state.engines  # type: ignore[union-attr]
-        closing = asyncio.ensure_future(engines.close(GRACE))
+        closing = asyncio.ensure_future(engines.close(SHUTDOWN_SECONDS))
         await super().shutdown(sockets)
         await closing
 
 
-def most_connections(wanted: int) -> int:
-    """As many connections as wanted, or as files may be open beside the store's."""
+def connection_limit(wanted: int) -> int:
+    """Return the wanted number of connections, or fewer if the process may not open so many files."""
     try:
         import resource
-    except ImportError:  # Windows knows no such limit
+    except ImportError:  # Windows has no such limit
         return wanted
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return wanted if files == resource.RLIM_INFINITY else max(1, min(wanted, files // 2))

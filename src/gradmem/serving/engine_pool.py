@@ -1,4 +1,4 @@
-"""An engine for each checkpoint that is served, made when it is first needed."""
+"""One engine for each checkpoint that is served, started when it is first needed."""
 
 from __future__ import annotations
 
@@ -13,81 +13,82 @@ from ..errors import unknown
 from ..memory import Memory
 from ..model.loading import load
 from ..store import Entry
-from .engine import Closed, Engine
-from .http_errors import NotServed
-from .owned import OwnedStore
+from .async_store import AsyncStore
+from .engine import Engine
+from .errors import Closed, NotServed
 
 
-class Engines:
-    """Engines by the names of their checkpoints; there are never more than names.
+class EnginePool:
+    """Engines by the names of their checkpoints.
 
     Parameters
     ----------
     names : sequence of str
-        Checkpoints that may be loaded. What clients send never decides what else is.
+        Checkpoints that may be loaded. Requests cannot load any other.
     max_queue : int
-        Of each engine.
+        Most waiting requests of each engine.
     device : str
-        Device that they run on.
+        Device that the engines run on.
     """
 
     def __init__(self, names: Sequence[str], max_queue: int, device: str = "auto") -> None:
         self.names, self.max_queue, self.device = tuple(names), max_queue, device
         self.loaded: dict[str, Engine] = {}
         self._closed = False
-        self._loading = {name: asyncio.Lock() for name in names}
+        self._locks = {name: asyncio.Lock() for name in names}
 
     async def get(self, name: str) -> Engine:
-        """The engine of a checkpoint.
+        """Return the engine of a checkpoint. Load the checkpoint if no request has needed it before.
 
         Raises
         ------
         GradmemError
-            When it is not served, or cannot be loaded.
+            If the checkpoint is not served or cannot be loaded.
         """
-        if name not in self._loading:
+        if name not in self._locks:
             raise unknown("checkpoint", name, self.names)
         if self._closed:
             raise Closed("the engines are closed")
-        async with self._loading[name]:
+        async with self._locks[name]:
             if name not in self.loaded:
                 self.loaded[name] = await asyncio.to_thread(self._start, name)
         return self.loaded[name]
 
-    async def open(self, store: OwnedStore, entry: Entry, version: int | None = None) -> tuple[Engine, Memory]:
-        """A memory, by default its current version, bound to its engine's model.
+    async def open(self, store: AsyncStore, entry: Entry, version: int | None = None) -> tuple[Engine, Memory]:
+        """Load a memory, by default its current version, and bind it to its engine's model.
 
         Raises
         ------
         GradmemError
-            When its checkpoint is not served, or has other weights now.
+            If its checkpoint is not served, or now has other weights.
         """
-        if entry.model not in self._loading:
+        if entry.model not in self._locks:
             raise NotServed(f"the memory was written by '{entry.model}', which is not served here")
         engine = await self.get(entry.model)
-        memory = await store.read(lambda kept: kept.load(entry.id, version or entry.current.number))
+        memory = await store.read(lambda s: s.load(entry.id, version or entry.current.number))
         return engine, engine.model.bind(memory)
 
     async def close(self, grace: float | None = None) -> None:
-        """Finish what was accepted and take nothing more; see `Engine.close`."""
+        """Accept no more requests and finish those that were accepted; see `Engine.close`."""
         self._closed = True
         await asyncio.gather(*(asyncio.to_thread(engine.close, grace) for engine in self.loaded.values()))
 
     def reopen(self) -> None:
-        """Take requests again, for which engines are loaded anew."""
+        """Accept requests again. Engines are loaded anew."""
         self.loaded, self._closed = {}, False
 
     def _start(self, name: str) -> Engine:
         model = load(name).to(device_named(self.device))
-        # Found once and here: later the weights are the engine's own thread's.
+        # Computed here, since later only the engine's thread may use the weights.
         _ = model.fingerprints, model.method.backbone.token_cache_bytes
         return Engine(model, max_queue=self.max_queue)
 
 
-async def served(request: Request) -> Engines:
-    """The engines of the application."""
-    engines: Engines = request.app.state.engines
+async def pool_of(request: Request) -> EnginePool:
+    """Return the engines of the application."""
+    engines: EnginePool = request.app.state.engines
     return engines
 
 
-Served = Annotated[Engines, Depends(served)]
+Pool = Annotated[EnginePool, Depends(pool_of)]
+"""Parameter of a route: the engines of the application."""

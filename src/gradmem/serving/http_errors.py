@@ -1,4 +1,4 @@
-"""Every refusal in one form: `{"error": {"message", "type"}}`, which OpenAI's clients read too."""
+"""All errors in one JSON form, `{"error": {"message", "type"}}`, which OpenAI's clients understand too."""
 
 from __future__ import annotations
 
@@ -14,22 +14,19 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ..errors import Conflict, GradmemError, Missing, QuotaExceeded, Unavailable
-from .engine import Busy, Closed
-
-
-class NotServed(GradmemError):
-    """The checkpoint of a memory is not served."""
+from .errors import Busy, Closed, NotServed
 
 
 class Refused(Exception):
-    """A request that is not let in.
+    """The server refuses a request.
 
     Attributes
     ----------
     status : int
+        HTTP status.
     message : str
     retry_after : float or None
-        Seconds.
+        Seconds after which the client may try again.
     """
 
     def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
@@ -38,28 +35,28 @@ class Refused(Exception):
 
 
 class Error(BaseModel):
-    """What was wrong, in one line, and the kind of it."""
+    """What is wrong, in one line, and the kind of error."""
 
     message: str
     type: str
 
 
-class Problem(BaseModel):
-    """Body of every answer with a status from 400 on."""
+class ErrorBody(BaseModel):
+    """Body of every response with a status of 400 or above."""
 
     error: Error
 
 
-DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": HTTPStatus(status).phrase}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
     for status in (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 429, 503, 504)
 }
-"""What any path of the API may answer instead, for its OpenAPI document."""
+"""The errors that any path of the API may answer with, for the OpenAPI document."""
 
 
-def problem(error: BaseException) -> JSONResponse:
-    """The answer to a request that failed; of what nobody foresaw it says nothing."""
-    status, message, wait = _told(error)
+def error_response(error: BaseException) -> JSONResponse:
+    """Build the response to a request that failed. It tells nothing about an unexpected error."""
+    status, message, wait = _describe(error)
     kind = HTTPStatus(status).phrase.lower().replace(" ", "_")
     headers = {} if wait is None else {"Retry-After": str(max(1, math.ceil(wait)))}
     if status == HTTPStatus.UNAUTHORIZED:
@@ -69,49 +66,49 @@ def problem(error: BaseException) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind}}, status, headers)
 
 
-def _told(error: BaseException) -> tuple[int, str, float | None]:
-    """Status, message and seconds to wait. Messages of the store may name its place: those are not passed on."""
+def _describe(error: BaseException) -> tuple[int, str, float | None]:
+    """Return status, message and seconds to wait. Messages of the store may hold its location: they stay here."""
     if isinstance(error, Refused):
         return error.status, error.message, error.retry_after
     if isinstance(error, Busy):
         return 429, str(error), error.retry_after
     if isinstance(error, Closed | CancelledError):
-        return 503, "the server is closing", 5
+        return 503, "the server is shutting down", 5
     if isinstance(error, Unavailable):
         return 503, "the store cannot be used at the moment", 5
     if isinstance(error, Missing):
         return 404, "no such memory, or no such version of it", None
     if isinstance(error, QuotaExceeded):
-        return 403, _line(str(error)), None
+        return 403, _one_line(str(error)), None
     if isinstance(error, Conflict | NotServed):
-        return 409, _line(str(error)), None
+        return 409, _one_line(str(error)), None
     if isinstance(error, GradmemError):
-        return 422, _line(str(error)), None
+        return 422, _one_line(str(error)), None
     if isinstance(error, RequestValidationError):
-        return 422, _line(_invalid(error)), None
+        return 422, _one_line(_first_invalid(error)), None
     if isinstance(error, HTTPException):
-        return error.status_code, _line(str(error.detail)), None
+        return error.status_code, _one_line(str(error.detail)), None
     if isinstance(error, TimeoutError):
-        return 504, "the answer took longer than a request may", None
-    return 500, "internal error: the server's log says where", None
+        return 504, "the request took longer than the server's timeout", None
+    return 500, "internal error: see the server's log", None
 
 
-def _line(message: str) -> str:
+def _one_line(message: str) -> str:
     return " ".join(message.split())[:1000]
 
 
-def _invalid(error: RequestValidationError) -> str:
-    """The first thing that is wrong, without what was sent."""
+def _first_invalid(error: RequestValidationError) -> str:
+    """Name the first invalid field, without its value."""
     first = error.errors()[0]
-    places = [str(place) for place in first["loc"] if "[" not in str(place)]  # those with [ are types of ours
-    return f"{'.'.join(places)}: {first['msg']}"
+    fields = [str(field) for field in first["loc"] if "[" not in str(field)]  # those with [ are names of our types
+    return f"{'.'.join(fields)}: {first['msg']}"
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of the app in this form; what nobody foresaw goes on to the guard, which logs it."""
+    """Answer all errors of the app in this form. Unexpected errors are left to the guard, which logs them."""
 
     async def answer(_: Request, error: Exception) -> JSONResponse:
-        return problem(error)
+        return error_response(error)
 
     for kind in (Refused, GradmemError, RequestValidationError, HTTPException, TimeoutError):
         app.add_exception_handler(kind, answer)

@@ -1,4 +1,4 @@
-"""Prefixes of the memories that were asked last, kept within a budget of bytes."""
+"""A cache of the prefixes of memories, limited in bytes."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from ..methods.base import Method
 from ..prefix import Prefix
 
 
-class Prefixes:
-    """What READ has run of each memory; those not asked for longest make room for others.
+class PrefixCache:
+    """Keeps the prefixes that READ computed, and evicts the least recently used.
 
     Parameters
     ----------
     method : Method
     budget : int
-        Bytes to keep at most; a larger prefix is not kept.
+        Most bytes to keep. A larger prefix is not cached.
     """
 
     def __init__(self, method: Method, budget: int) -> None:
         self.method, self.budget = method, budget
         self.nbytes = 0
-        self._kept: OrderedDict[Hashable, Prefix] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Prefix] = OrderedDict()
 
     def get(self, key: Hashable, memory: Memory) -> Prefix:
-        """The prefix of a memory, which is run where it is not kept under this key."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        """Return the prefix of a memory. Compute it if the cache has none under this key."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
         with torch.no_grad():
             prefix = self.method.prefix(memory)
         if prefix.nbytes <= self.budget:
-            self._kept[key] = prefix
+            self._entries[key] = prefix
             self.nbytes += prefix.nbytes
         while self.nbytes > self.budget:
-            _, oldest = self._kept.popitem(last=False)
+            _, oldest = self._entries.popitem(last=False)
             self.nbytes -= oldest.nbytes
         return prefix

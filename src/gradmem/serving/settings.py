@@ -1,4 +1,4 @@
-"""What a server allows."""
+"""Settings of a server: what it serves, and its limits."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from ..model.loading import checkpoint_names
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits of a server, and what it serves.
+    """What a server serves, and its limits.
 
     Attributes
     ----------
     host : str
-        Address that it listens on. On a loopback address no key is needed; on any other each request needs one.
+        Address that the server listens on. Requests need a key unless this is a loopback address.
     checkpoints : tuple of str
-        Checkpoints that clients may write and ask with, each loaded when it is first needed; no other ever is.
+        Checkpoints that clients may use. Each is loaded when it is first needed.
     max_body : int
-        Bytes of a request.
+        Most bytes of a request.
     max_requests : int
-        Requests that are served at the same time.
+        Most requests that are served at the same time.
     max_queue : int
-        Requests of one checkpoint that wait for its engine.
+        Most requests that wait for the engine of one checkpoint.
     rate : int
-        Requests of one key, or of one address without key, in a minute.
+        Most requests per minute of one key, or of one address without a key.
     timeout : float
-        Seconds that a request may take.
+        Most seconds that a request may take.
     device : str
-        Device that checkpoints run on; see `device_named`.
+        Device that the checkpoints run on; see `device_named`.
     """
 
     host: str = "127.0.0.1"
@@ -48,12 +48,12 @@ class Settings:
 
     @property
     def local(self) -> bool:
-        """Whether only this machine reaches the server."""
+        """Whether only this machine can reach the server."""
         return is_loopback(self.host)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own; a name that must be looked up is not."""
+    """Whether a host is `localhost` or a loopback address. Other names are not looked up."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Work on an engine's thread, followed from the event loop, and given up when nobody follows it any more."""
+"""Server-sent events, and the progress of work on an engine's thread as the event loop follows it."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ from typing import Any, Generic, TypeVar
 from fastapi.encoders import jsonable_encoder
 from fastapi.responses import StreamingResponse
 
-from .http_errors import problem
+from .http_errors import error_response
 
-MOST_UNREAD = 1000
-"""Things that may have been told and not been sent: who is so far behind does not follow."""
+MAX_UNREAD = 1000
+"""Most published items that may wait to be sent. The work of a client that reads too slowly is cancelled."""
 T = TypeVar("T")
 
 
-class Following(Generic[T]):
-    """What an engine tells about a piece of work, as it comes."""
+class ProgressStream(Generic[T]):
+    """Passes items from an engine's thread to the event loop, and cancels the work when nobody reads them any more."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._told: asyncio.Queue[T | None] = asyncio.Queue()
+        self._items: asyncio.Queue[T | None] = asyncio.Queue()
         self._future: Future[Any] | None = None
-        self._left = False
-        # Whatever ends the request ends the work: generators may be closed later.
+        self._cancelled = False
+        # The end of the request ends the work: the generator of `events` may be closed only later.
         if task := asyncio.current_task():
-            task.add_done_callback(lambda _: self._leave())
+            task.add_done_callback(lambda _: self._cancel())
 
-    def tell(self, item: T) -> None:
-        """For the engine's thread: pass on one thing. Raises, which ends the work, when nobody follows it any more."""
-        if self._left or self._told.qsize() > MOST_UNREAD:
+    def publish(self, item: T) -> None:
+        """Pass on an item, from the engine's thread. Raises `CancelledError`, which ends the work, if nobody reads."""
+        if self._cancelled or self._items.qsize() > MAX_UNREAD:
             raise CancelledError
-        self._loop.call_soon_threadsafe(self._told.put_nowait, item)
+        self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
-    async def until_done(self, future: Future[Any]) -> AsyncIterator[T]:
-        """What is told until the work is done; whoever leaves this loop early has given up the work."""
+    async def events(self, future: Future[Any]) -> AsyncIterator[T]:
+        """Yield the published items until the future is done. Leaving this loop early cancels the future."""
         self._future = future
         future.add_done_callback(self._end)
         try:
-            while (item := await self._told.get()) is not None:
+            while (item := await self._items.get()) is not None:
                 yield item
         finally:
-            self._leave()
+            self._cancel()
 
-    def _leave(self) -> None:
-        self._left = True
+    def _cancel(self) -> None:
+        self._cancelled = True
         if self._future is not None:
             self._future.cancel()
 
     def _end(self, _: Future[Any]) -> None:
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._told.put_nowait, None)
+            self._loop.call_soon_threadsafe(self._items.put_nowait, None)
 
 
 async def last(items: AsyncIterator[T]) -> T:
-    """The last of some items."""
+    """Return the last item."""
     async for item in items:
         found = item
     return found
 
 
 def finite(value: Any) -> Any:
-    """A value as JSON knows it: numbers that are none become null."""
+    """Replace infinite numbers and NaN, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -75,13 +75,14 @@ def finite(value: Any) -> Any:
 
 
 async def server_sent(items: AsyncIterator[tuple[str | None, Any]], end: str = "") -> StreamingResponse:
-    """Answer with events of a name and data, the first of which is awaited: what fails before it has its own status.
+    """Answer with server-sent events. An error before the first event still gets its own HTTP status.
 
     Parameters
     ----------
     items : iterator of (str or None, object)
+        Name and data of each event.
     end : str
-        What stands after the last event.
+        Text after the last event.
     """
     first = await anext(items)
 
@@ -90,10 +91,10 @@ async def server_sent(items: AsyncIterator[tuple[str | None, Any]], end: str = "
             yield _event(*first)
             async for item in items:
                 yield _event(*item)
-        except Exception as error:  # the status is sent already: say it where the rest is said
-            answer = problem(error)
-            yield _event("error", json.loads(bytes(answer.body)))
-            if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+        except Exception as error:  # the status has been sent already: the error becomes an event
+            response = error_response(error)
+            yield _event("error", json.loads(bytes(response.body)))
+            if response.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise  # for the log
             return
         yield end

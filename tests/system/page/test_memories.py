@@ -32,7 +32,7 @@ def test_a_reload_stays_with_the_memory(page: Page) -> None:
 def test_the_receipt_is_the_memorys_own(page: Page, server: Server) -> None:
     write(page, f"{TEXT}\nrr:cc", name="receipt")
     forget(page)
-    receipt = Client(server.url).inspect("receipt")["records"][0]
+    receipt = Client(server.url).inspect("receipt")["receipts"][0]
     expect(page.locator("#facts")).to_contain_text(f"{receipt['loss_before']:.2f} → {receipt['loss_after']:.2f} nats")
     expect(page.locator("#facts")).to_contain_text(receipt["context_sha256"][:12])
     levels = page.locator("#cells .token").evaluate_all("all => all.map((one) => one.dataset.level === 'kept')")

@@ -10,7 +10,7 @@ from playwright.sync_api import Page, expect
 from served import Server
 
 from gradmem import Client, load
-from gradmem.serving.api_keys import Keys
+from gradmem.serving.api_keys import ApiKeys
 
 
 def test_a_text_is_written_watched_forgotten_and_asked(page: Page) -> None:
@@ -96,7 +96,7 @@ def test_another_number_of_steps_takes_the_name_over(page: Page, server: Server)
     expect(page.locator("#write-status")).to_contain_text("Written in 2 steps")
     expect(page.locator("#at-step")).to_have_text("2 of 2")
     found = Client(server.url).inspect("steps")
-    assert found["records"][0]["steps"] == 2
+    assert found["receipts"][0]["steps"] == 2
     assert Client(server.url).get(first).name is None
 
 
@@ -177,7 +177,7 @@ def test_a_server_that_has_ended_is_told(windows: Windows, tmp_path: Path) -> No
 
 
 def test_a_key_is_asked_for_and_kept_for_the_tab(windows: Windows, tmp_path: Path) -> None:
-    key = Keys(tmp_path / "keys.json").add("me")
+    key = ApiKeys(tmp_path / "keys.json").add("me")
     server = Server(tmp_path, "kv-16", "--host", "0.0.0.0")
     try:
         page = windows.open(server.url.replace("0.0.0.0", "127.0.0.1"))

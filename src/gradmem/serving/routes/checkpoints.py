@@ -1,4 +1,4 @@
-"""`/v1/checkpoints`: what can be written with, and what to try."""
+"""`/v1/checkpoints`: the checkpoints that are served, with an example of each."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, Field
 
 from ...model import MemoryModel
-from ..engine_pool import Served
+from ..engine_pool import Pool
 
 router = APIRouter(prefix="/v1/checkpoints", tags=["checkpoints"])
 
 
 class Checkpoints(BaseModel):
-    """The checkpoints that are served, and what a client may send to them."""
+    """The checkpoints that are served, and the largest request."""
 
     checkpoints: list[str]
-    max_body: int = Field(description="Bytes that a request may have.")
+    max_body: int = Field(description="Most bytes of a request.")
 
 
 class Question(BaseModel):
@@ -29,31 +29,31 @@ class Question(BaseModel):
 
 
 class Example(BaseModel):
-    """A text to write, and what to ask of it."""
+    """A text to write, and questions about it."""
 
     text: str
     questions: list[Question]
 
 
 class Checkpoint(BaseModel):
-    """What a checkpoint is for, and how it writes."""
+    """The task of a checkpoint, and the size of its memories."""
 
     name: str
     task: str
     method: str
-    write_steps: int = Field(description="Write steps that it was trained for.")
-    max_tokens: int = Field(description="Longest context.")
-    vectors: int = Field(description="Memory vectors of a context; 0 where its memory is something else.")
-    width: int = Field(description="Numbers in a vector.")
+    write_steps: int = Field(description="Number of write steps that the checkpoint was trained for.")
+    max_tokens: int = Field(description="Most tokens of a context.")
+    vectors: int = Field(description="Number of memory vectors; 0 if the memory is not made of vectors.")
+    width: int = Field(description="Numbers in each vector.")
     token_cache_bytes: int | None = Field(
-        description="Bytes that the KV-cache of its backbone keeps of each token; null where it has none."
+        description="Bytes per token of the KV-cache of the backbone; null if it has none."
     )
-    calibrated: bool = Field(description="Whether answers may say `written` and `abstained`.")
+    calibrated: bool = Field(description="Whether answers have the fields `written` and `abstained`.")
     example: Example | None
 
 
 @router.get("")
-async def checkpoints(request: Request, engines: Served) -> Checkpoints:
+async def checkpoints(request: Request, engines: Pool) -> Checkpoints:
     """List the checkpoints."""
     return Checkpoints(checkpoints=list(engines.names), max_body=request.app.state.settings.max_body)
 
@@ -61,17 +61,17 @@ async def checkpoints(request: Request, engines: Served) -> Checkpoints:
 @router.get("/{name:path}")
 async def checkpoint(
     name: str,
-    engines: Served,
-    seed: Annotated[int, Query(ge=0, le=2**31 - 1, description="Another example for another number.")] = 0,
+    engines: Pool,
+    seed: Annotated[int, Query(ge=0, le=2**31 - 1, description="Seed of the example.")] = 0,
 ) -> Checkpoint:
-    """Describe a checkpoint, which is loaded for it, and draw an example of its task."""
+    """Load and describe a checkpoint, and draw an example of its task."""
     if name not in engines.names:
         raise HTTPException(404, "no such checkpoint is served here")
     engine = await engines.get(name)
-    return await asyncio.to_thread(_described, engine.model, seed)
+    return await asyncio.to_thread(_describe, engine.model, seed)
 
 
-def _described(model: MemoryModel, seed: int) -> Checkpoint:
+def _describe(model: MemoryModel, seed: int) -> Checkpoint:
     method, backbone, drawn = model.method, model.method.backbone, model.task.example(seed)
     text, truth = drawn or ("", [])
     example = Example(text=text, questions=[Question(query=query, answer=answer) for query, answer in truth])

@@ -1,4 +1,4 @@
-"""The parts of OpenAI's API that its clients need to ask a memory."""
+"""`/v1/models` and `/v1/chat/completions`: the parts of OpenAI's API that its clients need to ask a memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pydantic import BaseModel, Field
 from ...errors import GradmemError
 from ...model.abstain import Answer
 from ...store.store import PAGE
-from ..bodies import Content, JsonRoute, Line
-from ..engine_pool import Served
-from ..owned import Owned
-from ..streaming import Following, server_sent
-from .memories import opened
+from ..async_store import OwnStore
+from ..engine_pool import Pool
+from ..streaming import ProgressStream, server_sent
+from ..validation import Content, JsonRoute, Line
+from .memories import open_memory
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
 
@@ -42,24 +42,24 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
-        """All its text."""
+        """The text of all parts."""
         content = self.content or ""
         return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class StreamOptions(BaseModel):
-    """What a stream is to have besides the answer."""
+    """What a stream holds besides the answer."""
 
     include_usage: bool | None = False
 
 
-class Completion(BaseModel):
-    """What is asked. Only the last message of the user is: a memory knows nothing of the conversation.
+class CompletionRequest(BaseModel):
+    """A question. Only the last message of the user is answered: a memory does not see the conversation.
 
-    Answers are greedy, as short as the task's, and one for each request, whatever other options say.
+    Each request gets one answer, which is greedy and as short as those of the task. Other options are ignored.
     """
 
-    model: Line = Field(description="`CHECKPOINT:MEMORY`, or the checkpoint where `memory_id` says which memory.")
+    model: Line = Field(description="`CHECKPOINT:MEMORY`, or the checkpoint if `memory_id` names the memory.")
     messages: list[Message] = Field(min_length=1, max_length=1000, fail_fast=True)
     memory_id: Line | None = Field(None, description="Id or name of a memory.")
     stream: bool | None = False
@@ -68,7 +68,7 @@ class Completion(BaseModel):
 
 
 class Choice(BaseModel):
-    """The answer, as `message`, or in a stream what is added to it, as `delta`."""
+    """The answer as `message`, or the next piece of a streamed answer as `delta`."""
 
     index: int = 0
     message: Message | None = None
@@ -77,7 +77,7 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens that were read and generated; those of the memory count as none."""
+    """Number of tokens that were read and generated. The memory itself counts no tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -85,13 +85,13 @@ class Usage(BaseModel):
 
     @classmethod
     def of(cls, answer: Answer) -> Usage:
-        """What an answer took."""
+        """Return the usage of an answer."""
         asked, answered = answer.query_tokens, answer.answer_tokens
         return cls(prompt_tokens=asked, completion_tokens=answered, total_tokens=asked + answered)
 
 
-class Completed(BaseModel):
-    """An answer; `gradmem` has what speaks for it."""
+class Completion(BaseModel):
+    """An answer. The field `gradmem` holds its evidence, such as log-probabilities."""
 
     id: str
     object: str
@@ -103,7 +103,7 @@ class Completed(BaseModel):
 
 
 class Model(BaseModel):
-    """Something to ask."""
+    """A checkpoint, or a memory that can be asked."""
 
     id: str
     object: str = "model"
@@ -112,16 +112,16 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """All there is to ask."""
+    """The checkpoints and memories of the server."""
 
     object: str = "list"
     data: list[Model]
 
 
 @router.get("/models")
-async def models(store: Owned, engines: Served) -> Models:
-    """The checkpoints, and the newest memories as `CHECKPOINT:MEMORY`."""
-    page = await store.read(lambda kept: kept.list(limit=PAGE))
+async def models(store: OwnStore, engines: Pool) -> Models:
+    """List the checkpoints, and the newest memories as `CHECKPOINT:MEMORY`."""
+    page = await store.read(lambda s: s.list(limit=PAGE))
     memories = [
         Model(id=f"{entry.model}:{entry.label}", created=int(entry.created.timestamp()))
         for entry in page
@@ -130,55 +130,55 @@ async def models(store: Owned, engines: Served) -> Models:
     return Models(data=[*(Model(id=name) for name in engines.names), *memories])
 
 
-@router.post("/chat/completions", response_model=Completed, response_model_exclude_none=True)
-async def complete(asked: Completion, store: Owned, engines: Served) -> Any:
+@router.post("/chat/completions", response_model=Completion, response_model_exclude_none=True)
+async def complete(asked: CompletionRequest, store: OwnStore, engines: Pool) -> Any:
     """Answer the last message of the user from a memory alone."""
     checkpoint, _, ref = asked.model.partition(":")
     if not (ref := asked.memory_id or ref):
-        raise GradmemError("which memory? Give its id as `memory_id`, or CHECKPOINT:MEMORY as `model`")
+        raise GradmemError("no memory is named: give its id as `memory_id`, or CHECKPOINT:MEMORY as `model`")
     query = next((message.text for message in reversed(asked.messages) if message.role == "user"), None)
     if query is None:
-        raise GradmemError("there is no message of the user")
-    engine, memory, key = await opened(ref, store, engines)
+        raise GradmemError("the conversation has no message with the role `user`")
+    engine, memory, key = await open_memory(ref, store, engines)
     if engine.model.name != checkpoint:
         raise GradmemError(f"the memory was written by '{engine.model.name}', not by '{checkpoint}'")
-    about: dict[str, Any] = {
+    common: dict[str, Any] = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),
         "model": asked.model,
     }
     if asked.stream:
-        following = Following[str]()
-        future = engine.ask(key, memory, query, on_text=following.tell)
+        progress = ProgressStream[str]()
+        future = engine.ask(key, memory, query, on_text=progress.publish)
         with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-        return await server_sent(_chunks(about, following, future, with_usage), end="data: [DONE]\n\n")
+        return await server_sent(_chunks(common, progress, future, with_usage), end="data: [DONE]\n\n")
     answer = await asyncio.wrap_future(engine.ask(key, memory, query))
     message = Message(role="assistant", content=answer.text)
     choice = Choice(message=message, finish_reason=answer.finish_reason)
-    return Completed(**about, object="chat.completion", choices=[choice], usage=Usage.of(answer), gradmem=answer)
+    return Completion(**common, object="chat.completion", choices=[choice], usage=Usage.of(answer), gradmem=answer)
 
 
 async def _chunks(
-    about: dict[str, Any], following: Following[str], future: Future[Answer], with_usage: bool
+    common: dict[str, Any], progress: ProgressStream[str], future: Future[Answer], with_usage: bool
 ) -> AsyncIterator[tuple[None, Any]]:
-    """What is added to the answer, as it comes; the last choice says how it ended and how far to trust it."""
+    """Yield the answer piece by piece. The last choice holds the reason of its end, and the evidence."""
 
     def chunk(*choices: dict[str, Any], **more: Any) -> Any:
-        return None, {**about, "object": "chat.completion.chunk", "choices": choices, **more}
+        return None, {**common, "object": "chat.completion.chunk", "choices": choices, **more}
 
-    def added(text: str) -> Any:
+    def piece(text: str) -> Any:
         delta = {"role": "assistant", "content": text}
         return chunk({"index": 0, "delta": delta, "finish_reason": None})
 
     sent = ""
-    async for text in following.until_done(future):
-        yield added(text[len(sent) :])
+    async for text in progress.events(future):
+        yield piece(text[len(sent) :])
         sent = text
     answer = future.result()
     if not answer.text.startswith(sent):
-        raise RuntimeError("a task settled what it then wrote otherwise")
+        raise RuntimeError("`Task.settled` returned a text that the answer does not begin with")
     if not sent or answer.text != sent:
-        yield added(answer.text[len(sent) :])
+        yield piece(answer.text[len(sent) :])
     yield chunk({"index": 0, "delta": {}, "finish_reason": answer.finish_reason}, gradmem=answer)
     if with_usage:
         yield chunk(usage=Usage.of(answer))

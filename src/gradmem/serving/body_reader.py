@@ -1,4 +1,4 @@
-"""Bodies of requests as they arrive: slow ones make room for others, and all of them together are bounded."""
+"""Reads the bodies of requests within limits: slow ones make room for others, and their bytes are bounded."""
 
 from __future__ import annotations
 
@@ -8,47 +8,44 @@ from contextlib import asynccontextmanager
 
 from starlette.types import Receive
 
+from .errors import ClientDisconnected
 from .http_errors import Refused
 
 
-class Gone(Exception):
-    """The client has left."""
+class BodyReader:
+    """Reads bodies, within a limit on their number and one on their bytes.
 
-
-class Arrivals:
-    """Reads bodies, so many and so many bytes at the same time.
-
-    One body too many, and the one that has been arriving longest is refused; too many bytes, and the largest that is
-    arriving is. So whoever sends slowly takes no place from those who do not.
+    If too many bodies are being read, the oldest is refused. If they have too many bytes, the largest is refused. So a
+    client that sends slowly takes no room from others.
 
     Parameters
     ----------
-    most : int
-        Bodies that arrive at the same time.
-    most_bytes : int
-        Bytes of those that arrive and of those whose requests are served.
+    max_bodies : int
+        Most bodies that are read at the same time.
+    max_bytes : int
+        Most bytes of all bodies that are being read or whose requests are being served.
     """
 
-    def __init__(self, most: int, most_bytes: int) -> None:
-        self.most, self.most_bytes = most, most_bytes
-        self.held = 0
+    def __init__(self, max_bodies: int, max_bytes: int) -> None:
+        self.max_bodies, self.max_bytes = max_bodies, max_bytes
+        self.nbytes = 0
         self._sizes: dict[asyncio.Task[bytes], int] = {}
         """Bytes that have arrived of each body, the oldest first."""
 
     @asynccontextmanager
     async def body(self, receive: Receive, limit: int, seconds: float) -> AsyncIterator[bytes]:
-        """The whole body, of at most `limit` bytes, which count until the context is left.
+        """Read a body of at most `limit` bytes. Its bytes count until the context ends.
 
         Raises
         ------
         Refused
-            When it is too large, does not arrive in time, or has to make room.
-        Gone
-            When the client leaves.
+            If the body is too large, takes longer than `seconds`, or has to make room for others.
+        ClientDisconnected
+            If the client disconnects.
         """
         reading = asyncio.ensure_future(self._read(receive, limit))
         self._sizes[reading] = size = 0
-        if len(self._sizes) > self.most:
+        if len(self._sizes) > self.max_bodies:
             self._refuse(next(iter(self._sizes)))
         try:
             await asyncio.wait({reading}, timeout=seconds)
@@ -60,13 +57,13 @@ class Arrivals:
             size = self._sizes.pop(reading)
             yield data
         finally:
-            self.held -= size
+            self.nbytes -= size
             self._refuse(reading)
             await asyncio.gather(reading, return_exceptions=True)
 
     def _refuse(self, reading: asyncio.Task[bytes]) -> None:
-        """Give up a body: its place and its bytes are free at once."""
-        self.held -= self._sizes.pop(reading, 0)
+        """Stop reading a body, which frees its room at once."""
+        self.nbytes -= self._sizes.pop(reading, 0)
         reading.cancel()
 
     async def _read(self, receive: Receive, limit: int) -> bytes:
@@ -75,21 +72,21 @@ class Arrivals:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise Gone
+                raise ClientDisconnected
             if task not in self._sizes:
                 raise asyncio.CancelledError
             parts.append(message.get("body", b""))
-            self.held += len(parts[-1])
+            self.nbytes += len(parts[-1])
             self._sizes[task] += len(parts[-1])
             if self._sizes[task] > limit:
-                raise too_large(limit)
-            if self.held > self.most_bytes:
+                raise body_too_large(limit)
+            if self.nbytes > self.max_bytes:
                 self._refuse(max(self._sizes, key=lambda one: self._sizes[one]))
-                await asyncio.sleep(0)  # where it is this one, it ends here
+                await asyncio.sleep(0)  # if this is the largest body, it is cancelled here
             more = message.get("more_body", False)
         return b"".join(parts)
 
 
-def too_large(limit: int) -> Refused:
-    """The refusal of a body of more bytes."""
+def body_too_large(limit: int) -> Refused:
+    """Build the error for a body of more than `limit` bytes."""
     return Refused(413, f"a request has at most {limit:,} bytes")
