@@ -22,7 +22,7 @@ from gradmem.inner.gauss_newton import DAMPING, ITERATIONS, PART
 from gradmem.memory import Memory
 from gradmem.methods import GradMem
 from gradmem.model import MemoryModel
-from gradmem.store import content_of
+from gradmem.store import content_hash
 from helpers import assert_same_gradients, distance, gradients, make_batch, make_gradmem, naive, random_tokens, real
 
 CHUNK = 3
@@ -176,7 +176,7 @@ def test_the_same_choices_have_the_same_hash_in_any_order(tmp_path: Path, tiny: 
     for options in ({"gauss_newton_after": 1}, {"chunk": 15}):
         other.configure(options)
     assert one.overrides == {"chunk": 15, "chunks": "sequential", "gauss_newton_after": 1}
-    assert content_of(one, [TEXT]) == content_of(other, [TEXT])
+    assert content_hash(one, [TEXT]) == content_hash(other, [TEXT])
 
 
 def test_bad_uses_say_what_to_do(tiny: MemoryModel) -> None:

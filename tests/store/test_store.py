@@ -86,7 +86,7 @@ def test_the_same_memory_is_kept_once(store: Store) -> None:
     first = store.put(made(1), tags="a")
     again = store.put(made(1), name="late", tags="b")
     assert (again.id, again.name, again.tags) == (first.id, "late", ("a", "b"))
-    with pytest.raises(GradmemError, match="kept already, as 'late'"):
+    with pytest.raises(GradmemError, match="stored already, as 'late'"):
         store.put(made(1), name="other")
     assert store.put(made(1), precision="int8").id != first.id
     assert len(store.list()) == 2
@@ -250,7 +250,7 @@ def test_an_owner_sees_no_memory_of_another(store: Store) -> None:
     other = theirs.put(made(1), name="notes")
     assert other.id != mine.id
     assert store.get("notes") == mine
-    assert [entry.id for entry in Store(store._url.render_as_string(False), "key").list()] == [other.id]
+    assert [entry.id for entry in Store(store._session.url.render_as_string(False), "key").list()] == [other.id]
 
 
 # Changing
@@ -402,7 +402,7 @@ OPERATIONS = {
     "prune": lambda store: store.prune(name="notes"),
     "put": lambda store: store.put(made(6), name="sixth", tags="a,b"),
     "put what is kept": lambda store: store.put(made(3), tags="a,b"),
-    "known": lambda store: store.known(identity(made(7).to_bytes()), name="seventh"),
+    "reuse": lambda store: store.reuse(identity(made(7).to_bytes()), name="seventh"),
     "diff": lambda store: store.diff("notes", 1, 2),
 }
 
@@ -430,7 +430,7 @@ def test_an_operation_is_about_one_memory_while_names_move(
 ) -> None:
     """Another process gives the name to another memory before a second, or a third, transaction of the operation."""
     before, ids = state(three), {entry.name: entry.id for entry in three.list()}
-    elsewhere, connect, begun = Store(three._url.render_as_string(False)), three._engine.connect, []
+    elsewhere, connect, begun = Store(three._session.url.render_as_string(False)), three._session.engine.connect, []
 
     def connect_late() -> Connection:
         begun.append(1)
@@ -440,7 +440,7 @@ def test_an_operation_is_about_one_memory_while_names_move(
         return connect()
 
     with monkeypatch.context() as patched, suppress(GradmemError):
-        patched.setattr(three._engine, "connect", connect_late)
+        patched.setattr(three._session.engine, "connect", connect_late)
         OPERATIONS[operation](three)
     after = state(three)
     assert ids["other"] in after, "a memory is lost"
@@ -463,7 +463,7 @@ def test_what_is_ended_in_the_middle_has_not_happened(operation: str, three: Sto
         if left < 0:
             raise Killed
 
-    event.listen(three._engine, "before_cursor_execute", end)
+    event.listen(three._session.engine, "before_cursor_execute", end)
     for statements in range(100):
         left = statements
         try:
@@ -501,8 +501,8 @@ def test_an_owner_keeps_as_many_memories_as_the_quota_says(place: str) -> None:
     with Store(place, max_memories=2) as store:
         store.put(made(1), name="one")
         store.put(made(2))
-        for refused in (lambda: store.put(made(3)), lambda: store.known(identity(made(3).to_bytes()))):
-            with pytest.raises(QuotaExceeded, match="at most 2 memories may be kept, and 2 are: delete"):
+        for refused in (lambda: store.put(made(3)), lambda: store.reuse(identity(made(3).to_bytes()))):
+            with pytest.raises(QuotaExceeded, match="at most 2 memories may be stored, and 2 are: delete"):
                 refused()
         assert store.put(made(1), tags="t").name == "one"
         store.update("one", made(4))
@@ -534,12 +534,12 @@ def test_an_owner_keeps_as_many_bytes_as_the_quota_says(place: str) -> None:
 
 def test_a_store_of_version_1_is_brought_up_to_date(store: Store) -> None:
     """Its tables did not say how much a memory takes, what was not measured, and which answers are at risk."""
-    size, url = len(made(1).to_bytes()), store._url.render_as_string(False)
+    size, url = len(made(1).to_bytes()), store._session.url.render_as_string(False)
     store.put(made(1), name="one", tags="t")
     store.update("one", made(2))
     store.put(made(3))
     before = state(store)
-    with store._engine.begin() as connection:
+    with store._session.engine.begin() as connection:
         for statement in (
             "DROP INDEX gradmem_memories_quota",
             "ALTER TABLE gradmem_memories DROP COLUMN bytes",
@@ -561,7 +561,7 @@ def test_a_store_of_version_1_is_brought_up_to_date(store: Store) -> None:
 
 
 def test_threads_do_not_exceed_a_quota(store: Store) -> None:
-    limited, refused = Store(store._url.render_as_string(False), max_memories=5), []
+    limited, refused = Store(store._session.url.render_as_string(False), max_memories=5), []
 
     def fill(number: int) -> None:
         for seed in range(4):

@@ -129,11 +129,11 @@ def _keep(
     settings: dict[str, Any],
 ) -> tuple[Any, bytes]:
     """Entry in the store and bytes of the memory of texts; no entry where writing was interrupted."""
-    from ..store import Store, content_of
+    from ..store import Store, content_hash
 
-    content = content_of(model, texts, settings["steps"], settings["until"], settings["max_steps"], precision)
+    content = content_hash(model, texts, settings["steps"], settings["until"], settings["max_steps"], precision)
     with Store() as keeper:
-        entry = keeper.known(content, name=name, tags=tags)
+        entry = keeper.reuse(content, name=name, tags=tags)
         if entry is None:
             memory = model.write(texts, **settings)
             if stopped:

@@ -1,4 +1,4 @@
-"""Memories people keep: names, tags, versions, one database for all.
+"""A store of memories: names, tags and versions, in one database.
 
 >>> from gradmem.store import Store
 >>> with Store() as store:
@@ -7,7 +7,8 @@
 'Qz'
 """
 
+from .content import content_hash
 from .entries import Diff, Entry, Version
-from .store import Store, content_of
+from .store import Store
 
-__all__ = ["Diff", "Entry", "Store", "Version", "content_of"]
+__all__ = ["Diff", "Entry", "Store", "Version", "content_hash"]

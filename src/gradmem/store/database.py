@@ -1,4 +1,4 @@
-"""The tables of a store, and how a connection to SQLite or PostgreSQL keeps its promises."""
+"""The tables of a store, and the settings of its connections to SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -45,36 +45,36 @@ from ..errors import GradmemError, Missing
 from ..files import close_to_others, make_private
 
 SCHEMA = 2
-"""Version of the tables. A store with a higher one was made by a newer gradmem, and is refused."""
+"""Version of the tables. A store with a higher version was made by a newer gradmem, and is refused."""
 BUSY_SECONDS = 60
-"""How long a process waits for others that write to the same SQLite file."""
+"""Most seconds that a process waits for others that write to the same SQLite file."""
 WRITER = "writer"
-"""Execution option of a connection: the owner for whom it writes, or None where it only reads."""
+"""Execution option of a connection: the owner for whom it writes, or None if it only reads."""
 _LOCK = 0x67726164
-"""Key of the PostgreSQL lock under which one process makes the tables while the others wait."""
+"""Key of the PostgreSQL lock under which one process creates the tables."""
 
 
 def utc(moment: datetime) -> datetime:
-    """A moment in UTC; one without a time zone already is."""
+    """Convert a time to UTC. A time without a time zone is taken as UTC."""
     return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment.astimezone(timezone.utc)
 
 
 class Moment(TypeDecorator[datetime]):
-    """A time in UTC. SQLite keeps no time zone, and PostgreSQL answers in that of the session."""
+    """A time in UTC. SQLite stores no time zone, and PostgreSQL returns times in that of the session."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """To the database."""
+        """Convert a value for the database."""
         return None if value is None else utc(value)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """From the database."""
+        """Convert a value from the database."""
         return None if value is None else utc(value)
 
 
-# Names and tags compare by code point in both databases: prefixes are ranges of an index.
+# Names and tags compare by code point in both databases, so that a prefix is a range of an index.
 Label = String().with_variant(String(collation="C"), "postgresql")
 
 metadata = MetaData()
@@ -83,9 +83,9 @@ memories = Table(
     "gradmem_memories",
     metadata,
     Column("id", String(32), primary_key=True),
-    Column("owner", String, nullable=False),  # '' is the local user: NULLs would not be unique
+    Column("owner", String, nullable=False),  # '' is the local user, since NULLs are not unique
     Column("name", Label),
-    Column("content", String(64)),  # hash of what was written and how, while the current version is that
+    Column("content", String(64)),  # see `content_hash`; NULL once another version is current
     Column("checkpoint", String(64), nullable=False),
     Column("model", String, nullable=False),
     Column("method", String, nullable=False),
@@ -96,14 +96,14 @@ memories = Table(
     Column("updated", Moment, nullable=False),
     UniqueConstraint("owner", "name"),
     UniqueConstraint("owner", "content"),
-    # Each begins with what is filtered and ends with the order of a listing, which so reads one page and no more.
+    # Each index ends with the order of a listing, so that a page reads no more rows than it shows.
     Index("gradmem_memories_created", "owner", "created", "id"),
     Index("gradmem_memories_name", "owner", "name", "created", "id"),
     Index("gradmem_memories_checkpoint", "owner", "checkpoint", "created", "id"),
     Index("gradmem_memories_model", "owner", "model", "created", "id"),
 )
 quota = Index("gradmem_memories_quota", memories.c.owner, memories.c.bytes)
-"""How much an owner keeps, without reading any memory."""
+"""Index for the bytes of an owner, so that no memory need be read."""
 versions = Table(
     "gradmem_versions",
     metadata,
@@ -121,37 +121,37 @@ versions = Table(
     Column("loss_after", Float, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
-    Column("data", LargeBinary, nullable=False),  # last: SQLite reads what stands before it without it
+    Column("data", LargeBinary, nullable=False),  # last, so that SQLite reads the other columns without it
 )
 tags = Table(
     "gradmem_tags",
     metadata,
     Column("memory", ForeignKey(memories.c.id, ondelete="CASCADE"), primary_key=True),
     Column("tag", Label, primary_key=True),
-    Column("owner", String, nullable=False),  # as in the memory, and never changed there: for the index
+    Column("owner", String, nullable=False),  # copied from the memory, for the index
     Column("created", Moment, nullable=False),
     Index("gradmem_tags_created", "owner", "tag", "created", "memory"),
     sqlite_with_rowid=False,
 )
 ADDED = (memories.c.bytes, versions.c.unmeasured, versions.c.answers, versions.c.at_risk)
-"""Columns that came with version 2 of the tables."""
+"""Columns that version 2 of the tables added."""
 
 
-def locate(place: str | os.PathLike[str] | None) -> URL:
-    """Find a store: a file, a URL, or by default `GRADMEM_STORE` or a file in the user's data directory.
+def locate(location: str | os.PathLike[str] | None) -> URL:
+    """Return the URL of a store, by default of `GRADMEM_STORE` or of a file in the user's data directory.
 
     Raises
     ------
     GradmemError
-        When a URL is neither of a SQLite file nor of PostgreSQL.
+        If the URL is neither of a SQLite file nor of PostgreSQL.
     """
-    place = os.fspath(
-        place or os.environ.get("GRADMEM_STORE") or Path(platformdirs.user_data_dir("gradmem"), "store.db")
+    location = os.fspath(
+        location or os.environ.get("GRADMEM_STORE") or Path(platformdirs.user_data_dir("gradmem"), "store.db")
     )
-    if "://" not in place:
-        return URL.create("sqlite", database=os.path.abspath(os.path.expanduser(place)))
+    if "://" not in location:
+        return URL.create("sqlite", database=os.path.abspath(os.path.expanduser(location)))
     try:
-        url = make_url(place)
+        url = make_url(location)
     except (ArgumentError, ValueError) as error:
         raise GradmemError("the URL of a store is sqlite:///FILE or postgresql://USER@HOST/DATABASE") from error
     kind = url.drivername.partition("+")[0]
@@ -163,28 +163,28 @@ def locate(place: str | os.PathLike[str] | None) -> URL:
 
 
 def connect(url: URL, create: bool) -> Engine:
-    """Connect to a store, and make its tables where there are none.
+    """Connect to a store. Create its tables if there are none.
 
     Raises
     ------
     GradmemError
-        When there is no store and `create` is false, the tables are of a newer gradmem, a file is something else,
-        or a package is missing.
+        If there is no store and `create` is false, a newer gradmem made the tables, the file is something else, or
+        a package is missing.
     sqlalchemy.exc.SQLAlchemyError, OSError
-        When the database cannot be reached.
+        If the database cannot be reached.
     """
     name = url.render_as_string()
     if url.get_backend_name() == "sqlite":
         file = Path(url.database or "")
         if not create and not file.exists():
-            raise Missing(f"no store at {file}: `gradmem write --store` makes one (GRADMEM_STORE says where)")
-        make_private(file)  # SQLite gives the files beside it the same mode
+            raise Missing(f"no store at {file}: `gradmem write --store` creates one (GRADMEM_STORE sets its location)")
+        make_private(file)  # SQLite gives its other files the same mode
         engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     else:
         try:
-            # So that a statement sees what was committed before its turn came, whatever the server's own setting.
+            # A statement must see what was committed while it waited for the lock, whatever the server's setting.
             engine = create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED")
         except (ModuleNotFoundError, NoSuchModuleError) as error:
             raise GradmemError("PostgreSQL needs one more package: pip install 'gradmem[postgres]'") from error
@@ -192,7 +192,7 @@ def connect(url: URL, create: bool) -> Engine:
     with engine.begin() as connection:
         found = _schema(connection, name)
     if found is None and not create:
-        raise Missing(f"no store in {name}: `gradmem write --store` makes one")
+        raise Missing(f"no store in {name}: `gradmem write --store` creates one")
     if found != SCHEMA:
         with engine.connect().execution_options(**{WRITER: ""}) as connection, connection.begin():
             _make_tables(connection, name)
@@ -203,7 +203,7 @@ def connect(url: URL, create: bool) -> Engine:
 
 
 def _schema(connection: Connection, name: str) -> int | None:
-    """Version of the tables, or None where there are none."""
+    """Return the version of the tables, or None if there are none."""
     inspector = inspect(connection)
     if not inspector.has_table(schema.name):
         if connection.dialect.name == "sqlite" and inspector.get_table_names():
@@ -211,14 +211,14 @@ def _schema(connection: Connection, name: str) -> int | None:
         return None
     found = connection.scalar(select(schema.c.version))
     if found is None or found < 1:
-        raise GradmemError(f"{name} is a damaged store: it does not say which version its tables are of")
+        raise GradmemError(f"{name} is a damaged store: the version of its tables is missing")
     if found > SCHEMA:
-        raise GradmemError(f"{name} has tables of version {found}, this gradmem knows {SCHEMA}: update gradmem")
+        raise GradmemError(f"{name} has tables of version {found}; this gradmem knows {SCHEMA}: update gradmem")
     return int(found)
 
 
 def _make_tables(connection: Connection, name: str) -> None:
-    """Make the tables or bring them up to date, unless another process has done so since."""
+    """Create or upgrade the tables, unless another process has done so meanwhile."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
     found = _schema(connection, name)
@@ -230,7 +230,7 @@ def _make_tables(connection: Connection, name: str) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
-    """Give tables of version 1 what came with version 2."""
+    """Upgrade tables of version 1 to version 2."""
     for column in ADDED:
         lacking = CreateColumn(column).compile(dialect=connection.dialect)
         connection.execute(text(f"ALTER TABLE {column.table.name} ADD COLUMN {lacking}"))
@@ -241,10 +241,10 @@ def _upgrade(connection: Connection) -> None:
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
-    connection.isolation_level = None  # transactions begin where _begin_sqlite says so
+    connection.isolation_level = None  # _begin_sqlite begins the transactions
     for setting in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {setting}")
-    # Turning on the log takes the whole file, and does not wait for others as everything else does.
+    # This locks the whole file, and unlike everything else fails at once if another process has locked it.
     until = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -257,15 +257,15 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Writers take their turn when they begin: a reader that later wants to write cannot always be let."""
+    """Lock the file when a writing transaction begins: a reader that writes later could fail."""
     reads = connection.get_execution_options().get(WRITER) is None
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
 def _begin_postgres(connection: Connection) -> None:
-    """Writers for one owner take turns too, so that what one has found still holds when it changes something.
+    """Lock the owner when a writing transaction begins, so that what it has read stays valid.
 
-    What is acknowledged is on the disk, whatever the server's own setting.
+    Commits reach the disk before they return, whatever the server's setting.
     """
     writer = connection.get_execution_options().get(WRITER)
     if writer is not None:

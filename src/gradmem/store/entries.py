@@ -1,4 +1,4 @@
-"""What a store says of its memories."""
+"""Entries, versions and comparisons: what a store returns about its memories."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from ..choices import Precision
 from ..receipts import Receipt
 
 CURSOR = "%Y%m%dT%H%M%S.%f"
-"""A time as it stands in a cursor."""
+"""Format of the time in a cursor."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a memory: its size and, summed over its rows, its write receipt.
+    """One version of a memory: its size, and the sums of the write receipts of its rows.
 
     Attributes
     ----------
     number : int
-        From 1.
+        Counts from 1.
     created : datetime
         UTC.
     precision : {"float32", "float16", "int8"}
-        Of the stored file.
+        Precision of the stored file.
     rows : int
-        Texts, or chunks of a text, with a memory each.
+        Number of memories in the file: one for each text, or for each chunk of a text.
     tokens, kept, unmeasured : int
-        Context tokens, those among them that the memory keeps, and those of which nobody knows: more was written into
-        the same vectors since, and they were not measured anew.
+        Number of context tokens, of those that the memory keeps, and of those that were not measured again after more
+        text was written into the same vectors.
     answers, at_risk : int or None
-        Answers that the texts give, as far as the task can tell, and those among them that may come out wrong; None
-        where some of that was not measured.
+        Number of answers in the texts that the task knows, and of those that may be wrong. None if some were not
+        measured.
     loss_before, loss_after : float
-        Write loss of the unwritten memory and of this one, mean nats per token that was measured.
+        Write loss of the unwritten memory and of this one: mean nats per measured token.
     size : int
         Bytes of the stored file.
     sha256 : str
-        Checksum of the stored file.
+        SHA-256 of the stored file.
     """
 
     number: int
@@ -58,13 +58,13 @@ class Version:
     sha256: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The version as plain data for JSON."""
-        return plain(asdict(self))
+        """Return the version as JSON data."""
+        return to_json(asdict(self))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A memory in a store.
+    """A stored memory, without its tensors.
 
     Attributes
     ----------
@@ -75,15 +75,15 @@ class Entry:
     tags : tuple of str
         Sorted.
     pinned : bool
-        Whether it is safe from being deleted.
+        Whether it cannot be deleted.
     model, checkpoint : str
         Name and fingerprint of the checkpoint that wrote it.
     method : str
         Name of the method.
     created, updated : datetime
-        UTC; the latter changes with names, tags, pins and versions.
+        Times in UTC. Every change of the name, the tags, the pin or the version sets `updated`.
     current : Version
-        The version that is read.
+        The version that is read by default.
     """
 
     id: str
@@ -99,29 +99,29 @@ class Entry:
 
     @property
     def cursor(self) -> str:
-        """Where a listing goes on after this memory, also when the memory is gone by then."""
+        """The position after this memory in a listing. It stays valid if the memory is deleted."""
         return f"{self.created:{CURSOR}}_{self.id}"
 
     @property
     def label(self) -> str:
-        """The name, or the id where there is none."""
+        """The name, or the id if there is no name."""
         return self.name or self.id
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry as plain data for JSON."""
-        return plain({**asdict(self), "cursor": self.cursor})
+        """Return the entry as JSON data."""
+        return to_json({**asdict(self), "cursor": self.cursor})
 
     @classmethod
-    def read(cls, row: dict[str, Any]) -> Entry:
-        """The entry that `row` made plain data of."""
-        about = {field.name: row[field.name] for field in fields(cls)}
-        times = {name: _moment(row[name]) for name in ("created", "updated")}
-        current = Version(**{**row["current"], "created": _moment(row["current"]["created"])})
-        return cls(**{**about, **times, "tags": tuple(row["tags"]), "current": current})
+    def read(cls, data: dict[str, Any]) -> Entry:
+        """Build an entry from the JSON data of `to_dict`."""
+        values = {field.name: data[field.name] for field in fields(cls)}
+        times = {name: _moment(data[name]) for name in ("created", "updated")}
+        current = Version(**{**data["current"], "created": _moment(data["current"]["created"])})
+        return cls(**{**values, **times, "tags": tuple(data["tags"]), "current": current})
 
 
 class Changes(TypedDict, total=False):
-    """What is to be another of a memory; what is not given stays."""
+    """Changes of a memory. Whatever is not given stays as it is."""
 
     name: str | None
     tags: str | Sequence[str]
@@ -130,18 +130,18 @@ class Changes(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Diff:
-    """What became of the tokens of one version in another.
+    """Which tokens of one version another version keeps.
 
     Attributes
     ----------
     before, after : Version
     lost, regained : list of tuple of int
-        Row of the memory and position in its text of the tokens that `before` keeps and `after` does not, and the other
-        way round. What was appended counts on from what was there before; only what both versions have is compared.
+        Row and position of the tokens that only `before` keeps, and of those that only `after` keeps. Positions of
+        appended text continue those of the earlier text. Only tokens of both versions are compared.
     added : int
-        Tokens of `after` that `before` has not.
+        Number of tokens of `after` that `before` does not have.
     unmeasured : int
-        Tokens of both of which one version does not know whether it keeps them: neither lost nor kept.
+        Number of tokens of both versions that were not measured in one of them.
     """
 
     before: Version
@@ -153,21 +153,21 @@ class Diff:
 
     @classmethod
     def of(cls, before: Version, after: Version, receipts: tuple[Sequence[Receipt], Sequence[Receipt]]) -> Diff:
-        """Compare the receipts of two versions."""
+        """Compare two versions by their receipts."""
         old, new = (dict(_tokens(side)) for side in receipts)
-        both = [place for place in old if place in new]
-        lost = [place for place in both if old[place] is True and new[place] is False]
-        regained = [place for place in both if new[place] is True and old[place] is False]
-        unmeasured = sum(None in (old[place], new[place]) for place in both)
+        both = [token for token in old if token in new]
+        lost = [token for token in both if old[token] is True and new[token] is False]
+        regained = [token for token in both if new[token] is True and old[token] is False]
+        unmeasured = sum(None in (old[token], new[token]) for token in both)
         return cls(before, after, lost, regained, len(new.keys() - old.keys()), unmeasured)
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as plain data for JSON."""
-        return plain(asdict(self))
+        """Return the comparison as JSON data."""
+        return to_json(asdict(self))
 
 
 def _tokens(receipts: Sequence[Receipt]) -> Iterator[tuple[tuple[int, int], bool | None]]:
-    """Place of each token, and whether it is kept; None where that was not measured."""
+    """Yield row and position of each token, and whether it is kept (None if that was not measured)."""
     for row, receipt in enumerate(receipts):
         kept = chain.from_iterable(
             [loss <= Receipt.LOST if part.measured else None for loss in part.token_losses] for part in receipt.history
@@ -179,8 +179,8 @@ def _moment(text: str) -> datetime:
     return datetime.fromisoformat(text.replace("Z", "+00:00"))  # Python 3.10 does not know Z
 
 
-def plain(value: Any) -> Any:
-    """Times as ISO 8601, everything else as it is."""
+def to_json(value: Any) -> Any:
+    """Replace times by their ISO 8601 form."""
     if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
+        return {key: to_json(one) for key, one in value.items()}
     return value.isoformat() if isinstance(value, datetime) else value

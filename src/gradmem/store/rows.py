@@ -1,4 +1,4 @@
-"""Rows of the tables: what an entry and a version are read from, and what is kept of a memory."""
+"""Rows of the tables: how entries and versions are read from them and written to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..memory import Memory
 
 LARGEST = 10**9
-"""Bytes that a database takes in one value."""
+"""Most bytes of a memory file: databases take no larger value."""
 ID = re.compile("[0-9a-f]{32}")
 VERSION = [db.versions.c[field.name] for field in fields(Version)]
 _ENTRY = [db.memories.c[field.name] for field in fields(Entry) if field.name not in ("tags", "current")]
@@ -40,35 +40,35 @@ ENTRIES = (
 
 
 def now() -> datetime:
-    """The time, in UTC."""
+    """Return the time in UTC."""
     return datetime.now(timezone.utc)
 
 
 def check_name(name: str | None) -> None:
-    """Refuse names that could be mistaken for an id, a filter or an option; None is no name."""
+    """Refuse names that look like an id, a filter or an option. None stands for no name."""
     if name is None:
         return
-    good = 0 < len(name) <= 200 and name.isprintable() and name == name.strip() and "*" not in name and name[0] != "-"
-    require("a name", name, good and not ID.fullmatch(name), "printable, up to 200 characters, without *, and no id")
+    valid = 0 < len(name) <= 200 and name.isprintable() and name == name.strip() and "*" not in name and name[0] != "-"
+    require("a name", name, valid and not ID.fullmatch(name), "printable, up to 200 characters, without *, not an id")
 
 
 def version_of(memory: Memory, data: bytes) -> Version:
-    """What a version says of itself; its number is the database's to give.
+    """Summarize a memory and its file as a version. The database assigns its number later.
 
     Raises
     ------
     GradmemError
-        When the memory is none that a store keeps.
+        If a store cannot hold this memory.
     """
     from ..memory import stored_precision
 
     written = memory.history
     if not written or len({receipt.checkpoint for receipt in written}) != 1:
-        raise GradmemError("a store keeps memories of text, written by one checkpoint")
+        raise GradmemError("a store holds memories of texts, each written by one checkpoint")
     require("the size of a memory", len(data), len(data) <= LARGEST, f"at most {LARGEST:,} bytes")
     losses = [loss for receipt in written for loss in (receipt.loss_before, receipt.loss_after)]
     if any(map(math.isnan, losses)):  # SQLite would keep it as NULL
-        raise GradmemError("the memory's write losses are no numbers (NaN): it was not written well")
+        raise GradmemError("the write losses of the memory are NaN: the write has failed")
     tokens = [len(receipt.token_losses) for receipt in written]
     measured = [receipt for receipt in written if receipt.measured]
     mean = partial(_mean, weights=[len(receipt.token_losses) for receipt in measured])
@@ -90,7 +90,7 @@ def version_of(memory: Memory, data: bytes) -> Version:
 
 
 def _count(lists: Sequence[Sequence[Any] | None]) -> int | None:
-    """How many there are in all; None where one is not known."""
+    """Return the number of all elements, or None if one list is unknown."""
     return None if None in lists else sum(len(one or ()) for one in lists)
 
 
@@ -99,25 +99,25 @@ def _mean(values: Sequence[float], weights: Sequence[int]) -> float:
 
 
 def make_version(values: Sequence[Any]) -> Version:
-    """A version from the columns `VERSION`."""
+    """Build a version from the columns `VERSION`."""
     return Version(**{column.name: value for column, value in zip(VERSION, values, strict=True)})
 
 
 def make_entry(row: Sequence[Any]) -> Entry:
-    """An entry from a row of `ENTRIES`."""
-    about = {column.name: value for column, value in zip(_ENTRY, row[: len(_ENTRY)], strict=True)}
+    """Build an entry from a row of `ENTRIES`."""
+    columns = {column.name: value for column, value in zip(_ENTRY, row[: len(_ENTRY)], strict=True)}
     *version, tags = row[len(_ENTRY) :]
-    return Entry(**about, tags=tuple(sorted(tags.split(","))) if tags else (), current=make_version(version))
+    return Entry(**columns, tags=tuple(sorted(tags.split(","))) if tags else (), current=make_version(version))
 
 
 def insert_version(connection: Connection, memory: Mapping[str, Any], version: Version, data: bytes) -> None:
-    """Keep a version, under the number that the memory's row has."""
-    about = {**asdict(version), "memory": memory["id"], "number": memory["version"]}
-    connection.execute(insert(db.versions).values(**about, data=data))
+    """Insert a version, under the number in the memory's row."""
+    columns = {**asdict(version), "memory": memory["id"], "number": memory["version"]}
+    connection.execute(insert(db.versions).values(**columns, data=data))
 
 
 def insert_tags(connection: Connection, memory: Mapping[str, Any], tags: Sequence[str]) -> None:
-    """Give a memory tags besides those it has."""
-    about = {"memory": memory["id"], "owner": memory["owner"], "created": memory["created"]}
+    """Add tags to a memory."""
+    columns = {"memory": memory["id"], "owner": memory["owner"], "created": memory["created"]}
     if tags:
-        connection.execute(insert(db.tags), [{**about, "tag": tag} for tag in tags])
+        connection.execute(insert(db.tags), [{**columns, "tag": tag} for tag in tags])

@@ -1,27 +1,24 @@
-"""The store: one object over one database, seen by one owner."""
+"""The store: memories of one owner in one database."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import delete
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from typing_extensions import Unpack
 
 from ..choices import Precision
-from ..errors import Conflict, Unavailable, require
-from ..receipts import text_digest
+from ..errors import Conflict, require
 from . import database as db
+from .content import content_hash
 from .entries import Changes, Diff, Entry, Version
 from .listing import Filters, labels, matching
 from .rows import check_name, version_of
-from .transaction import Quota, Transaction
+from .session import Session
+from .transaction import Quota
 
 if TYPE_CHECKING:
     from ..memory import Memory
@@ -32,51 +29,45 @@ PAGE = 1000
 
 
 class Store:
-    """Memories in one database, each with an id, and perhaps a name and tags; every change is a transaction.
+    """Memories in one database. Each has an id, and may have a name and tags.
 
-    Processes may read and write one store at the same time. What a method has returned from is on the disk, and
-    what a process was killed in the middle of has not happened.
+    Every change is a transaction: when a method returns, its change is on the disk, and if the process is killed before
+    that, nothing has changed. Several processes may read and write one store at the same time.
 
     Parameters
     ----------
-    place : str or path, optional
-        SQLite file, or URL (`sqlite:///FILE`, `postgresql://USER@HOST/DATABASE`). By default `GRADMEM_STORE`, or else
-        a file in the user's data directory.
+    location : str or path, optional
+        SQLite file, or URL (`sqlite:///FILE`, `postgresql://USER@HOST/DATABASE`). By default `GRADMEM_STORE`, or a file
+        in the user's data directory.
     owner : str, optional
-        Whose memories it shows and keeps: another owner's do not exist for it. By default the local user's.
+        Owner of the memories. A store shows and stores the memories of one owner only. By default the local user.
     create : bool
-        Make the store where there is none.
+        Whether to create the store if there is none.
     max_memories, max_bytes : int, optional
-        Most memories that each owner may keep, and most bytes of their files, versions among them. By default as many
-        as there is room for.
+        Most memories of each owner, and most bytes of their files with all versions. By default unlimited.
 
     Raises
     ------
     GradmemError
-        When it cannot be opened, is something else, or was made by a newer gradmem. All methods raise it when the
+        If the store cannot be opened, is something else, or was made by a newer gradmem. All methods raise it if the
         database fails.
     """
 
     def __init__(
         self,
-        place: str | os.PathLike[str] | None = None,
+        location: str | os.PathLike[str] | None = None,
         owner: str | None = None,
         *,
         create: bool = True,
         max_memories: int | None = None,
         max_bytes: int | None = None,
     ) -> None:
-        require("owner", owner, owner != "", "a name, or None for the local user")
-        for what, most in (("max_memories", max_memories), ("max_bytes", max_bytes)):
-            require(what, most, most is None or most > 0, "above 0")
-        self._owner = owner or ""
-        self._quota = Quota(max_memories, max_bytes)
-        self._url = db.locate(place)
-        with self._told():
-            self._engine = db.connect(self._url, create)
+        for name, limit in (("max_memories", max_memories), ("max_bytes", max_bytes)):
+            require(name, limit, limit is None or limit > 0, "above 0")
+        self._session = Session.connect(db.locate(location), owner, Quota(max_memories, max_bytes), create)
 
     def __repr__(self) -> str:
-        return f"Store({self._place!r})"
+        return f"Store({self._session.location!r})"
 
     def __enter__(self) -> Store:
         return self
@@ -85,17 +76,16 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Close the connections, those of views of other owners too."""
-        self._engine.dispose()
+        """Close the connections, also those of `owned_by`."""
+        self._session.engine.dispose()
 
     def owned_by(self, owner: str | None) -> Store:
-        """The same store as another owner sees it, over the same connections."""
-        require("owner", owner, owner != "", "a name, or None for the local user")
+        """Return the same store for another owner, over the same connections."""
         view = copy.copy(self)
-        view._owner = owner or ""
+        view._session = self._session.owned_by(owner)
         return view
 
-    # Keeping
+    # Storing
 
     def write(
         self,
@@ -110,7 +100,9 @@ class Store:
         tags: str | Sequence[str] = (),
         **options: Any,
     ) -> Entry:
-        """Write a text, or the chunks of one, into a memory and keep it; what is kept already is not written again.
+        """Write a text, or the chunks of one, into a memory and store it.
+
+        A text that was stored before, by the same checkpoint with the same steps and precision, is not written again.
 
         Parameters
         ----------
@@ -119,25 +111,26 @@ class Store:
         steps, until, max_steps, options
             As in `MemoryModel.write`.
         precision : {"float32", "float16", "int8"}
+            Precision of the stored file.
         name : str, optional
-            For a memory that is kept already: given to it where it has none.
+            A memory that is stored already gets this name if it has none.
         tags : str or sequence of str
-            Added to those of a memory that is kept already. Several in one string are separated by commas.
+            Tags, in one string separated by commas. A memory that is stored already gets them besides its own.
 
         Returns
         -------
         Entry
-            That of the same text, checkpoint, steps and precision, where there is one.
+            Entry of the memory, new or stored before.
 
         Raises
         ------
         GradmemError
-            When the name is another memory's, or the same memory has another name.
+            If another memory has the name, or the memory is stored already under another name.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        content = content_of(model, texts, steps, until, max_steps, precision)
-        if known := self.known(content, name=name, tags=tags):
-            return known
+        content = content_hash(model, texts, steps, until, max_steps, precision)
+        if entry := self.reuse(content, name=name, tags=tags):
+            return entry
         memory = model.write(texts, steps, until=until, max_steps=max_steps, **options)
         return self.put(memory, name=name, tags=tags, precision=precision, content=content)
 
@@ -150,23 +143,23 @@ class Store:
         precision: Precision = "float32",
         content: str | None = None,
     ) -> Entry:
-        """Keep a memory that was written before; the same one is kept once.
+        """Store a memory. The same memory is stored only once.
 
         Parameters
         ----------
         memory : Memory or bytes
-            The bytes of a memory file are kept as they are.
+            The bytes of a memory file are stored as they are.
         name, tags
             As in `write`.
         precision : {"float32", "float16", "int8"}
-            In which a `Memory` is stored.
+            Precision in which a `Memory` is stored.
         content : str, optional
-            What it was written from and how (`content_of`); by default it stands for itself.
+            `content_hash` of what was written. By default a hash of the memory itself.
 
         Raises
         ------
         GradmemError
-            When the bytes are no memory file, the memory does not say who wrote it, or its name is taken.
+            If the bytes are not a memory file, the memory has no receipts, or another memory has the name.
         """
         from ..memory import Memory, identity
 
@@ -175,34 +168,35 @@ class Store:
         content = content or identity(data)
         check_name(name)
         wanted = labels(tags)
-        with self._transaction(writes=True) as its:
-            return its.kept(content, name, wanted) or its.insert(loaded, data, content, name, wanted)
+        with self._session.transaction(writes=True) as transaction:
+            found = transaction.reuse(content, name, wanted)
+            return found or transaction.insert(loaded, data, content, name, wanted)
 
-    def known(self, content: str, *, name: str | None = None, tags: str | Sequence[str] = ()) -> Entry | None:
-        """Find what is kept already and give it name and tags, as `write`; or make sure that there is room for it.
+    def reuse(self, content: str, *, name: str | None = None, tags: str | Sequence[str] = ()) -> Entry | None:
+        """Find a stored memory by its `content_hash`, and give it a name and tags as `write` does.
 
-        Parameters
-        ----------
-        content : str
-            What was written and how; see `content_of`.
+        Returns
+        -------
+        Entry or None
+            None if there is no such memory, but there is room for it.
 
         Raises
         ------
         GradmemError
-            As `write`.
+            As in `write`, and if the quota has no room for another memory.
         """
         check_name(name)
         wanted = labels(tags)
-        with self._transaction(writes=True) as its:
-            if entry := its.kept(content, name, wanted):
+        with self._session.transaction(writes=True) as transaction:
+            if entry := transaction.reuse(content, name, wanted):
                 return entry
-            its.check_room(size=1, memories=1)
+            transaction.check_room(size=1, memories=1)
             return None
 
     # Reading
 
     def get(self, ref: str) -> Entry:
-        """What the store says of a memory.
+        """Return the entry of a memory.
 
         Parameters
         ----------
@@ -212,170 +206,170 @@ class Store:
         Raises
         ------
         Missing
-            When there is none; so do all methods.
+            If there is no such memory, as in all methods.
         """
-        with self._transaction() as its:
-            return its.entry(ref)
+        with self._session.transaction() as transaction:
+            return transaction.entry(ref)
 
     def read(self, ref: str, version: int | None = None) -> bytes:
-        """The bytes of a memory file, by default of the current version; their checksum has been verified.
+        """Return the bytes of a memory file, by default of the current version, after checking their SHA-256.
 
         Raises
         ------
         GradmemError
-            When there is no such memory or version, or its bytes are not those that were stored.
+            If there is no such memory or version, or its bytes are damaged.
         """
-        with self._transaction() as its:
-            return its.stored(ref, version)[1]
+        with self._session.transaction() as transaction:
+            return transaction.read(ref, version)[1]
 
     def load(self, ref: str, version: int | None = None) -> Memory:
-        """A memory, bound to no model; see `read`."""
+        """Load a memory without its model; see `read`."""
         from ..memory import Memory
 
         return Memory.from_bytes(self.read(ref, version), f"memory '{ref}'")
 
     def open(self, ref: str, version: int | None = None, checkpoint: str | None = None) -> Memory:
-        """A memory bound to the checkpoint that wrote it, ready to be asked; see `gradmem.open`."""
+        """Load a memory with the checkpoint that wrote it, ready to be asked; see `gradmem.open`."""
         from ..model.loading import bind_memory
 
         return bind_memory(self.load(ref, version), f"memory '{ref}'", checkpoint)
 
     def list(self, *, limit: int = 50, after: str | None = None, **filters: Unpack[Filters]) -> Sequence[Entry]:
-        """One page of the memories that match all filters, the newest first.
+        """List one page of the memories that match all filters, the newest first.
 
         Parameters
         ----------
         limit : int
             Most memories of the page, up to 1,000.
         after : str, optional
-            `Entry.cursor` of the last memory of the page before.
+            `Entry.cursor` of the last memory of the previous page.
         filters
-            `checkpoint` (name or fingerprint), `name` (or its beginning and a *), `tags` (all of them), and `since`
-            and `until`, times of creation (the latter excluded), in UTC where they have no zone.
+            `checkpoint` (name or fingerprint), `name` (a name, or its beginning followed by *), `tags` (a memory must
+            have all of them), `since` and `until` (times of creation, `until` excluded, UTC if they have no time zone).
 
         Raises
         ------
         GradmemError
-            When a limit or a cursor is none.
+            If the limit or the cursor is invalid.
         """
         require("limit", limit, 1 <= limit <= PAGE, f"from 1 to {PAGE}")
-        with self._transaction() as its:
-            page = matching(its.connection, self._owner, filters, after).limit(limit)
-            return its.entries(db.memories.c.id.in_(page))
+        with self._session.transaction() as transaction:
+            page = matching(transaction.connection, self._session.owner, filters, after).limit(limit)
+            return transaction.entries(db.memories.c.id.in_(page))
 
     # Changing
 
     def change(self, ref: str, **changes: Unpack[Changes]) -> Entry:
-        """Change what is said of a memory: all that is given or, where one thing is refused, nothing.
+        """Change the name, the tags and the pin of a memory. If one change is refused, none is made.
 
         Parameters
         ----------
         ref : str
         changes
-            `name` (None takes it away), `tags` in place of those it has, and `pinned`, which keeps it from being
-            deleted. What is not given stays.
+            `name` (None removes it), `tags` (they replace the present ones), and `pinned` (a pinned memory cannot be
+            deleted). Whatever is not given stays as it is.
 
         Raises
         ------
         GradmemError
-            When there is no such memory, the name is taken or none, or a tag is none.
+            If there is no such memory, the name is invalid or another memory has it, or a tag is invalid.
         """
         name, wanted = changes.get("name"), labels(changes.get("tags", ()))
         check_name(name)
-        with self._transaction(writes=True) as its:
-            row = its.row(ref)
-            its.check_free(name, row.id)
+        with self._session.transaction(writes=True) as transaction:
+            row = transaction.row(ref)
+            transaction.check_free(name, row.id)
             if "tags" in changes:
-                its.retag(row, wanted)
+                transaction.replace_tags(row, wanted)
             if changes:
-                its.set(row.id, **{what: changes[what] for what in ("name", "pinned") if what in changes})
-            return its.entry(row.id)
+                columns = {column: changes[column] for column in ("name", "pinned") if column in changes}
+                transaction.set_columns(row.id, **columns)
+            return transaction.entry(row.id)
 
     def rename(self, ref: str, name: str | None) -> Entry:
-        """Give a memory another name, or none; see `change`."""
+        """Give a memory another name, or None to remove it; see `change`."""
         return self.change(ref, name=name)
 
     def pin(self, ref: str, pinned: bool = True) -> Entry:
-        """Keep a memory from being deleted, or no longer do."""
+        """Pin a memory, so that it cannot be deleted, or unpin it."""
         return self.change(ref, pinned=pinned)
 
     def tag(self, ref: str, tags: str | Sequence[str]) -> Entry:
-        """Give a memory these tags in place of those it has."""
+        """Replace the tags of a memory."""
         return self.change(ref, tags=tags)
 
     def delete(self, *refs: str) -> int:
-        """Delete memories with all their versions, all of them or, where one is refused, none; return how many.
+        """Delete memories with all their versions, and return their number. If one is refused, none is deleted.
 
         Raises
         ------
         GradmemError
-            When there is no such memory, or one is pinned.
+            If there is no such memory, or one is pinned.
         """
-        with self._transaction(writes=True) as its:
-            rows = {row.id: row for row in map(its.row, refs)}
+        with self._session.transaction(writes=True) as transaction:
+            rows = {row.id: row for row in map(transaction.row, refs)}
             for row in rows.values():
                 if row.pinned:
                     raise Conflict(f"memory '{row.name or row.id}' is pinned: unpin it first")
-            its.connection.execute(delete(db.memories).where(db.memories.c.id.in_(rows)))
+            transaction.connection.execute(delete(db.memories).where(db.memories.c.id.in_(rows)))
         return len(rows)
 
     def prune(self, **filters: Unpack[Filters]) -> int:
-        """Delete all memories that match all filters, but for pinned ones; return how many. See `list`."""
-        with self._transaction(writes=True) as its:
-            ids = db.memories.c.id.in_(matching(its.connection, self._owner, filters).order_by(None))
-            done = its.connection.execute(delete(db.memories).where(ids, db.memories.c.pinned.is_(False)))
-        return done.rowcount
+        """Delete all unpinned memories that match all filters, and return their number. See `list`."""
+        with self._session.transaction(writes=True) as transaction:
+            matches = matching(transaction.connection, self._session.owner, filters).order_by(None)
+            unpinned = delete(db.memories).where(db.memories.c.id.in_(matches), db.memories.c.pinned.is_(False))
+            return transaction.connection.execute(unpinned).rowcount
 
     # Versions
 
     def update(
         self, ref: str, memory: Memory, *, precision: Precision | None = None, expected: int | None = None
     ) -> Entry:
-        """Keep a memory as the next version of another, which becomes the current one.
+        """Store a memory as the next version of another, and make it the current one.
 
         Parameters
         ----------
         ref : str
         memory : Memory
-            Written by the same checkpoint.
         precision : {"float32", "float16", "int8"}, optional
             By default that of the current version.
         expected : int, optional
-            The version that `memory` was made from: refuse when another has become current since.
+            Version that `memory` was made from. The update is refused if another version has become current.
 
         Raises
         ------
         GradmemError
-            When there is no such memory, another checkpoint wrote it, or another version is current.
+            If there is no such memory, another checkpoint wrote it, or another version is current.
         """
-        with self._transaction(writes=True) as its:
-            row = its.row(ref)
-            data = memory.to_bytes(precision or its.entry(row.id).current.precision)
+        with self._session.transaction(writes=True) as transaction:
+            row = transaction.row(ref)
+            data = memory.to_bytes(precision or transaction.entry(row.id).current.precision)
             version = version_of(memory, data)
             if row.checkpoint != memory.receipts[0].checkpoint:
-                raise Conflict(f"all versions of a memory are by one checkpoint; '{ref}' is by '{row.model}'")
+                raise Conflict(f"all versions of a memory need one checkpoint; '{ref}' was written by '{row.model}'")
             if expected not in (None, row.version):
                 raise Conflict(f"'{ref}' has changed meanwhile: version {row.version} is current, not {expected}")
-            its.add_version(row, version, data)
-            return its.entry(row.id)
+            transaction.add_version(row, version, data)
+            return transaction.entry(row.id)
 
     def append(self, ref: str, text: str | Sequence[str], model: MemoryModel, **options: Any) -> Entry:
-        """Write more text into a memory, as its next version.
+        """Write more text into a memory, and store it as the next version.
 
         Parameters
         ----------
         ref : str
         text : str or sequence of str
-            One for each row.
+            One text for each row.
         model : MemoryModel
-            The one that wrote the memory.
+            The model that wrote the memory.
         options
             As in `MemoryModel.append`.
 
         Raises
         ------
         GradmemError
-            When another process has changed it meanwhile, or as `MemoryModel.append` does.
+            If the memory has changed meanwhile, or as in `MemoryModel.append`.
         """
         entry = self.get(ref)
         memory = model.bind(self.load(entry.id, entry.current.number), f"memory '{ref}'")
@@ -383,68 +377,23 @@ class Store:
         return self.update(entry.id, longer, expected=entry.current.number)
 
     def versions(self, ref: str) -> Sequence[Version]:
-        """All versions of a memory, the first one first."""
-        with self._transaction() as its:
-            return its.versions(ref)
+        """Return all versions of a memory, the first one first."""
+        with self._session.transaction() as transaction:
+            return transaction.versions(ref)
 
     def rollback(self, ref: str, version: int) -> Entry:
-        """Make another version the current one. None is deleted: a later one can come back in the same way."""
-        with self._transaction(writes=True) as its:
-            row = its.row(ref)
-            its.make_current(row, version)
-            return its.entry(row.id)
+        """Make another version the current one. No version is deleted, so later ones can be restored the same way."""
+        with self._session.transaction(writes=True) as transaction:
+            row = transaction.row(ref)
+            transaction.make_current(row, version)
+            return transaction.entry(row.id)
 
     def diff(self, ref: str, a: int, b: int) -> Diff:
-        """What became of version a's tokens in version b, by their receipts."""
+        """Compare by their receipts which tokens two versions keep."""
         from ..memory import Memory
 
-        with self._transaction() as its:
-            id = its.row(ref).id
-            (before, old), (after, new) = (its.stored(id, number) for number in (a, b))
+        with self._session.transaction() as transaction:
+            id = transaction.row(ref).id
+            (before, old), (after, new) = (transaction.read(id, number) for number in (a, b))
         receipts = [Memory.from_bytes(data, f"memory '{ref}'").receipts for data in (old, new)]
         return Diff.of(before, after, (receipts[0], receipts[1]))
-
-    # The database
-
-    @property
-    def _place(self) -> str:
-        return self._url.render_as_string() if self._url.host else str(self._url.database)
-
-    @contextmanager
-    def _transaction(self, writes: bool = False) -> Iterator[Transaction]:
-        """A transaction, which takes place as a whole or not at all; those that write for one owner take turns."""
-        options = {db.WRITER: self._owner if writes else None}
-        with self._told(), self._engine.connect().execution_options(**options) as connection, connection.begin():
-            yield Transaction(connection, self._owner, self._place, self._quota)
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Say in one line what is wrong with the database."""
-        try:
-            yield
-        except (SQLAlchemyError, OSError, ValueError) as error:
-            raise Unavailable(f"cannot use the store {self._place}: {_reason(error)}") from error
-
-
-def content_of(
-    model: MemoryModel,
-    texts: Sequence[str],
-    steps: int | None = None,
-    until: float | None = None,
-    max_steps: int | None = None,
-    precision: Precision = "float32",
-) -> str:
-    """Hash of what `Store.write` with these arguments would write, and how."""
-    # The fingerprint of the checkpoint covers the method and the options that it was trained with.
-    settings = [model.overrides, model.most_steps(steps, until, max_steps), until, precision]
-    return _hash([model.fingerprints["checkpoint"], [text_digest(one) for one in texts], *settings])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    """First line of what a database said."""
-    cause = error.orig if isinstance(error, DBAPIError) else error
-    return (str(cause).splitlines() or [type(cause).__name__])[0]

@@ -1,4 +1,4 @@
-"""One transaction of an owner: what is found in it still holds when something is changed in it."""
+"""The queries and changes of one transaction, for one owner."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ _memories, _versions, _tags = db.memories.c, db.versions.c, db.tags.c
 
 @dataclass(frozen=True)
 class Quota:
-    """How much each owner may keep; None is as much as there is room for.
+    """How much each owner may store. None means unlimited.
 
     Attributes
     ----------
     memories : int or None
+        Most memories.
     bytes : int or None
-        Of their files, versions among them.
+        Most bytes of their files, with all versions.
     """
 
     memories: int | None = None
@@ -40,108 +41,108 @@ class Quota:
 
 @dataclass(frozen=True)
 class Transaction:
-    """What a store does with its tables for one owner, in one transaction.
+    """One transaction for one owner.
 
-    Names may move between two transactions: within one, a memory is told by its id.
+    A name may move to another memory between two transactions; the id of a memory never does.
 
     Attributes
     ----------
     connection : Connection
-        On which the transaction has begun; where it writes, no other one writes for this owner meanwhile.
+        Connection on which the transaction has begun. While it writes, no other transaction writes for this owner.
     owner : str
-    place : str
-        Where the store is, for messages.
+    location : str
+        Location of the store, for messages.
     quota : Quota
     """
 
     connection: Connection
     owner: str
-    place: str
+    location: str
     quota: Quota
 
-    # Finding
+    # Reading
 
     @property
     def mine(self) -> ColumnElement[bool]:
-        """The memories of the owner."""
+        """Condition: the memory belongs to the owner."""
         return _memories.owner == self.owner
 
     def named(self, ref: str) -> ColumnElement[bool]:
-        """The memory of this id or name: no name looks like an id, and databases differ in what else they refuse."""
-        if not ref.isprintable():
+        """Condition: the memory has this id or name. No name looks like an id."""
+        if not ref.isprintable():  # databases differ in which of these they refuse
             raise self.missing(ref)
         return and_(self.mine, (_memories.id if ID.fullmatch(ref) else _memories.name) == ref)
 
     def missing(self, ref: str, version: int | None = None) -> Missing:
-        """The error for a memory, or a version, that is not there."""
+        """Build the error for a memory or a version that does not exist."""
         which = "" if version is None else f"version {version} of "
-        return Missing(f"no {which}memory '{ref}' in {self.place}")
+        return Missing(f"no {which}memory '{ref}' in {self.location}")
 
     def row(self, ref: str) -> Row[Any]:
-        """The row of a memory."""
+        """Return the row of a memory."""
         row = self.connection.execute(select(db.memories).where(self.named(ref))).first()
         if row is None:
             raise self.missing(ref)
         return row
 
     def entry(self, ref: str) -> Entry:
-        """What the store says of a memory."""
+        """Return the entry of a memory."""
         found = self.entries(self.named(ref))
         if not found:
             raise self.missing(ref)
         return found[0]
 
     def entries(self, condition: ColumnElement[bool]) -> Sequence[Entry]:
-        """Memories with their current versions and tags, the newest first."""
+        """Return the entries of the memories that meet a condition, the newest first."""
         return [make_entry(row) for row in self.connection.execute(ENTRIES.where(condition))]
 
     def versions(self, ref: str) -> Sequence[Version]:
-        """All versions of a memory, the first one first."""
+        """Return all versions of a memory, the first one first."""
         query = select(*VERSION).join(db.memories).where(self.named(ref)).order_by(_versions.number)
         found = self.connection.execute(query).all()
         if not found:
             raise self.missing(ref)
         return [make_version(row) for row in found]
 
-    def stored(self, ref: str, version: int | None) -> tuple[Version, bytes]:
-        """A version, by default the current one, and its bytes, whose checksum is verified."""
+    def read(self, ref: str, version: int | None) -> tuple[Version, bytes]:
+        """Return a version, by default the current one, and its bytes, after checking their SHA-256."""
         wanted = _memories.version if version is None else _checked(version)
         query = select(*VERSION, _versions.data).join(db.memories)
         row = self.connection.execute(query.where(self.named(ref), _versions.number == wanted)).first()
         if row is None:
             raise self.missing(ref, version)
-        *about, data = row
-        found = make_version(about)
+        *columns, data = row
+        found = make_version(columns)
         if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != found.sha256:
-            raise Unavailable(f"memory '{ref}' is damaged in {self.place}: it does not match its checksum")
+            raise Unavailable(f"memory '{ref}' is damaged in {self.location}: it does not match its checksum")
         return found, data
 
     # Changing
 
-    def kept(self, content: str, name: str | None, tags: Sequence[str]) -> Entry | None:
-        """Find what is kept already, and give it a name, where it has none, and tags besides those it has.
+    def reuse(self, content: str, name: str | None, tags: Sequence[str]) -> Entry | None:
+        """Find a memory by the hash of its content. Add the tags, and the name if it has none.
 
         Raises
         ------
         Conflict
-            When it has another name, or another memory has this one.
+            If the memory has another name, or another memory has this name.
         """
         row = self.connection.execute(select(db.memories).where(self.mine, _memories.content == content)).first()
         self.check_free(name, row.id if row else None)
         if row is None:
             return None
         if row.name is not None and name not in (None, row.name):
-            raise Conflict(f"this memory is kept already, as '{row.name}': rename it, or give no other name")
+            raise Conflict(f"this memory is stored already, as '{row.name}': rename it, or give no other name")
         present = self.connection.scalars(select(_tags.tag).where(_tags.memory == row.id)).all()
         if missing := [tag for tag in tags if tag not in present]:
-            labels([*present, *missing])  # are they too many together?
+            labels([*present, *missing])  # raises if these are too many tags
             insert_tags(self.connection, row._asdict(), missing)
         if missing or name not in (None, row.name):
-            self.set(row.id, name=name or row.name)
+            self.set_columns(row.id, name=name or row.name)
         return self.entry(row.id)
 
     def insert(self, memory: Memory, data: bytes, content: str, name: str | None, tags: Sequence[str]) -> Entry:
-        """Keep a memory that is not kept yet, under a name that is free."""
+        """Store a new memory, under a name that no other memory has."""
         version, receipt, moment = version_of(memory, data), memory.receipts[0], now()
         values: dict[str, Any] = {
             "id": secrets.token_hex(16),
@@ -164,7 +165,7 @@ class Transaction:
         return self.entry(values["id"])
 
     def add_version(self, row: Row[Any], version: Version, data: bytes) -> None:
-        """Keep another version of a memory and make it the current one."""
+        """Store another version of a memory, and make it the current one."""
         self.check_room(version.size)
         last = self.connection.scalar(select(func.max(_versions.number)).where(_versions.memory == row.id))
         number = (last or 0) + 1
@@ -172,47 +173,47 @@ class Transaction:
         self.make_current(row, number, bytes=row.bytes + version.size)
 
     def make_current(self, row: Row[Any], number: int, **values: Any) -> None:
-        """Make a version the current one; the memory is no longer what was once written: that would be written anew."""
-        there = select(_versions.number).where(_versions.memory == row.id, _versions.number == _checked(number))
-        if self.connection.scalar(there) is None:
+        """Make a version the current one. The memory loses its content hash, which was that of the first version."""
+        exists = select(_versions.number).where(_versions.memory == row.id, _versions.number == _checked(number))
+        if self.connection.scalar(exists) is None:
             raise self.missing(row.name or row.id, number)
-        self.set(row.id, version=number, content=None, **values)
+        self.set_columns(row.id, version=number, content=None, **values)
 
-    def retag(self, row: Row[Any], tags: Sequence[str]) -> None:
-        """Give a memory these tags in place of those it has."""
+    def replace_tags(self, row: Row[Any], tags: Sequence[str]) -> None:
+        """Replace the tags of a memory."""
         self.connection.execute(delete(db.tags).where(_tags.memory == row.id))
         insert_tags(self.connection, row._asdict(), tags)
 
-    def set(self, id: str, **values: Any) -> None:
-        """Change columns of a memory."""
+    def set_columns(self, id: str, **values: Any) -> None:
+        """Change columns of a memory, and its time of update."""
         self.connection.execute(update(db.memories).where(_memories.id == id).values(**values, updated=now()))
 
-    # Refusing
+    # Checking
 
     def check_free(self, name: str | None, id: str | None) -> None:
-        """Refuse a name that another memory has."""
+        """Raise `Conflict` if another memory has the name."""
         if name is None:
             return
         other = self.connection.scalar(select(_memories.id).where(self.mine, _memories.name == name))
         if other not in (None, id):
-            raise Conflict(f"the name '{name}' is taken by another memory: update that one, or take another name")
+            raise Conflict(f"the name '{name}' is taken by another memory: update that memory, or choose another name")
 
     def check_room(self, size: int, memories: int = 0) -> None:
-        """Refuse what would go beyond the owner's quota."""
-        most, advice = self.quota, "delete memories that are not needed, then try again"
-        if most == Quota():
+        """Raise `QuotaExceeded` if so many more memories and bytes would exceed the quota."""
+        quota, advice = self.quota, "delete memories that you no longer need, then try again"
+        if quota == Quota():
             return
         query = select(func.count(), func.coalesce(func.sum(_memories.bytes), 0)).where(self.mine)
         there, used = map(int, self.connection.execute(query).one())
-        if memories and most.memories is not None and there + memories > most.memories:
-            raise QuotaExceeded(f"at most {most.memories:,} memories may be kept, and {there:,} are: {advice}")
-        if most.bytes is not None and used + size > most.bytes:
+        if memories and quota.memories is not None and there + memories > quota.memories:
+            raise QuotaExceeded(f"at most {quota.memories:,} memories may be stored, and {there:,} are: {advice}")
+        if quota.bytes is not None and used + size > quota.bytes:
             raise QuotaExceeded(
-                f"at most {most.bytes:,} bytes of memories may be kept, and {used:,} are, so that {size:,} more do not "
-                f"fit: {advice}"
+                f"at most {quota.bytes:,} bytes of memories may be stored, and {used:,} are: {size:,} more do not fit: "
+                f"{advice}"
             )
 
 
 def _checked(version: int) -> int:
-    """The number of a version, or 0, which none has, in place of what no database takes as a number."""
+    """Replace numbers that a database cannot hold by 0, which no version has."""
     return version if 0 < version < 2**31 else 0

@@ -136,7 +136,7 @@ def test_a_change_that_is_ended_in_the_middle_has_not_happened(client: TestClien
             if left < 0:
                 raise RuntimeError
 
-    event.listen(client.app.state.store._engine, "before_cursor_execute", end)
+    event.listen(client.app.state.store._session.engine, "before_cursor_execute", end)
     wanted, changes = {"name": "other", "tags": ["b"], "pinned": True}, 0
     while client.patch("/v1/memories/notes", json=wanted).status_code == 500 and changes < 20:
         assert client.get("/v1/memories").json() == before

@@ -14,7 +14,7 @@ from ...errors import GradmemError
 from ...methods.base import Written
 from ...model import MemoryModel
 from ...model.abstain import Answer
-from ...store import Entry, content_of
+from ...store import Entry, content_hash
 from ...store.listing import Filters, labels
 from ...store.store import Store
 from ..async_store import AsyncStore, OwnStore
@@ -51,11 +51,11 @@ async def write(wanted: NewMemory, store: OwnStore, engines: Pool) -> Any:
 async def _write(wanted: NewMemory, store: AsyncStore, engines: EnginePool) -> AsyncIterator[WriteEvent]:
     engine = await engines.get(wanted.checkpoint)
     options = wanted.options
-    content = content_of(engine.model, [wanted.text], precision=wanted.precision, **options)
+    content = content_hash(engine.model, [wanted.text], precision=wanted.precision, **options)
     labelled: dict[str, Any] = {"name": wanted.name, "tags": wanted.tags}
-    known = await store.change(lambda s: s.known(content, **labelled))
-    if known and not wanted.tokens:
-        yield known
+    stored = await store.change(lambda s: s.reuse(content, **labelled))
+    if stored and not wanted.tokens:
+        yield stored
         return
     progress = ProgressStream[WriteEvent]()
     future = engine.write(wanted.text, on_step=_publish_steps(progress, engine.model, wanted), **options)

@@ -1,0 +1,82 @@
+"""How an owner reaches the database: connections, transactions, and one-line errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from ..errors import Unavailable, require
+from . import database as db
+from .transaction import Quota, Transaction
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connected database, seen by one owner.
+
+    Attributes
+    ----------
+    url : URL
+    engine : Engine
+    owner : str
+        Empty for the local user.
+    quota : Quota
+    """
+
+    url: URL
+    engine: Engine
+    owner: str
+    quota: Quota
+
+    @classmethod
+    def connect(cls, url: URL, owner: str | None, quota: Quota, create: bool) -> Session:
+        """Connect to a database, and create its tables if there are none and `create` is true."""
+        with _translate_errors(url):
+            return cls(url, db.connect(url, create), _checked(owner), quota)
+
+    def owned_by(self, owner: str | None) -> Session:
+        """Return the same session for another owner."""
+        return replace(self, owner=_checked(owner))
+
+    @property
+    def location(self) -> str:
+        """The file or the URL, without a password."""
+        return _location(self.url)
+
+    @contextmanager
+    def transaction(self, writes: bool = False) -> Iterator[Transaction]:
+        """Run a transaction, which takes effect as a whole or not at all. Those that write for one owner take turns."""
+        options = {db.WRITER: self.owner if writes else None}
+        with (
+            _translate_errors(self.url),
+            self.engine.connect().execution_options(**options) as connection,
+            connection.begin(),
+        ):
+            yield Transaction(connection, self.owner, self.location, self.quota)
+
+
+def _checked(owner: str | None) -> str:
+    require("owner", owner, owner != "", "a name, or None for the local user")
+    return owner or ""
+
+
+def _location(url: URL) -> str:
+    return url.render_as_string() if url.host else str(url.database)
+
+
+@contextmanager
+def _translate_errors(url: URL) -> Iterator[None]:
+    """Raise errors of the database as one line."""
+    try:
+        yield
+    except (SQLAlchemyError, OSError, ValueError) as error:
+        raise Unavailable(f"cannot use the store {_location(url)}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
