@@ -281,9 +281,9 @@ COMMANDS = {"write", "ask", "restore", "eval", "sweep", "compare", "calibrate", 
 
 
 def test_every_command_that_runs_a_model_takes_a_device_and_finds_it_by_default() -> None:
-    taking = {name for name, function in cli.FUNCTIONS.items() if "device" in inspect.signature(function).parameters}
+    taking = {name for name, function in cli.COMMANDS.items() if "device" in inspect.signature(function).parameters}
     assert taking == COMMANDS
-    functions = [cli.FUNCTIONS[name] for name in COMMANDS] + [store_commands.append]
+    functions = [cli.COMMANDS[name] for name in COMMANDS] + [store_commands.append]
     assert {inspect.signature(function).parameters["device"].default for function in functions} == {"auto"}
 
 

@@ -17,7 +17,7 @@ import gradmem
 from gradmem import GradmemError, Memory, MemoryModel, Written
 from gradmem.cli.console import progress_bar
 from gradmem.cli.evaluation import Ints
-from gradmem.cli.main import FUNCTIONS, main
+from gradmem.cli.main import COMMANDS, main
 from gradmem.store import Store
 
 load = lru_cache(gradmem.load)
@@ -368,10 +368,10 @@ def test_other_documents_are_told_where_to_go(checkpoint: str, kind: str) -> Non
 def test_flags_come_from_the_signatures(capsys: pytest.CaptureFixture[str]) -> None:
     """Every boolean option is a flag with the help of its docstring, in every command."""
     from gradmem.cli.serving import KEYS
-    from gradmem.cli.store import COMMANDS
+    from gradmem.cli.store import COMMANDS as STORE
 
-    groups = {"store": COMMANDS, "keys": KEYS}
-    lines = {(name,): one for name, one in FUNCTIONS.items()}
+    groups = {"store": STORE, "keys": KEYS}
+    lines = {(name,): one for name, one in COMMANDS.items()}
     lines |= {(group, name): one for group, members in groups.items() for name, one in members.items()}
     flags = 0
     for line, function in lines.items():

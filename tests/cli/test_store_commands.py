@@ -33,7 +33,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_write_ask_and_all_commands(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write = ["write", "checkpoint", "pairs.txt", "--store", "--name", "notes", "--tags", "work,kv"]
-    assert "kept notes" in run(capsys, *write)
+    assert "stored notes" in run(capsys, *write)
     assert not (place / "memory.safetensors").exists()
     entry = Store().get("notes")
     assert entry.tags == ("kv", "work")

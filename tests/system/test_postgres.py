@@ -1,24 +1,26 @@
-"""What `tests/test_store.py` says of SQLite holds for PostgreSQL."""
+"""The tests in `tests/store` hold for PostgreSQL too, except those of the SQLite file."""
 
 from __future__ import annotations
 
 import pytest
-from tests.store import test_store
+from tests.store import (
+    conftest,
+    test_listing,
+    test_quotas,
+    test_refusals,
+    test_store,
+    test_transactions,
+    test_versions,
+)
 
 from gradmem import GradmemError
 from gradmem.store import Store
 from stored import made
 
-OF_FILES = ("the_file", "a_file", "files", "damaged_file", "makes_no_store", "environment", "changed_byte", "urls")
-"""Tests of SQLite's file."""
+MODULES = (test_store, test_listing, test_versions, test_transactions, test_quotas, test_refusals)
 FIXTURES = ("store", "many", "three")
-globals().update(
-    {
-        name: value
-        for name, value in vars(test_store).items()
-        if name in FIXTURES or (name.startswith("test_") and not any(word in name for word in OF_FILES))
-    }
-)
+globals().update({name: getattr(conftest, name) for name in FIXTURES})
+globals().update({name: test for one in MODULES for name, test in vars(one).items() if name.startswith("test_")})
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def test_a_reader_makes_no_tables(postgres: str) -> None:
 def test_a_newer_store_is_refused(postgres: str) -> None:
     from sqlalchemy import text
 
-    with Store(postgres) as store, store._engine.begin() as connection:
+    with Store(postgres) as store, store._session.engine.begin() as connection:
         connection.execute(text("UPDATE gradmem_schema SET version = 3"))
     with pytest.raises(GradmemError, match=r"version 3.*update gradmem"):
         Store(postgres)
@@ -48,7 +50,7 @@ def test_a_changed_byte_of_a_memory_is_found(postgres: str) -> None:
 
     with Store(postgres) as store:
         entry = store.put(made(1))
-        with store._engine.begin() as connection:
+        with store._session.engine.begin() as connection:
             connection.execute(text("UPDATE gradmem_versions SET data = :data"), {"data": made(2).to_bytes()})
         with pytest.raises(GradmemError, match="does not match its checksum"):
             store.load(entry.id)

@@ -1,4 +1,4 @@
-"""What all commands share: the console, progress and files."""
+"""The console, progress bars, and text files of all commands."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ from ..interruption import Interruptible
 from ..visible import visible
 
 T = TypeVar("T")
-WIDE = 200
-"""Columns of what is piped, where a program or a file takes whole table cells rather than a screen's width."""
-EVERY = 10.0
-"""Seconds between the lines that show progress where no terminal could show a bar."""
+PIPE_WIDTH = 200
+"""Least width of output that is not a terminal, so that table cells are not wrapped."""
+PROGRESS_SECONDS = 10.0
+"""Seconds between lines of progress if standard error is not a terminal."""
 
 
 class Console(rich.Console):
-    """A console of rich that shows text as it is: nothing in it is markup, an emoji's name or what a terminal obeys."""
+    """A console that prints text literally: no markup, no emoji names, no control characters."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def render(self, renderable: rich.RenderableType, options: rich.ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render as rich does, what it renders being visible; what moves the cursor is rich's own."""
+        """Render as rich does, and make control characters visible, except those of rich itself."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 def _console(stderr: bool = False) -> Console:
-    """As wide as its terminal, or wide enough for whole cells where it is piped."""
+    """Make a console with the width of its terminal, or of `PIPE_WIDTH`."""
     found = Console(stderr=stderr)
-    return found if found.is_terminal else Console(stderr=stderr, width=max(found.width, WIDE))
+    return found if found.is_terminal else Console(stderr=stderr, width=max(found.width, PIPE_WIDTH))
 
 
 console = _console()
 notes = _console(stderr=True)
-"""Standard error: what is not the result."""
+"""Console on standard error, for all that is not the result of a command."""
 
 
 def use_utf8() -> None:
-    """Take and give text as UTF-8 whatever the locale says, as files are read and written."""
+    """Use UTF-8 for standard input and output, whatever the locale is."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if stream is None:
             continue  # closed
@@ -71,12 +71,12 @@ def read_text(path: Path) -> str:
     Raises
     ------
     GradmemError
-        When it cannot be read or is not UTF-8.
+        If the file cannot be read or is not UTF-8.
     """
     if str(path) == "-":
         return read_stdin()
     try:
-        return path.read_bytes().decode()  # line ends as they are: a memory is of the text to the letter
+        return path.read_bytes().decode()  # bytes, since a memory is of the exact text with its line ends
     except UnicodeDecodeError as error:
         raise GradmemError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
@@ -89,7 +89,7 @@ def read_stdin() -> str:
     Raises
     ------
     GradmemError
-        When it is closed, cannot be read or is not UTF-8.
+        If standard input is closed, cannot be read or is not UTF-8.
     """
     if sys.stdin is None or sys.stdin.closed:
         raise GradmemError("standard input is closed: give a file, or text on standard input")
@@ -109,7 +109,7 @@ def progress_bar(
     stop: Interruptible | None = None,
     detail: Callable[[T], str] | None = None,
 ) -> Iterator[T]:
-    """Pass on what is done step by step and show how far it is: a bar on a terminal, a line now and then elsewhere.
+    """Yield the items of an iterable and show the progress: a bar on a terminal, or a line now and then.
 
     Parameters
     ----------
@@ -117,9 +117,9 @@ def progress_bar(
     title : str
     total : int, optional
     stop : Interruptible, optional
-        End with the step at hand when this was asked to.
+        Stops after the current item if the user has interrupted.
     detail : callable, optional
-        What else to show of a step.
+        Text to show beside the bar for an item.
     """
     if total is None and isinstance(batches, Sized):
         total = len(batches)
@@ -132,14 +132,14 @@ def progress_bar(
         transient=True,
         disable=not notes.is_terminal,
     )
-    said = time.monotonic()
+    printed = time.monotonic()
     with bar:
         task = bar.add_task(title, total=total, detail="")
         for done, batch in enumerate(batches, 1):
             shown = detail(batch) if detail else ""
             bar.update(task, completed=done, detail=shown)
-            if not notes.is_terminal and time.monotonic() - said >= EVERY:
-                said = time.monotonic()
+            if not notes.is_terminal and time.monotonic() - printed >= PROGRESS_SECONDS:
+                printed = time.monotonic()
                 of = "" if total is None else f" of {total}"
                 notes.print(f"{title}: {done}{of} {shown}".rstrip(), highlight=False, soft_wrap=True)
             yield batch
@@ -148,4 +148,5 @@ def progress_bar(
 
 
 def dumps(value: Any) -> str:
+    """Return a value as indented JSON."""
     return json.dumps(value, indent=1)

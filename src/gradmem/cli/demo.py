@@ -1,4 +1,4 @@
-"""The demonstration: write pairs, then a story, delete them, and answer from the memory."""
+"""The command `gradmem demo`."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ def demo(
     seed: int = 7,
     device: str = "auto",
 ) -> None:
-    """Write key-value pairs into a few vectors, delete them, and answer every query; then the same with a story.
+    """Write key-value pairs into a few vectors, delete the pairs, and answer every query; then do so with a story.
 
     Parameters
     ----------
     checkpoint
         Name of a packaged checkpoint, or directory.
     story
-        The same for stories, or none.
+        Checkpoint for the story; null for no story.
     pairs
-        File of lines key:value to use instead of drawn ones.
+        File of lines key:value to use instead of random pairs.
     output
-        Directory for the memory files and the figure.
+        Directory of the memory files and the figure.
     samples
-        Also measure exact match by write steps on so many fresh contexts, after the answers; 100 take a minute or two.
+        Number of fresh contexts on which to measure exact match by write steps; 100 take a minute or two.
     seed
-        Seed of the drawn pairs.
+        Seed of the random pairs.
     device
-        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+        Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     """
     model = gradmem.load(checkpoint).to(device_named(device))
-    text = _text(model, pairs, seed)
+    text = _pairs_text(model, pairs, seed)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,20 +70,20 @@ def demo(
     console.print(f"wrote {len(truth)} pairs into {file} in {written.receipts[0].steps} steps and deleted them")
     del written
 
-    memory = _opened(file, device)
+    memory = _open(file, device)
     answers = memory.ask([query for query, _ in truth])
-    console.print(_answers(truth, answers))
+    console.print(_answers_table(truth, answers))
     right = sum(answer == value for answer, (_, value) in zip(answers, truth, strict=True))
     console.print(f"{right} of {len(truth)} right, from {file} alone\n")
-    console.print(_sizes(model, text, memory.nbytes, file.stat().st_size))
+    console.print(_sizes_table(model, text, memory.nbytes, file.stat().st_size))
     if story is not None:
-        _tell(gradmem.load(story).to(device_named(device)), output)
+        _show_story(gradmem.load(story).to(device_named(device)), output)
     if samples:
         _measure(model, samples, seed, output / "steps.png")
 
 
 def _measure(model: gradmem.MemoryModel, samples: int, seed: int, file: Path) -> None:
-    """Table and figure of exact match by write steps."""
+    """Measure exact match by write steps, as a table and a figure."""
     from ..evaluation.measurement import evaluate
     from ..evaluation.report import steps_figure, table
 
@@ -96,29 +96,29 @@ def _measure(model: gradmem.MemoryModel, samples: int, seed: int, file: Path) ->
         console.print(f"no figure: {error}", markup=False)
 
 
-def _opened(file: Path, device: str) -> gradmem.Memory:
-    """A memory file alone, on a device."""
+def _open(file: Path, device: str) -> gradmem.Memory:
+    """Open a memory file on a device."""
     memory = gradmem.open(file)
     assert memory.model is not None  # open binds
     return memory.model.to(device_named(device)).bind(memory)
 
 
-def _tell(model: gradmem.MemoryModel, output: Path) -> None:
-    """Tell a story, forget it, and answer from the memory file."""
+def _show_story(model: gradmem.MemoryModel, output: Path) -> None:
+    """Write a story into a memory file, and answer questions from the file alone."""
     file = model.write(STORY).save(output / "story.safetensors")
-    console.print(f"\na story: {' '.join(STORY.split())}\nwritten into {file}, and forgotten\n", highlight=False)
-    console.print(_answers(WHERE, _opened(file, str(model.device)).ask([question for question, _ in WHERE])))
+    console.print(f"\na story: {' '.join(STORY.split())}\nwritten into {file}\n", highlight=False)
+    console.print(_answers_table(WHERE, _open(file, str(model.device)).ask([question for question, _ in WHERE])))
 
 
-def _text(model: gradmem.MemoryModel, pairs: Path | None, seed: int) -> str:
+def _pairs_text(model: gradmem.MemoryModel, pairs: Path | None, seed: int) -> str:
     if pairs is not None:
         return read_text(pairs)
     if (drawn := model.task.example(seed)) is None:
-        raise GradmemError(f"'{model.name}' has no examples of its own: give --pairs")
+        raise GradmemError(f"'{model.name}' has no examples: give --pairs")
     return drawn[0]
 
 
-def _answers(truth: list[tuple[str, str]], answers: list[str]) -> Table:
+def _answers_table(truth: list[tuple[str, str]], answers: list[str]) -> Table:
     built = Table(title="asked of the memory")
     columns = 2 if len(truth) > 16 else 1
     for _ in range(columns):
@@ -135,8 +135,8 @@ def _answers(truth: list[tuple[str, str]], answers: list[str]) -> Table:
     return built
 
 
-def _sizes(model: gradmem.MemoryModel, text: str, memory: int, file: int) -> Table:
-    """Bytes of the memory beside what it replaces."""
+def _sizes_table(model: gradmem.MemoryModel, text: str, memory: int, file: int) -> Table:
+    """Build a table of the bytes of the memory, the text and the KV-cache."""
     import torch
 
     ids = torch.tensor([model.encode(model.task.context_text(text), "context", 10**9)], device=model.device)
@@ -145,7 +145,7 @@ def _sizes(model: gradmem.MemoryModel, text: str, memory: int, file: int) -> Tab
     sizes = [
         ("raw text", len(text.encode())),
         (f"memory{vectors}, float32", memory),
-        ("memory file, with provenance and receipt", file),
+        ("memory file, with its receipt", file),
     ]
     if method.backbone.attends:
         cache = method.backbone.cache_bytes(ids)

@@ -23,8 +23,17 @@ from . import evaluation, memory, serving, training
 from .console import use_utf8
 from .demo import demo
 from .launch import launch
-from .parsers import command_parser, full_name, given_recipe, nested_option, recipe_of, recipe_parser, summary
-from .parsers import group_commands as commands_of
+from .parsers import (
+    HelpFormatter,
+    command_parser,
+    full_name,
+    given_recipe,
+    group_commands,
+    nested_option,
+    recipe_of,
+    recipe_parser,
+    summary,
+)
 
 RECIPE_COMMANDS: dict[str, Callable[..., Any]] = {"train": training.train, "plan": training.plan}
 """Commands with a recipe, whose fields are options too."""
@@ -125,6 +134,7 @@ def _run(arguments: list[str]) -> None:
         description="Memory for language models: write once, ask many.",
         version=__version__,
         exit_on_error=False,
+        formatter_class=HelpFormatter,  # subcommands take it over
     )
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND")
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
@@ -135,7 +145,7 @@ def _run(arguments: list[str]) -> None:
         subcommands.add_subcommand(name, subparser, help=about)
         if name == command and name in GROUPS:
             members = subparser.add_subcommands(required=True, metavar="COMMAND")
-            for member, function in commands_of(GROUPS[name][0]).items():
+            for member, function in group_commands(GROUPS[name][0]).items():
                 members.add_subcommand(member, command_parser(f"{name} {member}", function), help=summary(function))
     parsed = parser.parse_args(arguments)
     name, options = parsed.subcommand, parsed[parsed.subcommand]
@@ -143,7 +153,7 @@ def _run(arguments: list[str]) -> None:
         _run_with_recipe(name, parser.instantiate(parsed)[name], arguments)
     elif name in GROUPS:
         given = options[options.subcommand]
-        commands_of(GROUPS[name][0])[options.subcommand](**(given.as_dict() if given else {}))
+        group_commands(GROUPS[name][0])[options.subcommand](**(given.as_dict() if given else {}))
     else:
         COMMANDS[name](**options.as_dict())
 

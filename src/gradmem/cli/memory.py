@@ -1,6 +1,7 @@
-"""Commands that write and ask memories, as plain functions whose signatures are the options of the command line.
+"""Commands that write, ask, restore and inspect memories.
 
-What computes is imported where it is used, so that `--help` and `list` need not wait for it.
+The signatures of the functions are the options of the command line. Modules that load PyTorch are imported inside the
+functions, so that `--help` and `list` are fast.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ from ..receipts import Receipt, written_texts
 from ..training.recipe import recipe_names
 from ..visible import shown_on
 from .console import console, dumps, notes, progress_bar, read_stdin, read_text
-from .memory_tables import differences, provenance, receipt_table, receipts_table, restored, tokens_of
+from .memory_tables import (
+    differences_table,
+    provenance_table,
+    receipt_table,
+    receipts_table,
+    restored_table,
+    tokens_of,
+)
 
-NOT_HERE = "not in this memory"
+ABSTAINED = "not in this memory"
 
 
 def write(
@@ -48,78 +56,78 @@ def write(
 ) -> None:
     """Write a text file into a memory file and print the receipt.
 
-    The packaged checkpoints take key:value pairs (kv-32 and the like) and stories in the words of bAbI (babi). A plain
-    language model takes any text: cram makes it recite that text, and does not teach it to answer questions about it.
-    Ctrl-C stops after the step at hand and saves the memory as it is then; a second one saves nothing.
+    The packaged checkpoints write key:value pairs (kv-32 and the like) and stories in the words of bAbI (babi). A plain
+    language model writes any text with cram, and can then recite it, but cannot answer questions about it. Ctrl-C stops
+    after the current step and saves the memory as it is then; a second Ctrl-C saves nothing.
 
     Parameters
     ----------
     checkpoint
-        Name of a packaged checkpoint, directory, or hub name; or a plain language model, which needs no training.
+        Name of a packaged checkpoint, directory or hub name of a checkpoint, or of a plain language model.
     file
         Text to write; - for standard input.
     output
-        Memory file (short: -o); default: memory.safetensors, or none where the store keeps the memory.
+        Memory file (short: -o). Default: memory.safetensors, or no file with --store.
     store
-        Keep the memory in the store; a text that it keeps already is not written again.
+        Store the memory. A text that is stored already is not written again.
     name
-        Name in the store.
+        Name of the memory in the store.
     tags
-        Tags in the store, as a,b.
+        Tags of the memory in the store, separated by commas.
     method
-        For a plain language model: a method that needs no training; default: cram, which recites the text, and does not
-        answer questions about it.
+        Method for a plain language model, one that needs no training. Default: cram, which recites the text and does
+        not answer questions about it.
     chunk
-        Cut the text after so many tokens. GradMem and RMT write the parts into one memory (see --chunks), other
-        methods into a memory each; default: as in training, or what the model is for.
+        Tokens of each chunk of the text. GradMem and RMT write all chunks into one memory (see --chunks), other methods
+        write each into its own. Default: as in training, or the longest context of the model.
     steps
-        Write steps; default: as many as the checkpoint was trained for.
+        Number of write steps. Default: as many as the checkpoint was trained for.
     until
-        Instead of steps: stop at this write loss, in mean nats per token.
+        Stop at this write loss instead, in mean nats per token.
     max_steps
-        Most steps that `until` may take; default: 30, or as many as the method takes where that is more.
+        Most steps that --until may take. Default: 30, or the number of steps of the method if that is more.
     precision
         Precision of the memory file.
     device
-        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+        Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     options
-        Options of the method, each by its own name: --n_mem 32 --inner_lr 0.03; of a checkpoint's method only
-        --chunks sequential, independent or joint.
+        Options of the method, such as --n_mem 32 --inner_lr 0.03. The method of a checkpoint takes only --chunks
+        sequential, independent or joint.
     """
     if not store and (name is not None or tags):
-        raise GradmemError("names and tags are for memories in the store: add --store")
+        raise GradmemError("--name and --tags need --store")
     given = ({"name": method} if method else {}) | (options or {})
     text = read_text(file)
     model = gradmem.load(checkpoint, given or None).to(device_named(device))
-    _settle()
+    _freeze_objects()
     if chunk is not None and model.method.joins:
         model.configure({"chunk": chunk})
     texts = [text] if model.method.chunk is not None else model.chunks(text, chunk)
     settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps}
-    kept = None
+    entry = None
     with Interruptible() as stopped:
         settings["progress"] = partial(progress_bar, stop=stopped, detail=_loss)
         if store:
-            kept, data = _keep(model, texts, precision, name, tags, stopped, settings)
+            entry, data = _write_to_store(model, texts, precision, name, tags, stopped, settings)
         else:
             data = model.write(texts, **settings).to_bytes(precision)
     memory = model.bind(gradmem.Memory.from_bytes(data))
     receipts = memory.receipts
     console.print(receipt_table(receipts[0], tokens_of(memory, text)) if len(memory) == 1 else receipts_table(receipts))
     size = f"{len(data)} bytes for {len(text.encode())} bytes of text"
-    if kept:
-        _say(f"kept {kept.label} ({kept.id}): {size}")
-    if output or not kept:
-        _say(f"saved {write_bytes(output or Path('memory.safetensors'), data)}: {size}")
-    _tell_missed(receipts, until)
+    if entry:
+        _print_line(f"stored {entry.label} ({entry.id}): {size}")
+    if output or not entry:
+        _print_line(f"saved {write_bytes(output or Path('memory.safetensors'), data)}: {size}")
+    _print_missed(receipts, until)
     if model.method.caution:
-        _say(f"note: {model.method.caution}")
+        _print_line(f"note: {model.method.caution}")
     if stopped:
         taken = max(receipt.steps for receipt in receipts)
-        raise KeyboardInterrupt(f"what was saved is the memory after {taken} write steps")
+        raise KeyboardInterrupt(f"saved the memory after {taken} write steps")
 
 
-def _keep(
+def _write_to_store(
     model: gradmem.MemoryModel,
     texts: list[str],
     precision: Precision,
@@ -128,37 +136,37 @@ def _keep(
     stopped: Interruptible,
     settings: dict[str, Any],
 ) -> tuple[Any, bytes]:
-    """Entry in the store and bytes of the memory of texts; no entry where writing was interrupted."""
+    """Write texts and store the memory. Return its entry, which is None after an interruption, and its bytes."""
     from ..store import Store, content_hash
 
     content = content_hash(model, texts, settings["steps"], settings["until"], settings["max_steps"], precision)
-    with Store() as keeper:
-        entry = keeper.reuse(content, name=name, tags=tags)
+    with Store() as kept:
+        entry = kept.reuse(content, name=name, tags=tags)
         if entry is None:
             memory = model.write(texts, **settings)
             if stopped:
-                return None, memory.to_bytes(precision)  # not what the next write of this text would give
-            entry = keeper.put(memory, name=name, tags=tags, precision=precision, content=content)
-        return entry, keeper.read(entry.id)
+                return None, memory.to_bytes(precision)  # not stored: a complete write would give another memory
+            entry = kept.put(memory, name=name, tags=tags, precision=precision, content=content)
+        return entry, kept.read(entry.id)
 
 
 def _loss(written: gradmem.Written) -> str:
     return f"write loss {float(written.losses[-1].mean()):.4f}" if len(written.losses) else ""
 
 
-def _tell_missed(receipts: list[Receipt], until: float | None) -> None:
-    """Say where the write loss that was asked for was not reached."""
+def _print_missed(receipts: list[Receipt], until: float | None) -> None:
+    """Print where the write loss of `until` was not reached."""
     missed = [receipt for receipt in receipts if until is not None and receipt.loss_after > until]
     if missed:
         worst = max(missed, key=lambda receipt: receipt.loss_after)
         where = f" in {len(missed)} of {len(receipts)} chunks" if len(receipts) > 1 else ""
-        _say(
+        _print_line(
             f"missed --until {until:g}{where}: write loss {worst.loss_after:.4f} after {worst.steps} steps; raise "
-            "--max_steps, or give shorter chunks or more memory"
+            "--max_steps, or use shorter chunks or a larger memory"
         )
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -177,47 +185,49 @@ def ask(
     Parameters
     ----------
     memory
-        Memory file, or id or name in the store.
+        Memory file, or id or name of a stored memory.
     queries
-        Queries; without any, one a line from standard input, answered as JSON lines.
+        Queries. Default: the lines of standard input, answered as JSON lines.
     checkpoint
-        The model that wrote the memory; not needed where that is a checkpoint of the package.
+        Checkpoint that wrote the memory. Not needed for a packaged checkpoint.
     jsonl
-        Print JSON lines also for queries given as arguments.
+        Print JSON lines for queries given as arguments too.
     abstain
-        Say where the answer is not in the memory, and how sure each answer is.
+        Print "not in this memory" instead of doubtful answers; in JSON lines also how certain each answer is.
     device
-        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+        Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     """
     opened = _open(memory, checkpoint)
     if opened.model is None or len(opened) != 1:
-        raise GradmemError(f"{memory} holds {len(opened)} memories; ask them from Python")
+        raise GradmemError(f"{memory} holds {len(opened)} memories: ask them from Python")
     model = opened.model.to(device_named(device))
     opened = model.bind(opened)
-    _settle()
+    _freeze_objects()
     if abstain and model.abstain is None:
         raise GradmemError(f"'{model.name}' was not calibrated: gradmem calibrate CHECKPOINT")
     if abstain and model.abstain and not model.abstain.holds(opened.receipts[0]):
         lengths = "{} to {}".format(*model.abstain.context_tokens)
         raise GradmemError(
-            f"'{model.name}' was calibrated for contexts of {lengths} tokens, and {memory} is of "
-            f"{opened.receipts[0].context_tokens}: calibrate it for such contexts, or leave out --abstain"
+            f"'{model.name}' was calibrated for contexts of {lengths} tokens, and {memory} has "
+            f"{opened.receipts[0].context_tokens}: calibrate it for such contexts, or omit --abstain"
         )
     if not queries:
         queries, jsonl = [line for line in read_stdin().splitlines() if line.strip()], True
     if not queries:
-        raise GradmemError("no query: give one as an argument or one a line on standard input")
+        raise GradmemError("no query: give queries as arguments, or as lines of standard input")
     rows = (
-        [_assessed(one) for one in opened.answer(queries)] if abstain else [{"answer": a} for a in opened.ask(queries)]
+        [_with_evidence(one) for one in opened.answer(queries)]
+        if abstain
+        else [{"answer": a} for a in opened.ask(queries)]
     )
     for query, row in zip(queries, rows, strict=True):
-        shown = NOT_HERE if row["answer"] is None else row["answer"]
+        shown = ABSTAINED if row["answer"] is None else row["answer"]
         line = json.dumps({"query": query, **row}, ensure_ascii=False) if jsonl else shown
         print(shown_on(sys.stdout, line))
 
 
-def _assessed(answer: gradmem.Answer) -> dict[str, Any]:
-    """An answer, or none where it is abstained from, with what speaks for it."""
+def _with_evidence(answer: gradmem.Answer) -> dict[str, Any]:
+    """Return an answer (None if the model abstains) with its evidence, for JSON."""
     evidence = {name: round(getattr(answer, name), 4) for name in ("written", "logprob", "near_loss")}
     return {"answer": None if answer.abstained else answer.text, **evidence}
 
@@ -229,20 +239,20 @@ def restore(
     context: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """Read the text back from a memory file alone, and say how sure that is.
+    """Read the text back from a memory file alone, and print how certain it is.
 
     Parameters
     ----------
     memory
-        Memory file, or id or name in the store.
+        Memory file, or id or name of a stored memory.
     checkpoint
-        The model that wrote the memory; not needed where that is a checkpoint of the package.
+        Checkpoint that wrote the memory. Not needed for a packaged checkpoint.
     output
-        File for the text (short: -o); default: standard output.
+        File for the text (short: -o). Default: standard output.
     context
-        The text that was written: shows where the restored one differs.
+        File of the original text, to show where the restored text differs.
     device
-        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+        Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     """
     opened = _open(memory, checkpoint)
     if opened.model is None:
@@ -257,24 +267,24 @@ def restore(
     else:
         sys.stdout.write(shown_on(sys.stdout, text))
         sys.stdout.flush()
-    # Beside the text, not in it.
-    notes.print(restored(opened.history, texts))
+    # On standard error, so that standard output holds only the text.
+    notes.print(restored_table(opened.history, texts))
     if original is not None:
         wanted = [original.get(receipt.context_sha256) for receipt in opened.history]
-        notes.print(differences(model.task, ids, wanted))
+        notes.print(differences_table(model.task, ids, wanted))
 
 
 def inspect(memory: Path, checkpoint: str | None = None, context: Path | None = None, json: bool = False) -> None:
-    """Show where a memory comes from and what it kept.
+    """Show who wrote a memory and what it keeps.
 
     Parameters
     ----------
     memory
         Memory file.
     checkpoint
-        With a text: the model that wrote the memory; not needed where that is a checkpoint of the package.
+        Checkpoint that wrote the memory, for --context. Not needed for a packaged checkpoint.
     context
-        The text that was written: shows which of its tokens were lost. The memory itself holds no text.
+        File of the original text, to show which of its tokens were lost. The memory file holds no text.
     json
         Print the receipts as JSON.
     """
@@ -286,19 +296,19 @@ def inspect(memory: Path, checkpoint: str | None = None, context: Path | None = 
     texts = {} if text is None else written_texts(text, loaded.history, str(context))
     bound = gradmem.open(memory, checkpoint) if texts else loaded
     for receipt in loaded.history:
-        console.print(provenance(receipt, loaded, memory))
+        console.print(provenance_table(receipt, loaded, memory))
         written = texts.get(receipt.context_sha256)
         console.print(receipt_table(receipt, None if written is None else tokens_of(bound, written)))
 
 
-def _settle() -> None:
-    """Tell the garbage collector that what was imported and loaded stays: also at exit it need not search that."""
+def _freeze_objects() -> None:
+    """Exclude all present objects from garbage collection, which also makes the exit faster."""
     gc.freeze()
 
 
 def _open(memory: Path, checkpoint: str | None) -> gradmem.Memory:
-    """Open a memory file or, where there is none, what the store keeps under this id or name."""
-    if os.path.exists(memory):  # Path.exists raises for names that are too long
+    """Open a memory file or, if there is none, the stored memory of this id or name."""
+    if os.path.exists(memory):  # Path.exists raises if a name is too long
         return gradmem.open(memory, checkpoint)
     from ..store import Store
 
@@ -311,5 +321,5 @@ def _open(memory: Path, checkpoint: str | None) -> gradmem.Memory:
 
 def show_list() -> None:
     """List the checkpoints and recipes in the package."""
-    _say("checkpoints: " + (", ".join(checkpoint_names()) or "none"))
-    _say("recipes: " + (", ".join(recipe_names()) or "none"))
+    _print_line("checkpoints: " + (", ".join(checkpoint_names()) or "none"))
+    _print_line("recipes: " + (", ".join(recipe_names()) or "none"))

@@ -1,4 +1,4 @@
-"""Memories, receipts and plans as tables that people read."""
+"""Tables of memories and receipts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..tasks.base import Task
 
 
-def provenance(receipt: Receipt, memory: Memory, path: Path) -> Table:
-    """Where a memory comes from, as a table."""
+def provenance_table(receipt: Receipt, memory: Memory, path: Path) -> Table:
+    """Build a table of the checkpoint, the context and the size of a memory."""
     built = Table(title=str(path), show_header=False)
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in memory.tensors.items())
     lr = f"{min(receipt.inner_lr):.4g} to {max(receipt.inner_lr):.4g}" if receipt.inner_lr else "none"
@@ -40,7 +40,7 @@ def provenance(receipt: Receipt, memory: Memory, path: Path) -> Table:
 
 
 def receipt_table(receipt: Receipt, tokens: Sequence[str] | None = None) -> Table:
-    """A write receipt as a table: loss by step, and what was lost (with its tokens where they are at hand)."""
+    """Build a table of a write receipt: the loss by step, and the lost positions or, if given, tokens."""
     built = Table(title="write receipt", show_header=False)
     built.add_row("write loss by step", _by_step(receipt.losses))
     if receipt.answers != []:
@@ -53,7 +53,7 @@ def receipt_table(receipt: Receipt, tokens: Sequence[str] | None = None) -> Tabl
     if tokens is None:
         built.add_row("positions lost", _listed([str(position) for position in receipt.lost], ", ") or "none")
         return built
-    text = Text(overflow="fold")  # which may have no spaces
+    text = Text(overflow="fold")  # fold, since the text may have no spaces
     lost_at = set(receipt.lost)
     for position, token in enumerate(tokens):
         text.append(token, style="bold white on red" if position in lost_at else "green")
@@ -67,7 +67,7 @@ NOT_MEASURED = "not measured"
 
 
 def _at_risk(receipts: Sequence[Receipt]) -> str:
-    """How many of the answers that texts give may come out wrong."""
+    """Return how many of the answers in the texts may be wrong."""
     answers = [receipt.answers for receipt in receipts]
     if any(one is None for one in answers):
         return NOT_MEASURED
@@ -75,30 +75,30 @@ def _at_risk(receipts: Sequence[Receipt]) -> str:
     return f"{sum(len(receipt.at_risk or ()) for receipt in receipts)} of {total}" if total else "none known"
 
 
-LISTED = 50
-"""Lost tokens that a receipt lists; of a text that is mostly lost they would fill the screen."""
+MAX_LISTED = 50
+"""Most lost tokens that a table lists."""
 
 
 def _listed(lost: Sequence[str], between: str) -> str:
-    more = f"{between}and {len(lost) - LISTED:,} more" if len(lost) > LISTED else ""
-    return between.join(lost[:LISTED]) + more
+    more = f"{between}and {len(lost) - MAX_LISTED:,} more" if len(lost) > MAX_LISTED else ""
+    return between.join(lost[:MAX_LISTED]) + more
 
 
-SHOWN = 10
-"""Losses of a receipt that fit a line; of more steps only some are shown."""
+MAX_LOSSES = 10
+"""Most losses that a table shows. Of more steps it shows a selection."""
 
 
 def _by_step(losses: Sequence[float]) -> str:
-    if len(losses) <= SHOWN:
+    if len(losses) <= MAX_LOSSES:
         return "  ".join(f"{loss:.4f}" for loss in losses)
     last = len(losses) - 1
     return "  ".join(
-        f"{losses[step]:.4f} @{step}" for step in (i * last // (SHOWN // 2) for i in range(SHOWN // 2 + 1))
+        f"{losses[step]:.4f} @{step}" for step in (i * last // (MAX_LOSSES // 2) for i in range(MAX_LOSSES // 2 + 1))
     )
 
 
 def receipts_table(receipts: Sequence[Receipt]) -> Table:
-    """Write receipts of the chunks of a text, one a line, and their sum."""
+    """Build a table of the write receipts of several chunks, with their sums."""
     built = Table(title="write receipts", show_footer=True)
     kept = [receipt.context_tokens - len(receipt.lost) for receipt in receipts]
     tokens = [receipt.context_tokens for receipt in receipts]
@@ -118,8 +118,8 @@ def receipts_table(receipts: Sequence[Receipt]) -> Table:
     return built
 
 
-def restored(receipts: Sequence[Receipt], texts: Sequence[str]) -> Table:
-    """How sure a restored text is, by what the receipts say alone."""
+def restored_table(receipts: Sequence[Receipt], texts: Sequence[str]) -> Table:
+    """Build a table of how certain a restored text is, from the receipts alone."""
     built = Table(title="restored", show_header=False)
     exact = [text_digest(text) == receipt.context_sha256 for receipt, text in zip(receipts, texts, strict=True)]
     tokens, lost = (sum(map(len, rows)) for rows in zip(*((r.token_losses, r.lost) for r in receipts), strict=True))
@@ -132,8 +132,8 @@ def restored(receipts: Sequence[Receipt], texts: Sequence[str]) -> Table:
     return built
 
 
-def differences(task: Task, ids: Sequence[Sequence[int]], originals: Sequence[str | None]) -> Table:
-    """Where restored tokens differ from those of the texts that were written, for rows whose text is at hand."""
+def differences_table(task: Task, ids: Sequence[Sequence[int]], originals: Sequence[str | None]) -> Table:
+    """Build a table of where restored tokens differ from the original texts. Rows without a text are skipped."""
     built = Table(title="compared with the original", show_header=False)
     right = total = 0
     first: tuple[str, str] | None = None
@@ -153,7 +153,7 @@ def differences(task: Task, ids: Sequence[Sequence[int]], originals: Sequence[st
 
 
 def tokens_of(memory: Memory, text: str) -> list[str]:
-    """The tokens of a context as its model reads them."""
+    """Return the tokens of a text in the form that the model reads."""
     if memory.model is None:
         raise GradmemError("this memory is bound to no model")
     task = memory.model.task

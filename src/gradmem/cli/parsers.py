@@ -38,13 +38,13 @@ NESTED = {"eval": "task", "calibrate": "task", "write": "options"}
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Help without types of positional arguments and without defaults that are null."""
+    """Help without types of positional arguments, and without defaults that are null or empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return action.help or ""
-        text = super()._get_help_string(action)
-        return text.replace(", default: %(default)s", "") if action.default is None else text
+        useless = ", default: %(default)s" if action.default in (None, "") else "required, "
+        return super()._get_help_string(action).replace(useless, "")
 
 
 def full_name(argument: str) -> str:
@@ -66,20 +66,22 @@ def nested_option(argument: str, command: str, function: Callable[..., Any]) -> 
 
 def command_parser(command: str, function: Callable[..., Any]) -> ArgumentParser:
     """Build the parser of a function. Parameters without a default are positional, and booleans are flags."""
-    parser = ArgumentParser(description=_description(function), formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=_description(function))
     parameters = inspect.signature(function).parameters
     helps = {one.arg_name: one.description for one in docstring_parser.parse(function.__doc__ or "").params}
-    nargs, added = NARGS.get(command, {}), set()
+    nargs = NARGS.get(command, {})
+    added: set[str | int] = set()
     for name, parameter in parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        settings: dict[str, Any] = {"help": helps.get(name)}
         if parameter.annotation == "bool":
-            parser.add_argument(f"--{name}", action="store_true", help=helps[name])
-            added.add(name)
-        elif name in nargs or (
-            nargs and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-        ):
-            several = {"nargs": nargs[name]} if name in nargs else {}
-            parser.add_argument(name, type=Path if "Path" in parameter.annotation else str, help=helps[name], **several)
-            added.add(name)
+            parser.add_argument(f"--{name}", action="store_true", **settings)
+        elif name in nargs or (nargs and required):
+            settings |= {"nargs": nargs[name]} if name in nargs else {}
+            parser.add_argument(name, type=Path if "Path" in parameter.annotation else str, **settings)
+        else:
+            continue
+        added.add(name)
     parser.add_function_arguments(function, as_positional=True, skip=added, fail_untyped=True)
     return parser
 
@@ -87,7 +89,7 @@ def command_parser(command: str, function: Callable[..., Any]) -> ArgumentParser
 def recipe_parser(function: Callable[..., Any], recipe: str | None) -> ArgumentParser:
     """Build the parser of a function of a recipe. The values of the named recipe are the defaults of its fields."""
     description = f"{summary(function)} Recipes in the package: {', '.join(recipe_names())}."
-    parser = ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=description)
     parser.add_argument("recipe", help="Name of a packaged recipe, or a YAML file.")
     parser.add_function_arguments(function, skip={"recipe", "output"})
     parser.add_class_arguments(Recipe)

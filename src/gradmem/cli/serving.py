@@ -1,4 +1,4 @@
-"""`gradmem serve` and `gradmem keys`, as plain functions like those in `gradmem.cli.memory`."""
+"""The commands `gradmem serve` and `gradmem keys`."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ def serve(
     max_bytes: int = 2**30,
     device: str = "auto",
 ) -> None:
-    """Serve the memories of the store over HTTP.
+    """Serve the stored memories over HTTP, with a web page.
 
     Parameters
     ----------
     checkpoints
-        Names of checkpoints to serve; default: those in the package.
+        Checkpoints to serve. Default: all packaged ones.
     host
-        Address to listen on; others than loopback need keys (gradmem keys add OWNER).
+        Address to listen on. Requests need a key (gradmem keys add OWNER) unless it is a loopback address.
     port
-        Port to listen on; 0 for any that is free.
+        Port to listen on; 0 for any free port.
     max_body
         Most bytes of a request.
     rate
-        Requests of one key, or of one address without key, in a minute.
+        Most requests per minute of one key, or of one address without a key.
     timeout
-        Seconds that a request may take.
+        Most seconds that a request may take.
     max_memories
-        Memories that each key may keep.
+        Most memories of each owner of a key.
     max_bytes
-        Bytes of the files of these memories, versions among them.
+        Most bytes of the memory files of each owner, with all versions.
     device
-        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+        Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     """
     try:
         import uvicorn
@@ -59,7 +59,7 @@ def serve(
     except ImportError as error:
         raise GradmemError(f"serving needs more packages ({error.name}): pip install 'gradmem[serve]'") from error
     served = tuple(checkpoints or checkpoint_names())
-    device = str(device_named(device))  # refused here, before anybody is served
+    device = str(device_named(device))  # an unknown device must fail before the server starts
     settings = Settings(host=host, checkpoints=served, max_body=max_body, rate=rate, timeout=timeout, device=device)
     app = create_app(Store(max_memories=max_memories, max_bytes=max_bytes), settings)
     lines = logging.StreamHandler()
@@ -82,7 +82,7 @@ def serve(
     )
     with _listening(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
-        # One line that a person clicks on and a program waits for: whoever connects from now on is answered.
+        # Programs wait for this line: from now on the server accepts connections.
         print(f"http://{shown}:{listener.getsockname()[1]}", flush=True)
         Server(config).run(sockets=[listener])
 
@@ -96,12 +96,12 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 def add(owner: str) -> str:
-    """Make an API key and print it; it is kept as a hash only, and not shown again.
+    """Make an API key and print it. Only its hash is stored, so it cannot be shown again.
 
     Parameters
     ----------
     owner
-        Whose memories it is for.
+        Owner of the memories that the key gives access to.
     """
     key = ApiKeys().add(owner)
     print(key)
@@ -109,7 +109,7 @@ def add(owner: str) -> str:
 
 
 def ls() -> dict[str, str]:
-    """List the owners of keys, and since when they have them."""
+    """List the owners of keys, and the times at which the keys were made."""
     found = ApiKeys().owners()
     for owner, created in found.items():
         console.print(f"{owner} {created}", markup=False, highlight=False)
@@ -117,12 +117,12 @@ def ls() -> dict[str, str]:
 
 
 def rm(owner: str) -> None:
-    """Remove an owner's key, also from a server that runs; the owner's memories stay.
+    """Remove the key of an owner, also from a running server. The memories of the owner stay.
 
     Parameters
     ----------
     owner
-        Whose key it is.
+        Owner of the key.
     """
     ApiKeys().remove(owner)
 

@@ -1,4 +1,4 @@
-"""`gradmem store`: its commands, as plain functions like those in `gradmem.cli.memory`."""
+"""The commands of `gradmem store`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .store_tables import diff_table, entries_table, entry_table, versions_table
 
 
 def _store() -> Store:
-    """The store that is there already."""
+    """Open the store, which must exist."""
     return Store(create=False)
 
 
@@ -31,9 +31,9 @@ def ls(limit: int = 50, after: str | None = None, json: bool = False, **filters:
     limit
         Most memories to list, up to 1,000.
     after
-        Go on after this cursor, which the page before ended with.
+        Cursor at the end of the previous page.
     json
-        Print them as JSON.
+        Print JSON.
     """
     with _store() as store:
         found = list(store.list(limit=limit, after=after, **filters))
@@ -42,7 +42,7 @@ def ls(limit: int = 50, after: str | None = None, json: bool = False, **filters:
         return found
     console.print(entries_table(found))
     if len(found) == limit:
-        console.print(f"more: --after {found[-1].cursor}", highlight=False, soft_wrap=True)
+        console.print(f"next page: --after {found[-1].cursor}", highlight=False, soft_wrap=True)
     return found
 
 
@@ -54,7 +54,7 @@ def show(ref: str, json: bool = False) -> Entry:
     ref
         Id or name.
     json
-        Print them as JSON.
+        Print JSON.
     """
     with _store() as store:
         entry = store.get(ref)
@@ -67,15 +67,15 @@ def show(ref: str, json: bool = False) -> Entry:
 
 
 def rm(refs: list[str], **filters: Unpack[Filters]) -> int:
-    """Delete memories: those that are named, or all that match the filters; pinned ones stay.
+    """Delete the named memories, or all unpinned memories that match the filters.
 
     Parameters
     ----------
     refs
         Ids or names.
     """
-    if bool(refs) == any(filters.values()):  # an empty filter would delete everything
-        raise GradmemError("say which memories: ids or names, or filters")
+    if bool(refs) == any(filters.values()):  # without filters everything would be deleted
+        raise GradmemError("name the memories to delete: give either ids and names, or filters")
     with _store() as store:
         deleted = store.delete(*refs) if refs else store.prune(**filters)
     console.print(f"deleted {deleted}")
@@ -83,7 +83,7 @@ def rm(refs: list[str], **filters: Unpack[Filters]) -> int:
 
 
 def export(ref: str, output: Path = Path("memory.safetensors"), version: int | None = None) -> Path:
-    """Copy a memory out of the store, as a memory file.
+    """Save a stored memory as a memory file.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def export(ref: str, output: Path = Path("memory.safetensors"), version: int | N
     output
         Memory file (short: -o).
     version
-        Version to copy; default: the current one.
+        Version to save. Default: the current one.
     """
     with _store() as store:
         data = store.read(ref, version)
@@ -102,65 +102,65 @@ def export(ref: str, output: Path = Path("memory.safetensors"), version: int | N
 
 
 def import_files(files: list[Path], name: str | None = None, tags: str = "") -> list[Entry]:
-    """Keep memory files in the store, as they are.
+    """Store memory files as they are.
 
     Parameters
     ----------
     files
         Memory files.
     name
-        Name, for one file.
+        Name of the memory. Only for one file.
     tags
-        Tags of each, as a,b.
+        Tags of every memory, separated by commas.
     """
     if name is not None and len(files) > 1:
-        raise GradmemError(f"one name for {len(files)} memories: import them one by one, or give tags")
+        raise GradmemError(f"--name fits one file, not {len(files)}: import them one by one, or use --tags")
     from ..memory import read_bytes
 
     with Store() as store:
-        return [_said(store.put(read_bytes(file), name=name, tags=tags), "kept") for file in files]
+        return [_print_saved(store.put(read_bytes(file), name=name, tags=tags), "stored") for file in files]
 
 
 def rename(ref: str, name: str | None = None) -> Entry:
-    """Give a memory another name, or none.
+    """Rename a memory, or remove its name.
 
     Parameters
     ----------
     ref
         Id or name.
     name
-        New name; without one the memory has none.
+        New name. Default: remove the name.
     """
     with _store() as store:
-        return _said(store.rename(ref, name), "renamed")
+        return _print_saved(store.rename(ref, name), "renamed")
 
 
 def tag(ref: str, tags: str) -> Entry:
-    """Give a memory these tags in place of those it has.
+    """Replace the tags of a memory.
 
     Parameters
     ----------
     ref
         Id or name.
     tags
-        Tags, as a,b.
+        Tags, separated by commas.
     """
     with _store() as store:
-        return _said(store.tag(ref, tags), "tagged")
+        return _print_saved(store.tag(ref, tags), "tagged")
 
 
 def pin(ref: str, off: bool = False) -> Entry:
-    """Keep a memory from being deleted.
+    """Pin a memory, so that it cannot be deleted.
 
     Parameters
     ----------
     ref
         Id or name.
     off
-        No longer keep it from that.
+        Unpin the memory.
     """
     with _store() as store:
-        return _said(store.pin(ref, not off), "unpinned" if off else "pinned")
+        return _print_saved(store.pin(ref, not off), "unpinned" if off else "pinned")
 
 
 def append(
@@ -172,29 +172,29 @@ def append(
     steps: int | None = None,
     device: str = "auto",
 ) -> Entry:
-    """Write more text into a memory, as its next version, and show what became of the text before.
+    """Write more text into a memory as its next version, and show how much of the earlier text is kept.
 
     Parameters
     ----------
     ref
         Id or name.
     file
-        Text to append; - for standard input.
+        File of the text to append; - for standard input.
     checkpoint
-        The model that wrote the memory; not needed where that is a checkpoint of the package.
+        Checkpoint that wrote the memory. Not needed for a packaged checkpoint.
     before
-        The text that was written before: measures what is still kept of it. The memory itself holds no text.
+        File of the text written before, to measure how much of it is still kept. The memory holds no text.
     may_forget
-        Append also with a checkpoint that was never trained to, which forgets most of what was written before.
+        Append even if the checkpoint was not trained to append, and forgets most of the earlier text.
     steps
-        Write steps; default: as many as the checkpoint was trained for.
+        Number of write steps. Default: as many as the checkpoint was trained for.
     device
-        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+        Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     """
     more = read_text(file)
     given: dict[str, Any] = {} if before is None else {"before": read_text(before)}
     with _store() as store:
-        found = store.get(ref)  # by its id from here on: the name may move
+        found = store.get(ref)  # used by its id from here on: the name may move to another memory
         last = found.current.number
         model = store.open(found.id, last, checkpoint).model
         assert model is not None  # open binds
@@ -202,11 +202,11 @@ def append(
         entry = store.append(found.id, more, model, steps=steps, may_forget=may_forget, progress=progress_bar, **given)
         changes = store.diff(entry.id, last, entry.current.number)
     console.print(diff_table(changes))
-    return _said(entry, "appended to")
+    return _print_saved(entry, "appended to")
 
 
 def rollback(ref: str, version: int) -> Entry:
-    """Make another version of a memory the current one; none is deleted.
+    """Make another version of a memory the current one. No version is deleted.
 
     Parameters
     ----------
@@ -216,11 +216,11 @@ def rollback(ref: str, version: int) -> Entry:
         Number of the version.
     """
     with _store() as store:
-        return _said(store.rollback(ref, version), "rolled back")
+        return _print_saved(store.rollback(ref, version), "rolled back")
 
 
 def diff(ref: str, a: int, b: int, json: bool = False) -> Diff:
-    """Show what became of one version's tokens in another.
+    """Show which tokens of one version another version keeps.
 
     Parameters
     ----------
@@ -229,7 +229,7 @@ def diff(ref: str, a: int, b: int, json: bool = False) -> Diff:
     a, b
         Numbers of the versions.
     json
-        Print it as JSON.
+        Print JSON.
     """
     with _store() as store:
         found = store.diff(ref, a, b)
@@ -240,10 +240,11 @@ def diff(ref: str, a: int, b: int, json: bool = False) -> Diff:
     return found
 
 
-def _said(entry: Entry, what: str) -> Entry:
+def _print_saved(entry: Entry, action: str) -> Entry:
+    """Print what was done to a memory, and return its entry."""
     name = f"{entry.name} " if entry.name else ""
     tags = f", tags {', '.join(entry.tags)}" if entry.tags else ""
-    line = f"{what} {name}({entry.id}), version {entry.current.number}{tags}"
+    line = f"{action} {name}({entry.id}), version {entry.current.number}{tags}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     return entry
 

@@ -1,4 +1,4 @@
-"""Entries, versions and their differences as tables that people read."""
+"""Tables of stored memories, their versions, and differences between versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..store.entries import Diff, Entry, Version
 
 
 def entries_table(entries: Sequence[Entry]) -> Table:
-    """A page of a listing."""
+    """Build a table of the memories of one page."""
     built = Table(pad_edge=False)
     built.add_column("name or id", overflow="fold")
     for heading in ("tags", "checkpoint"):
@@ -34,7 +34,7 @@ def entries_table(entries: Sequence[Entry]) -> Table:
 
 
 def entry_table(entry: Entry) -> Table:
-    """All that the store says of a memory, but for its versions."""
+    """Build a table of the entry of a memory, without its versions."""
     built = Table(title=Text(entry.label), show_header=False)
     rows = {
         "id": entry.id,
@@ -53,7 +53,7 @@ def entry_table(entry: Entry) -> Table:
 
 
 def versions_table(versions: Sequence[Version], current: int) -> Table:
-    """The versions of a memory, with the sum of their receipts."""
+    """Build a table of the versions of a memory, with the sums of their receipts."""
     built = Table(title="versions", pad_edge=False)
     for heading in ("version", "written (UTC)", "tokens kept", "answers at risk", "write loss", "precision", "bytes"):
         right = heading in ("tokens kept", "answers at risk", "bytes")
@@ -72,7 +72,7 @@ def versions_table(versions: Sequence[Version], current: int) -> Table:
 
 
 def diff_table(diff: Diff) -> Table:
-    """What became of one version's tokens in another."""
+    """Build a table of the tokens that one version keeps and another does not."""
     a, b = diff.before, diff.after
     built = Table(title=f"version {a.number} to version {b.number}", show_header=False)
     built.add_row("tokens kept", f"{_kept(a)}, then {_kept(b)}")
@@ -81,13 +81,13 @@ def diff_table(diff: Diff) -> Table:
         "write loss", f"{a.loss_before:.4f} to {a.loss_after:.4f}, then {b.loss_before:.4f} to {b.loss_after:.4f}"
     )
     built.add_row("tokens added", str(diff.added))
-    for heading, places in (("kept, then lost", diff.lost), ("lost, then kept", diff.regained)):
-        built.add_row(heading, _places(places, max(a.rows, b.rows), diff.unmeasured))
+    for heading, positions in (("kept, then lost", diff.lost), ("lost, then kept", diff.regained)):
+        built.add_row(heading, _positions(positions, max(a.rows, b.rows), diff.unmeasured))
     return built
 
 
 def _kept(version: Version) -> str:
-    """Tokens kept of those that were measured."""
+    """Return the number of tokens kept, out of those measured."""
     measured = version.tokens - version.unmeasured
     rest = f" ({version.unmeasured} not measured)" if version.unmeasured else ""
     return f"{version.kept}/{measured}{rest}" if measured else "not measured"
@@ -99,9 +99,9 @@ def _at_risk(version: Version) -> str:
     return f"{version.at_risk}/{version.answers}" if version.answers else "none known"
 
 
-def _places(places: Sequence[tuple[int, int]], rows: int, unmeasured: int) -> str:
-    """Positions, with their row where there are several, and of how many tokens nothing is known."""
-    shown = [f"{row}:{position}" if rows > 1 else str(position) for row, position in places]
+def _positions(positions: Sequence[tuple[int, int]], rows: int, unmeasured: int) -> str:
+    """List positions, with their row if there are several, and the number of tokens that were not measured."""
+    shown = [f"{row}:{position}" if rows > 1 else str(position) for row, position in positions]
     found = f"{len(shown)} at " + ", ".join(shown) if shown else "none"
     if not unmeasured:
         return found

@@ -111,7 +111,9 @@ def test_a_file_goes_out_and_in(page: Page, server: Server, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("losses", "told"), [([math.inf], "no number → no number"), ([1e300, 1.0], "→ 1.00 nats")], ids=["none", "huge"]
+    ("losses", "told"),
+    [([math.inf], "not a number → not a number"), ([1e300, 1.0], "→ 1.00 nats")],
+    ids=["none", "huge"],
 )
 def test_a_file_whose_numbers_mean_nothing_is_shown(page: Page, tmp_path: Path, losses: list[float], told: str) -> None:
     memory = load("kv-16").write("l1:m2")
@@ -139,11 +141,11 @@ def test_files_are_dropped_and_opened(page: Page, tmp_path: Path) -> None:
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")
     page.get_by_label("Open a file").set_input_files(binary)
-    expect(page.locator("#write-error")).to_contain_text("no text in UTF-8")
+    expect(page.locator("#write-error")).to_contain_text("not UTF-8 text")
     large = tmp_path / "large.txt"
     large.write_text("a" * 20_001)
     page.get_by_label("Open a file").set_input_files(large)
-    expect(page.locator("#write-error")).to_contain_text("the server takes 20,000 bytes")
+    expect(page.locator("#write-error")).to_contain_text("the server takes at most 20,000 bytes")
     expect(page.get_by_label("Text", exact=True)).to_have_value(TEXT)
 
 
@@ -159,7 +161,7 @@ def test_two_tabs_know_of_each_other(page: Page, server: Server, windows: Window
     expect(other.get_by_role("link", name="common")).to_be_visible()
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
-    expect(other.get_by_role("heading", name="This memory is gone")).to_be_visible()
+    expect(other.get_by_role("heading", name="This memory no longer exists")).to_be_visible()
     expect(other.get_by_role("link", name="common")).to_have_count(0)
 
 
@@ -174,10 +176,10 @@ def test_what_was_deleted_elsewhere_is_told_when_asked(page: Page, server: Serve
     Client(server.url).delete("moved")
     page.get_by_label("Ask the memory").fill("h1")
     page.get_by_role("button", name="Ask", exact=True).click()
-    expect(page.get_by_role("heading", name="This memory is gone")).to_be_focused()
+    expect(page.get_by_role("heading", name="This memory no longer exists")).to_be_focused()
     page.reload()
-    expect(page.get_by_role("heading", name="This memory is gone")).to_be_visible()
-    page.get_by_role("link", name="Write another one").click()
+    expect(page.get_by_role("heading", name="This memory no longer exists")).to_be_visible()
+    page.get_by_role("link", name="Write a new memory").click()
     expect(page.get_by_label("Text", exact=True)).to_be_visible()
 
 
@@ -197,4 +199,4 @@ def test_the_list_goes_on_and_is_searched(page: Page, server: Server) -> None:
     page.get_by_role("link", name="many-07").click()
     expect(page.get_by_role("heading", name="many-07")).to_be_visible()
     page.get_by_label("Names that begin with").fill("nothing")
-    expect(page.get_by_text("No name begins so.")).to_be_visible()
+    expect(page.get_by_text("No name begins with this.")).to_be_visible()

@@ -127,7 +127,7 @@ def test_a_write_can_be_cancelled(page: Page, server: Server) -> None:
             "\n".join(f"{a}{b}:zz" for a in "abcdefghij" for b in "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"),
             "limit",
         ),
-        ("babi", "Mary went to the garden. " * 1000, "the server takes 20,000 bytes"),
+        ("babi", "Mary went to the garden. " * 1000, "the server takes at most 20,000 bytes"),
     ],
 )
 def test_an_error_keeps_the_text(page: Page, checkpoint: str, text: str, words: str) -> None:
@@ -181,14 +181,14 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(windows: Windows, tmp_path: Pat
     server = Server(tmp_path, "kv-16", "--host", "0.0.0.0")
     try:
         page = windows.open(server.url.replace("0.0.0.0", "127.0.0.1"))
-        dialog = page.get_by_role("dialog", name="This server asks for a key")
+        dialog = page.get_by_role("dialog", name="This server needs a key")
         dialog.get_by_role("button", name="Not now").click()
         expect(page.locator("#write-error")).to_contain_text("needs a key")
         page.get_by_role("button", name="Write", exact=True).click()
         for given in ("gm-wrong", key):
             expect(dialog).to_be_visible()
             dialog.get_by_label("Key").fill(given)
-            dialog.get_by_role("button", name="Go on").click()
+            dialog.get_by_role("button", name="Continue").click()
             if given != key:
                 expect(dialog).to_contain_text("does not know this key")
         expect(dialog).to_be_hidden()

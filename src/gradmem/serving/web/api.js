@@ -2,9 +2,9 @@
 import { the } from "./dom.js";
 
 const KEY = "gradmem-key";
-const GONE = "The server does not answer. Does `gradmem serve` still run?";
+const OFFLINE = "The server does not answer. Is `gradmem serve` still running?";
 
-/** What the server refused, in its own line. */
+/** An error with the message of the server. */
 export class Refused extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -14,7 +14,7 @@ export class Refused extends Error {
 
 let asking = null;
 
-/** A key from the user: one question, however many requests wait for it. */
+/** Ask the user for a key, once for all waiting requests. */
 function askKey(again) {
   const dialog = the("key-dialog");
   asking ??= new Promise((given, refused) => {
@@ -32,7 +32,7 @@ function askKey(again) {
     };
     the("key-cancel").onclick = dialog.oncancel = () => {
       end();
-      refused(new Refused("This needs a key of the server.", 401));
+      refused(new Refused("This server needs a key.", 401));
     };
     dialog.showModal();
   });
@@ -46,11 +46,11 @@ async function send(path, options = {}) {
   try {
     answer = await fetch(path, { ...options, headers, cache: "no-store" });
   } catch (error) {
-    throw error.name === "AbortError" ? error : new Refused(GONE);
+    throw error.name === "AbortError" ? error : new Refused(OFFLINE);
   }
   if (answer.ok) return answer;
   if (answer.status === 401) {
-    // Another request may have got a key meanwhile.
+    // Another request may have asked for a key meanwhile.
     if (sessionStorage.getItem(KEY) === key) await askKey(key !== null);
     return send(path, options);
   }
@@ -78,15 +78,15 @@ export const upload = (file) => data("v1/memories/files", { method: "POST", body
 export const download = async (id) => (await send(`${memory(id)}/file`)).arrayBuffer();
 export const ask = async (id, queries) => (await data(`${memory(id)}/ask`, json("POST", { queries }))).answers;
 
-/** Write a text: yields `[event, data]` as the server tells them, the last one being the memory. */
+/** Write a text. Yields `[event, data]` for each event of the server; the last event is the memory. */
 export async function* write(wanted, signal) {
   const answer = await send("v1/memories", json("POST", { ...wanted, stream: true, tokens: true }, { signal }));
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { value, done } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : new Refused(GONE);
+      throw error.name === "AbortError" ? error : new Refused(OFFLINE);
     });
-    if (done) throw new Refused("The server ended before the memory was written.");
+    if (done) throw new Refused("The server stopped before the memory was written.");
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {

@@ -1,24 +1,24 @@
-// Asking a memory, with what speaks for each answer.
+// Asking a memory, with the evidence for each answer.
 import * as api from "./api.js";
 import { make, nats, the } from "./dom.js";
 
 const [query, answers] = [the("query"), the("answers")];
 let id = null;
-let example = null; // { checkpoint, seed, queries } where the memory is of an example
+let example = null; // { checkpoint, seed, queries } if the memory is of an example
 let onMissing = () => {};
 
 const kept = (id) => `gradmem-example-${id}`;
 
-/** Remember which example a memory is of, by its seed: the text is not kept. */
+/** Remember the example of a memory by its seed, without its text. */
 export const remember = (id, example) => example && sessionStorage.setItem(kept(id), JSON.stringify(example));
 
 function evidence(answer) {
   const parts = [`log-probability ${nats(answer.logprob)}`, `margin ${nats(answer.margin)}`];
-  parts.push(`near loss ${nats(answer.near_loss)} nats`);
+  parts.push(`statement loss ${nats(answer.near_loss)} nats`);
   return make("p", { className: "hint" }, parts.join(" · "));
 }
 
-/** One answer; where the checkpoint was calibrated, with the probability that it was written. */
+/** One answer. If the checkpoint is calibrated, with the probability that the answer was in the text. */
 function item(asked, answer) {
   const row = make("li", {}, make("p", { className: "asked" }, asked));
   row.dataset.query = asked;
@@ -27,7 +27,7 @@ function item(asked, answer) {
     row.classList.add("abstained");
     row.append(
       make("p", { className: "answer" }, "not in this memory"),
-      make("p", { className: "guess" }, "its guess would be ", make("q", {}, answer.text)),
+      make("p", { className: "guess" }, "best guess: ", make("q", {}, answer.text)),
     );
   } else {
     row.append(make("p", { className: "answer" }, answer.text || "(nothing)"));
@@ -35,8 +35,8 @@ function item(asked, answer) {
   if (answer.written !== null) {
     const meter = make("meter", { min: 0, max: 1, value: answer.written });
     const told = `${(100 * answer.written).toFixed(1)} %`;
-    meter.setAttribute("aria-label", `Probability that it was written: ${told}`);
-    row.append(make("p", { className: "written" }, "written here: ", make("strong", {}, told), " ", meter));
+    meter.setAttribute("aria-label", `Probability that the answer is in the memory: ${told}`);
+    row.append(make("p", { className: "written" }, "in this memory: ", make("strong", {}, told), " ", meter));
   }
   row.append(evidence(answer));
   return row;
@@ -57,7 +57,7 @@ async function ask(queries) {
   if (of === id) answers.prepend(...found.map((answer, i) => item(queries[i], answer)).reverse());
 }
 
-/** Draw the example once more and say which answers are its own. */
+/** Draw the example again, and mark which answers are right. */
 async function check() {
   const found = await api.checkpoint(example.checkpoint, example.seed);
   const truth = new Map(found.example.questions.map((one) => [one.query, one.answer]));
@@ -82,7 +82,7 @@ function showQuestions() {
   );
 }
 
-/** Get ready to ask a memory. */
+/** Prepare to ask a memory. */
 export function open(wanted) {
   if (wanted !== id) {
     answers.replaceChildren();
@@ -101,7 +101,7 @@ export function start(handlers) {
   the("ask-form").onsubmit = (event) => {
     event.preventDefault();
     attempt(async () => {
-      if (!query.value.trim()) throw new api.Refused("Ask something.");
+      if (!query.value.trim()) throw new api.Refused("Enter a question.");
       await ask([query.value]);
       query.value = "";
     });

@@ -1,4 +1,4 @@
-// The write loss after each step, as a line that grows.
+// A line chart of the write loss after each step.
 import { nats } from "./dom.js";
 
 const [WIDTH, HEIGHT] = [380, 190];
@@ -20,7 +20,7 @@ export function drawLosses(svg, losses, steps, current) {
   const x = (step) => LEFT + ((WIDTH - LEFT - RIGHT) * step) / Math.max(1, steps);
   const y = (loss) => TOP + ((HEIGHT - TOP - BOTTOM) * (highest - loss)) / (highest - lowest || 1);
   const range = highest - lowest;
-  const lines = range > 4 ? Math.ceil(range / 8) : 0.5; // a few, however large a loss a file claims
+  const lines = range > 4 ? Math.ceil(range / 8) : 0.5; // at most a few lines, however large the losses of a file are
   for (let i = 0; i * lines <= range; i++) {
     const loss = lowest + i * lines;
     draw(svg, "line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(loss), y2: y(loss) });

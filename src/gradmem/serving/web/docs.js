@@ -1,4 +1,4 @@
-// The OpenAPI document of the server, for people.
+// Shows the OpenAPI document of the server.
 import { make, the } from "./dom.js";
 
 let schemas = {};
@@ -15,10 +15,10 @@ function kind(schema) {
   return own.type ?? "anything";
 }
 
-/** One line for each field: its name, whether it is needed, its type, what it means. */
+/** One line for each field: its name, whether it is required, its type, its meaning. */
 function field(name, schema, needed) {
   const own = named(schema) ?? {};
-  const parts = [needed ? "needed" : "", kind(schema), schema.description ?? own.description ?? ""].filter(Boolean);
+  const parts = [needed ? "required" : "", kind(schema), schema.description ?? own.description ?? ""].filter(Boolean);
   return [make("dt", {}, make("code", {}, name)), make("dd", {}, parts.join(" · "))];
 }
 
@@ -61,5 +61,5 @@ function show(api) {
 try {
   show(await (await fetch("openapi.json")).json());
 } catch {
-  the("error").textContent = "The server does not answer. Does `gradmem serve` still run?";
+  the("error").textContent = "The server does not answer. Is `gradmem serve` still running?";
 }

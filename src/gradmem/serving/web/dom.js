@@ -1,9 +1,9 @@
-// Small things that every part of the page needs.
+// Helpers for all parts of the page.
 
 /** The element of an id. */
 export const the = (id) => document.getElementById(id);
 
-/** A new element with properties and children; texts become text and nothing else. */
+/** Make an element with properties and children. Strings become text, never markup. */
 export function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
@@ -11,9 +11,9 @@ export function make(tag, properties = {}, ...children) {
 }
 
 export const number = (value) => value.toLocaleString("en");
-/** A loss or a log-probability to two digits, or where these would say nothing to one that does; null is no number. */
+/** A loss or a log-probability with two decimals, or with one significant digit if it is very small. */
 export function nats(value) {
-  if (value === null) return "no number";
+  if (value === null) return "not a number";
   return (value && Math.abs(value) < 0.005 ? value.toPrecision(1) : value.toFixed(2)).replace("-", "−");
 }
 

@@ -1,7 +1,7 @@
-// Tokens, or where they are gone their places, coloured by what a memory keeps of them.
+// Tokens, or their positions if the text is gone, coloured by how well a memory keeps them.
 import { make, nats } from "./dom.js";
 
-/** Nats at which a colour cannot get paler: the loss of a token that the memory knows nothing of. */
+/** Loss, in nats, from which a token has the palest colour: the memory does not know it. */
 const LOST = 5;
 const [KEPT, PART] = [Math.log(2), Math.log(10)];
 const MOST = 5000;
@@ -21,7 +21,7 @@ export function paint(places, losses) {
   });
 }
 
-/** Places of so many tokens, without the tokens; of very many the first ones. */
+/** Show the positions of tokens without the tokens, at most the first `MOST`. */
 export function blank(box, losses) {
   const shown = losses.slice(0, MOST);
   box.replaceChildren(...shown.map((loss) => make("span", { className: "token", title: `${nats(loss)} nats` })));
@@ -31,7 +31,7 @@ export function blank(box, losses) {
   box.setAttribute("aria-label", `${kept} of ${losses.length} tokens kept`);
 }
 
-/** A text as tokens that can be looked at one by one, by pointer and by keyboard. */
+/** The tokens of a text, which can be inspected with the pointer and the keyboard. */
 export class Heat {
   constructor(box, detail) {
     Object.assign(this, { box, detail, tokens: [], losses: [], first: [], current: null });
@@ -49,7 +49,7 @@ export class Heat {
     });
   }
 
-  /** Show tokens; none forgets those that were there. */
+  /** Show tokens, in place of the present ones. */
   show(tokens) {
     Object.assign(this, { tokens, losses: [], first: [], current: null });
     this.box.replaceChildren(...tokens.map((token) => make("span", { className: "token" }, token)));
@@ -64,7 +64,7 @@ export class Heat {
     if (this.current !== null) this.look(this.current);
   }
 
-  /** Say what is kept of one token. */
+  /** Describe how well one token is kept. */
   look(i) {
     this.box.children[this.current]?.classList.remove("current");
     this.box.children[i].classList.add("current");

@@ -36,21 +36,21 @@ export function mark() {
 async function load(limit, after) {
   const begin = the("filter").value.trim().replaceAll("*", "");
   const page = await api.list({ limit, after, name: begin && `${begin}*` });
-  if (begin !== the("filter").value.trim().replaceAll("*", "")) return; // typed on meanwhile
+  if (begin !== the("filter").value.trim().replaceAll("*", "")) return; // the filter has changed meanwhile
   const rows = page.memories.map(row);
   if (after) the("list").append(...rows);
   else the("list").replaceChildren(...rows);
   next = page.next;
   the("more").hidden = next === null;
   the("list-empty").hidden = the("list").children.length > 0;
-  the("list-empty").textContent = begin ? "No name begins so." : "None yet. What you write is listed here.";
+  the("list-empty").textContent = begin ? "No name begins with this." : "No memories yet. What you write appears here.";
   mark();
 }
 
-/** Load the list again, as far as it was shown. */
+/** Reload the list, with as many entries as it showed. */
 export const refresh = () => attempt(() => load(Math.min(1000, Math.max(PAGE, the("list").children.length))));
 
-/** Keep a memory file. */
+/** Store a memory file. */
 export const upload = (file) =>
   attempt(async () => onUploaded(await api.upload(file)));
 

@@ -1,4 +1,4 @@
-// Which part of the page is shown, as its address says: `#/` to write, `#/m/ID` for a memory.
+// Shows the part of the page that the address names: `#/` to write, `#/m/ID` for a memory.
 import * as ask from "./ask.js";
 import { the } from "./dom.js";
 import * as list from "./list.js";
@@ -13,7 +13,7 @@ function changed() {
   tabs.postMessage("changed");
 }
 
-function look() {
+function refreshAll() {
   list.refresh();
   memory.refresh();
 }
@@ -65,15 +65,15 @@ write.start({
 });
 route();
 
-tabs.onmessage = look;
-addEventListener("focus", look);
-document.addEventListener("visibilitychange", () => document.hidden || look());
+tabs.onmessage = refreshAll;
+addEventListener("focus", refreshAll);
+document.addEventListener("visibilitychange", () => document.hidden || refreshAll());
 the("to-memories").onclick = () => {
   the("memories").scrollIntoView();
   the("memories-title").focus({ preventScroll: true });
 };
 
-// A file that is dropped anywhere is taken for what it is, and never opened in place of the page.
+// A dropped file is uploaded or put into the form. The browser must not open it instead of the page.
 addEventListener("dragover", (event) => {
   if (!event.dataTransfer.types.includes("Files")) return;
   event.preventDefault();

@@ -1,4 +1,4 @@
-// One memory: what remains of its text, its receipt, and what can be done with it.
+// One memory: its bytes, its receipt, and the actions on it.
 import * as api from "./api.js";
 import * as ask from "./ask.js";
 import { drawLosses } from "./chart.js";
@@ -6,25 +6,25 @@ import { ago, bytes, count, make, nats, number, the } from "./dom.js";
 import { blank } from "./heat.js";
 import * as vectors from "./vectors.js";
 
-/** Bytes of a memory file beyond which its numbers are no picture. */
+/** Largest memory file, in bytes, whose numbers are drawn. */
 const LARGE = 500_000;
 
 const sizeOf = (id) => `gradmem-size-${id}`;
 
-/** Remember how many bytes the text of a memory had: the memory itself does not say. */
+/** Remember how many bytes the text of a memory had, which the memory does not hold. */
 export const remember = (id, size) => sessionStorage.setItem(sizeOf(id), size);
 
 let shown = null; // its entry
 let onChanged = () => {};
 
-/** A name for people. */
+/** Name of a memory, as the page shows it. */
 export const label = (entry) => entry.name ?? `unnamed ${entry.id.slice(0, 8)}`;
 
 function missing() {
   shown = null;
   the("memory").hidden = true;
   the("gone").hidden = false;
-  document.title = "gone – gradmem";
+  document.title = "deleted – gradmem";
   the("gone-title").focus();
 }
 
@@ -47,19 +47,19 @@ function showEntry(entry) {
   document.title = `${label(entry)} – gradmem`;
 }
 
-/** Answers that may come out wrong: the memory may well lose tokens that none of them needs. */
+/** Number of answers that may be wrong. A memory can lose tokens that no answer needs. */
 function atRisk({ answers, at_risk }) {
   if (answers === null) return "not measured";
   return answers ? `${number(at_risk)} of ${number(answers)}` : "none known";
 }
 
-function showReceipt({ memory, memory_bytes, versions, records }) {
-  const parts = records.flatMap((record) => [...record.earlier, record]);
+function showReceipt({ memory, memory_bytes, versions, receipts }) {
+  const parts = receipts.flatMap((receipt) => [...receipt.earlier, receipt]);
   const last = parts.at(-1);
   const { current } = memory;
   drawLosses(the("receipt-chart"), last.losses, last.losses.length - 1, last.losses.length - 1);
-  // A file may come from anywhere: what is no number in it is null here, and nothing that is kept.
-  const measured = parts.filter((part) => part.measured); // of the others nobody knows what is kept
+  // A file may hold losses that are not finite. They are null in JSON, and count as lost.
+  const measured = parts.filter((part) => part.measured); // of the others it is unknown what is kept
   blank(the("cells"), measured.flatMap((part) => part.token_losses.map((loss) => loss ?? Infinity)));
   const facts = {
     "Write loss": `${nats(current.loss_before)} → ${nats(current.loss_after)} nats`,
@@ -80,12 +80,12 @@ function showReceipt({ memory, memory_bytes, versions, records }) {
 
 const times = (size, mine) => (size >= mine ? `${number(Math.round(size / mine))} × as much` : "less than the memory");
 
-/** Beside the memory, its text, where this tab knows how long it was, and the KV-cache that the text would have. */
+/** Compare the memory with the KV-cache of its text, and with the text if this tab knows its size. */
 async function showBytes({ memory, memory_bytes }) {
   the("remains").textContent = `${bytes(memory_bytes)} remain of ${count(memory.current.tokens, "token")}`;
   the("instead").textContent = the("text-size").textContent = "";
   the("bars").hidden = true;
-  const about = await api.checkpoint(memory.model).catch(() => null); // perhaps it is not served here
+  const about = await api.checkpoint(memory.model).catch(() => null); // the checkpoint may not be served here
   if (shown?.id !== memory.id) return;
   const sizes = { mine: memory_bytes };
   const text = Number(sessionStorage.getItem(sizeOf(memory.id)));
@@ -113,7 +113,7 @@ async function showVectors(entry) {
   the("vectors").hidden = false;
 }
 
-/** Show a memory, or say that there is none of this id. */
+/** Show a memory, or a message that it does not exist. */
 export async function open(id) {
   if (shown?.id !== id) close();
   let found;
@@ -128,11 +128,11 @@ export async function open(id) {
   showEntry(found.memory);
   showReceipt(found);
   ask.open(id);
-  // Not awaited: whoever goes on meanwhile must not lose the focus when the pictures are there.
+  // Not awaited: the page must not take the focus from the user when the pictures arrive.
   attempt(() => Promise.all([showBytes(found), showVectors(found.memory)]));
 }
 
-/** Look whether the memory that is shown is still there, and still called so. */
+/** Check whether the memory still exists, and update its name. */
 export async function refresh() {
   if (!shown || !the("rename-form").hidden) return;
   await attempt(async () => {
@@ -154,7 +154,7 @@ async function save() {
 }
 
 function askToDelete() {
-  the("delete-note").textContent = `“${label(shown)}” and all its versions will be gone. Nothing can bring them back.`;
+  the("delete-note").textContent = `“${label(shown)}” and all its versions will be deleted. This cannot be undone.`;
   the("delete-dialog").showModal();
 }
 
@@ -166,7 +166,7 @@ async function remove() {
   location.hash = "#/";
 }
 
-/** No memory is shown any more. */
+/** Hide the memory. */
 export function close() {
   shown = null;
   the("memory").hidden = the("gone").hidden = true;
@@ -192,7 +192,7 @@ export function start(handlers) {
     attempt(async () => {
       await change({ name: the("new-name").value.trim() || null });
       editing(false);
-      the("memory-status").textContent = `It is called “${label(shown)}” now.`;
+      the("memory-status").textContent = `Renamed to “${label(shown)}”.`;
     });
   };
   the("pin").onclick = () => attempt(() => change({ pinned: !shown.pinned }));

@@ -1,6 +1,6 @@
-// The memory itself, read from its file: a row of cells for each vector.
+// The vectors of a memory, read from its file and drawn as rows of cells.
 
-/** The numbers of the first memory in a safetensors file, as `{ rows, width, values }`; null where they are others. */
+/** The numbers of the first memory in a safetensors file, as `{ rows, width, values }`; null if the memory has another form. */
 export function read(buffer) {
   const length = Number(new DataView(buffer).getBigUint64(0, true));
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, length)));
@@ -11,7 +11,7 @@ export function read(buffer) {
   return { rows, width, values: new Float32Array(buffer.slice(start, start + 4 * rows * width)) };
 }
 
-/** Draw them, from one colour over none to another. */
+/** Draw the numbers: negative ones in one colour, positive ones in another. */
 export function draw(canvas, { rows, width, values }) {
   canvas.width = width;
   canvas.height = rows;

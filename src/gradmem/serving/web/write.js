@@ -1,10 +1,10 @@
-// Writing: from a text to a memory, watched step by step, and the text forgotten.
+// Writing a text into a memory, shown step by step, and forgetting the text.
 import * as api from "./api.js";
 import { drawLosses } from "./chart.js";
 import { bytes, calm, count, nats, number, pause, the } from "./dom.js";
 import { Heat, isKept } from "./heat.js";
 
-/** Milliseconds between two steps on the screen: a write is often over before an eye has seen it. */
+/** Milliseconds for which each step is shown: a write is often too fast to watch. */
 const PACE = 320;
 const [text, name, steps] = [the("text"), the("name"), the("steps")];
 const heat = new Heat(the("heat"), the("heat-detail"));
@@ -12,10 +12,10 @@ const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.
 
 let limit = Infinity; // bytes of a request
 let about = null; // the checkpoint
-let example = null; // { seed, queries } of the example that stands in the text field
+let example = null; // { seed, queries } of the example in the text field
 let seen = []; // losses of each token, after 0, 1, ... steps
 let written = null; // { entry, steps }
-let running = null; // AbortController of the write on its way
+let running = null; // AbortController of the current write
 let onWritten = () => {};
 let onForgotten = () => {};
 
@@ -40,7 +40,7 @@ function showSteps() {
   if (written) showStep(Math.min(Number(steps.value), seen.length - 1));
 }
 
-/** What was watched is no longer what stands in the form. */
+/** Hide the steps of the last write: they no longer belong to the form. */
 function reset() {
   the("watch").hidden = true;
   heat.show([]);
@@ -49,13 +49,13 @@ function reset() {
   showSteps();
 }
 
-/** The first lines of a text, or of one that is one line its beginning. */
+/** The beginning of a text: at most four lines and 120 characters. */
 function beginning(text) {
   const found = text.split("\n").slice(0, 4).join("\n").slice(0, 120);
   return found.length < text.length ? `${found.replace(/\s+\S*$/, "")} …` : found;
 }
 
-/** Load what there is to write with. */
+/** Load the list of checkpoints. */
 async function serve() {
   const served = await api.checkpoints();
   limit = served.max_body;
@@ -72,13 +72,13 @@ async function describe(seed) {
     steps.value = found.write_steps;
   }
   about = found;
-  const size = found.vectors ? `${count(found.vectors, "vector")} of ${found.width} numbers` : "a memory of its own kind";
+  const size = found.vectors ? `${count(found.vectors, "vector")} of ${found.width} numbers` : "a memory without vectors";
   const room = found.vectors ? `, ${bytes(4 * found.vectors * found.width)}` : "";
   the("about").textContent =
     `Task ${found.task}: ${size}${room}; texts of up to ${number(found.max_tokens)} tokens, in ${count(found.write_steps, "step")}.`;
   the("example").hidden = !found.example;
   if (seed === undefined) {
-    // Never of the example that is being written: that one will have to be forgotten.
+    // Not the example that is being written, since its text must be forgotten.
     const like = found.example ? `. It looks like this:\n\n${beginning(found.example.text)}` : "";
     text.placeholder = `Paste a text, or drop a file here${like}`;
   }
@@ -89,10 +89,10 @@ async function describe(seed) {
 async function attempt(action) {
   fail("");
   try {
-    if (!about && action !== serve) await serve(); // it could not be loaded before, for want of a key perhaps
+    if (!about && action !== serve) await serve(); // it could not be loaded before, perhaps since the key was missing
     await action();
   } catch (error) {
-    if (error.name === "AbortError") say("Cancelled. Nothing was kept.");
+    if (error.name === "AbortError") say("Cancelled. Nothing was stored.");
     else {
       say("");
       fail(error.message);
@@ -107,23 +107,23 @@ async function fillExample() {
   reset();
   text.value = found.example.text;
   example = { seed, queries: found.example.questions.map((one) => one.query) };
-  say("An example that the checkpoint has never seen. Write it.");
+  say("This example is new to the checkpoint. Press Write.");
 }
 
-/** Take a text file into the form. */
+/** Put a text file into the form. */
 export function open(file) {
   return attempt(async () => {
-    if (file.size > limit) throw new api.Refused(`The file has ${bytes(file.size)}; the server takes ${bytes(limit)}.`);
+    if (file.size > limit) throw new api.Refused(`The file has ${bytes(file.size)}; the server takes at most ${bytes(limit)}.`);
     let found;
     try {
       found = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
     } catch {
-      throw new api.Refused(`“${file.name}” is no text in UTF-8.`);
+      throw new api.Refused(`“${file.name}” is not UTF-8 text.`);
     }
     reset();
     example = null;
     text.value = found;
-    say(`“${file.name}” is ready to be written.`);
+    say(`“${file.name}” is loaded. Press Write.`);
   });
 }
 
@@ -135,12 +135,12 @@ function busy(on) {
   text.readOnly = on;
 }
 
-/** Write the text; a memory of another number of steps hands its name on. */
+/** Write the text. If it was written before with other steps, the new memory takes over the name. */
 async function write(before = null) {
   const wanted = { text: text.value, checkpoint: the("checkpoint").value, steps: Number(steps.value) };
   if (!wanted.text.trim()) throw new api.Refused("There is no text yet: paste one, open a file or try an example.");
   const size = new Blob([wanted.text]).size;
-  if (size > limit) throw new api.Refused(`The text has ${bytes(size)}; the server takes ${bytes(limit)}.`);
+  if (size > limit) throw new api.Refused(`The text has ${bytes(size)}; the server takes at most ${bytes(limit)}.`);
   const called = name.value.trim();
   if (called && !before) wanted.name = called;
   reset();
@@ -166,14 +166,14 @@ async function write(before = null) {
         entry = told;
       }
     }
-    the("cancel").hidden = true; // it is written and kept: what is left is only shown
+    the("cancel").hidden = true; // the memory is stored: the remaining steps are only shown
     await shown;
     if (before && called) {
       if (before.name === called) await api.change(before.id, { name: null });
       entry = await api.change(entry.id, { name: called });
     }
     written = { entry, steps: seen.length - 1, size };
-    const next = before ? "The one written before stays in the list." : "Drag the steps back to see how it came.";
+    const next = before ? "The earlier memory stays in the list." : "Drag the slider back to see each step.";
     say(`Written in ${count(written.steps, "step")}. ${next}`);
     onWritten(entry);
   } finally {
@@ -186,7 +186,7 @@ async function write(before = null) {
   the("forget").focus({ preventScroll: true });
 }
 
-/** Let go of the text wherever the page has it, and go to the memory. */
+/** Remove the text from the page, and show the memory. */
 async function forget() {
   const [id, size, asked] = [written.entry.id, written.size, example && { ...example, checkpoint: about.name }];
   the("watch").classList.add("forgetting");
@@ -204,7 +204,7 @@ function clear() {
   say("");
 }
 
-/** Begin: what the server serves, and what happens when a memory is written, and when its text is forgotten. */
+/** Set up the form. The handlers run when a memory is written, and when its text is forgotten. */
 export async function start(handlers) {
   ({ onWritten, onForgotten } = handlers);
   the("write-form").onsubmit = (event) => {

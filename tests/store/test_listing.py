@@ -1,0 +1,67 @@
+"""Listings: filters and pages."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from tests.store.helpers import names
+
+from gradmem.store import Store
+from stored import made
+
+
+@pytest.mark.parametrize(
+    ("filters", "wanted"),
+    [
+        ({}, "876543210"),
+        ({"checkpoint": "d" * 64}, "7531"),
+        ({"checkpoint": "model-c"}, "86420"),
+        ({"checkpoint": "model"}, ""),
+        ({"name": "m3"}, "3"),
+        ({"name": "m*"}, "876543210"),
+        ({"name": "n*"}, ""),
+        ({"name": "m"}, ""),
+        ({"tags": "third"}, "630"),
+        ({"tags": ["six", "third"]}, "6"),
+        ({"tags": "six,none"}, ""),
+        ({"tags": "third", "checkpoint": "model-c"}, "60"),
+        ({"tags": "third", "name": "m3"}, "3"),
+    ],
+)
+def test_filters(many: Store, filters: dict, wanted: str) -> None:
+    assert "".join(entry.name[1] for entry in many.list(**filters)) == wanted
+    pages, after = "", None
+    while page := many.list(**filters, limit=2, after=after):
+        assert len(page) <= 2
+        pages, after = pages + "".join(entry.name[1] for entry in page), page[-1].cursor
+    assert pages == wanted
+
+
+@pytest.mark.parametrize("tags", ["", "third"])
+def test_filter_by_time(many: Store, tags: str) -> None:
+    moment = many.get("m3").created
+    assert names(many.list(since=moment, tags=tags))[-1] == "m3"
+    assert names(many.list(until=moment, tags=tags))[0] == ("m0" if tags else "m2")
+    east = moment.astimezone(timezone(timedelta(hours=5)))
+    assert many.list(since=east) == many.list(since=moment.replace(tzinfo=None)) == many.list(since=moment)
+    assert not many.list(until=datetime(2020, 1, 1))
+    assert len(many.list(since=datetime(2020, 1, 1))) == 9
+
+
+def test_pages_go_on_after_a_memory_that_is_gone(many: Store) -> None:
+    first = many.list(limit=3)
+    many.delete(first[-1].id)
+    many.put(made(99), name="new")
+    assert names(many.list(limit=2, after=first[-1].cursor)) == ["m5", "m4"]
+
+
+def test_memories_of_one_moment_are_each_listed_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
+    monkeypatch.setattr("gradmem.store.transaction.now", lambda: moment)
+    ids = [store.put(made(seed), tags="t").id for seed in range(7)]
+    for filters in ({}, {"tags": "t"}):
+        found, after = [], None
+        while page := store.list(limit=2, after=after, **filters):
+            found, after = found + [entry.id for entry in page], page[-1].cursor
+        assert found == sorted(ids, reverse=True)
