@@ -300,7 +300,7 @@ def test_an_interrupted_write_saves_what_there_is(
     assert shown == [0, 1, 2, 3]
     said = capfd.readouterr()
     assert "saved memory.safetensors" in said.out
-    assert "gradmem: interrupted: what was saved is the memory after 3 write steps" in said.err
+    assert "gradmem: interrupted: saved the memory after 3 write steps" in said.err
     assert gradmem.open("memory.safetensors").receipts[0].steps == 3
     assert signal.getsignal(signal_) is before
     with Store() as keeper:
@@ -342,10 +342,10 @@ def test_a_write_loss_that_was_missed_is_told(place: Path, tmp_path: Path, capsy
 
 
 def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradmem.cli.console.EVERY", 0.0)
+    monkeypatch.setattr("gradmem.cli.console.PROGRESS_SECONDS", 0.0)
     assert list(progress_bar([7, 8], "writing", detail=lambda one: f"loss {one}")) == [7, 8]
     assert capsys.readouterr().err.splitlines() == ["writing: 1 of 2 loss 7", "writing: 2 of 2 loss 8"]
-    monkeypatch.setattr("gradmem.cli.console.EVERY", 1e9)
+    monkeypatch.setattr("gradmem.cli.console.PROGRESS_SECONDS", 1e9)
     assert list(progress_bar([7, 8], "writing")) == [7, 8]
     assert capsys.readouterr().err == ""
 

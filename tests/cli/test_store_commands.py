@@ -122,10 +122,10 @@ def test_listing_in_pages(capsys: pytest.CaptureFixture[str]) -> None:
 
 BAD = {
     "no command": (["store"], "COMMAND|subcommand"),
-    "no store yet": (["store", "ls"], "no store at .* `gradmem write --store` makes one"),
+    "no store yet": (["store", "ls"], "no store at .* `gradmem write --store` creates one"),
     "neither file nor kept": (["ask", "notes", "a7"], "no memory file at notes, and no store at"),
     "too long for a file": (["ask", "n" * 5000, "a7"], "no memory file"),
-    "name without store": (["write", "checkpoint", "pairs.txt", "--name", "notes"], "add --store"),
+    "name without store": (["write", "checkpoint", "pairs.txt", "--name", "notes"], "need --store"),
     "unknown in a store": (["store", "show", "other"], "no memory 'other' in"),
     "ask what is not kept": (["ask", "other", "a7"], "no memory file at other, and no memory 'other' in"),
     "taken": (["write", "checkpoint", "pairs.txt", "--store", "--name", "notes"], "'notes' is taken"),
@@ -133,17 +133,17 @@ BAD = {
     "bad name": (["store", "rename", "notes", "a*"], "a name must be"),
     "bad date": (["store", "ls", "--since", "soon"], "soon"),
     "bad limit": (["store", "ls", "--limit", "0"], "limit must be"),
-    "bad cursor": (["store", "ls", "--after", "x"], "no cursor"),
+    "bad cursor": (["store", "ls", "--after", "x"], "not a cursor"),
     "bad version": (["store", "rollback", "notes", "9"], "no version 9"),
     "version in words": (["store", "diff", "notes", "one", "2"], "one"),
-    "rm of nothing": (["store", "rm"], "say which"),
-    "rm of an empty filter": (["store", "rm", "--tags", ""], "say which"),
+    "rm of nothing": (["store", "rm"], "name the memories to delete"),
+    "rm of an empty filter": (["store", "rm", "--tags", ""], "name the memories to delete"),
     "rm of no tag": (["store", "rm", "--tags", ","], "a tag must be"),
-    "rm of two kinds": (["store", "rm", "notes", "--tags", "a"], "say which"),
+    "rm of two kinds": (["store", "rm", "notes", "--tags", "a"], "name the memories to delete"),
     "export to nowhere": (["store", "export", "notes", "-o", "pairs.txt/m"], "cannot write"),
     "import of text": (["store", "import", "pairs.txt"], "damaged or no memory file"),
     "import of nothing": (["store", "import", "none"], "no memory file at none"),
-    "import under one name": (["store", "import", "a", "b", "--name", "n"], "one name for 2"),
+    "import under one name": (["store", "import", "a", "b", "--name", "n"], "fits one file, not 2"),
 }
 EMPTY = ("no command", "no store yet", "neither file nor kept", "too long for a file", "name without store")
 
