@@ -61,7 +61,7 @@ def test_openai_client_asks_a_memory(server: Server) -> None:
     assert len(chunks) > 2
     with pytest.raises(openai.NotFoundError, match="no such memory"):
         client.chat.completions.create(model="kv-16:other", messages=asked)
-    with pytest.raises(openai.UnprocessableEntityError, match="which memory"):
+    with pytest.raises(openai.UnprocessableEntityError, match="no memory is named"):
         client.chat.completions.create(model="kv-16", messages=asked)
 
 
@@ -88,9 +88,7 @@ def test_what_was_accepted_is_finished_when_the_server_ends(server: Server) -> N
 
 
 def test_who_still_waits_at_the_end_is_told_and_nothing_is_half_done(tmp_path: Path) -> None:
-    server = Server(
-        tmp_path, "kv-16", before="from gradmem.serving import connections; connections.SHUTDOWN_SECONDS = 0.5"
-    )
+    server = Server(tmp_path, "kv-16", before=SHORT_GRACE)
     client = Client(server.url)
     client.write(TEXT, "kv-16", name="kept")
     wanted = {"text": TEXT, "checkpoint": "kv-16", "steps": LONG}
