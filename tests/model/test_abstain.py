@@ -138,7 +138,7 @@ def test_no_key_is_left_to_ask_for() -> None:
     """Of four keys two are written: in a third of the contexts both that begin alike."""
     task = build_task({"name": "kv", "pairs": 2, "alphabet": 2, "key_length": 2})
     with pytest.raises(GradmemError, match="take fewer pairs"):
-        task.unwritten(task.batch("valid", 0, 40))
+        task.unanswerable(task.batch("valid", 0, 40))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_keys_that_were_never_written(options: dict[str, int]) -> None:
     task = build_task({"name": "kv", **options})
     batch = task.batch("test", 0, 5)
     contexts = [task.text(ids.tolist()) for ids in batch.context.ids]
-    found = task.unwritten(batch)
+    found = task.unanswerable(batch)
     assert len(found) == 2
     for kind, asked in found.items():
         for prompt, row in zip(asked.prompts(), asked.rows.tolist(), strict=True):

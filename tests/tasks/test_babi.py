@@ -296,7 +296,7 @@ def test_training_may_be_crowded_and_measuring_is_not() -> None:
 def test_unwritten_questions_are_about_what_the_story_does_not_mention() -> None:
     task = Babi("qa1,qa2,qa3,qa4,qa5")
     batch = task.batch("test", 0, 50, seed=1)
-    (asked,) = task.unwritten(batch).values()
+    (asked,) = task.unanswerable(batch).values()
     originals = [task.text(prompt).split() for prompt in batch.prompts()]
     assert len(asked.rows) > 20
     assert torch.equal(asked.context.ids, batch.context.ids)

@@ -22,7 +22,7 @@ import gradmem
 from gradmem import GradmemError, MemoryModel
 from gradmem.batch import Batch, Tokens
 from gradmem.cli.main import main
-from gradmem.data import places
+from gradmem.data import split_indices
 from gradmem.evaluation import evaluate
 from gradmem.pretrained import pretrained_tokenizer
 from gradmem.tasks.babi import Babi
@@ -115,7 +115,7 @@ def test_both_forms_of_file_give_the_same_samples(paragraphs: str, bytes_tokeniz
     assert [task.size(split) for split in ("train", "valid", "test")] == [2, 1, 3]
     whole = task.batch("test", 0, 3)
     contexts = list(dict.fromkeys(row[0] for row in ROWS))
-    shuffled = [contexts[i] for i in places("test", 0, 3, 3, 0, shuffled=True)]
+    shuffled = [contexts[i] for i in split_indices("test", 0, 3, 3, 0, shuffled=True)]
     wanted = sorted(ROWS, key=lambda row: shuffled.index(row[0]))
     assert queries(task, whole) == [(c, PROMPT.format(q), f" {a[0]}{END}") for c, q, a in wanted]
     assert whole.references == [a for _, _, a in wanted]
@@ -246,7 +246,7 @@ def test_chunks_are_the_files(books: str, bytes_tokenizer: str) -> None:
     assert task.notes("train") == ["7 tokens at the ends of the training texts, too few for a chunk, are left out"]
     batch = task.batch("test", 0, 3)
     text = (Path(books) / "test" / "0.txt").read_text()
-    starts = (10 * places("test", 0, 3, 3, 0, shuffled=True)).tolist()
+    starts = (10 * split_indices("test", 0, 3, 3, 0, shuffled=True)).tolist()
     assert task.tokenizer.batch_decode(batch.context.ids) == [text[start : start + 10] for start in starts]
     assert torch.equal(batch.labels[:, 1:], batch.context.ids)
     assert (batch.labels[:, 0] == -100).all()
@@ -268,7 +268,7 @@ def test_names_of_special_tokens_are_text(own: bool, bytes_tokenizer: str) -> No
             assert task.text(task.encode(name)) == name
             if task is not text:
                 assert not set(task.encode_query(name)) & set(task.tokenizer.all_special_ids)
-            assert not set(task.encode(task.claim("query", name))) & set(task.tokenizer.all_special_ids)
+            assert not set(task.encode(task.statement("query", name))) & set(task.tokenizer.all_special_ids)
     begin = text.tokenizer.bos_token
     assert text.encode_query(begin) == text.encode_query("x") == [text.tokenizer.bos_token_id]
     assert text.target("x", begin) == ([text.tokenizer.bos_token_id], text.encode(begin))
@@ -296,11 +296,11 @@ def test_near_loss_of_the_text_task_is_of_the_answer_alone() -> None:
 
 
 def test_the_first_samples_of_a_split_come_from_all_over_it() -> None:
-    found = places("test", 0, 1000, 1000, seed=1, shuffled=True).tolist()
+    found = split_indices("test", 0, 1000, 1000, seed=1, shuffled=True).tolist()
     assert sorted(found) == list(range(1000))
     few = sorted(found[:100])
     assert max(b - a for a, b in zip([0, *few], [*few, 1000], strict=True)) < 80
-    assert places("test", 5, 3, 1000, seed=2, shuffled=True).tolist() == found[5:8]
+    assert split_indices("test", 5, 3, 1000, seed=2, shuffled=True).tolist() == found[5:8]
 
 
 def test_every_byte_is_a_token_where_no_tokenizer_is_named(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_exact_chunks_are_the_same_read_and_generated(books: str, bytes_tokenize
         model.method.backbone.model.base_model.norm.weight.zero_()
     batch = model.task.batch("test", 0, 3)
     scores = model.task.judge_generated([[letter] * 4] * 3, batch)
-    shuffled = places("test", 0, 3, 3, 0, shuffled=True)
+    shuffled = split_indices("test", 0, 3, 3, 0, shuffled=True)
     assert scores["generated_accuracy"].tolist() == [[1.0, 0.0, 0.25][i] for i in shuffled]
     (result,) = evaluate(model, [1])
     row = result.to_dict()
@@ -442,12 +442,12 @@ def test_cache_place_follows_the_environment(
 
 
 def test_orders() -> None:
-    assert places("test", 3, 4, 10, 0).tolist() == [3, 4, 5, 6]
-    rounds = places("train", 0, 30, 10, 0).reshape(3, 10)
+    assert split_indices("test", 3, 4, 10, 0).tolist() == [3, 4, 5, 6]
+    rounds = split_indices("train", 0, 30, 10, 0).reshape(3, 10)
     assert all(sorted(one) == list(range(10)) for one in rounds.tolist())
     assert len({tuple(one) for one in rounds.tolist()}) == 3
-    assert places("train", 7, 9, 10, 0).tolist() == rounds.flatten()[7:16].tolist()
-    assert places("train", 0, 10, 10, 1).tolist() != rounds[0].tolist()
+    assert split_indices("train", 7, 9, 10, 0).tolist() == rounds.flatten()[7:16].tolist()
+    assert split_indices("train", 0, 10, 10, 1).tolist() != rounds[0].tolist()
 
 
 def test_data_sets_of_the_hub(bytes_tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:

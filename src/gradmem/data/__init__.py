@@ -1,6 +1,6 @@
 """Data sets: tokenized once, cached, read without loading them whole."""
 
 from .cache import cached, digest_files
-from .samples import Query, Sample, Samples, collate, places
+from .samples import Query, Sample, Samples, collate, split_indices
 
-__all__ = ["Query", "Sample", "Samples", "cached", "collate", "digest_files", "places"]
+__all__ = ["Query", "Sample", "Samples", "cached", "collate", "digest_files", "split_indices"]

@@ -120,7 +120,7 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
     )
 
 
-def places(split: str, start: int, count: int, size: int, seed: int, shuffled: bool = False) -> np.ndarray:
+def split_indices(split: str, start: int, count: int, size: int, seed: int, shuffled: bool = False) -> np.ndarray:
     """Where samples `start` to `start + count` of a finite split stand.
 
     Training goes round and round, each time in a new order; the other splits have one order and an end: that of their

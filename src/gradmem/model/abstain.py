@@ -50,8 +50,8 @@ class Answer:
         Log-probability of the likeliest first token less that of the second, nats.
     near_loss : float
         What the write receipt would say of the query with this answer: mean token loss under the memory, nats, of the
-        text by which a context says it (`Task.claim`), read as WRITE reads a context. It compares with the receipt's
-        `loss_after`. The context itself is gone, so this needs nothing of it.
+        text by which a context says it (`Task.statement`), read as WRITE reads a context. It compares with the
+        receipt's `loss_after`. The context itself is gone, so this needs nothing of it.
     written : float or None
         Probability that this answer was written for this query, where half of all answers were; None where the
         checkpoint was not calibrated (`gradmem calibrate`), for contexts of other lengths, and where text was appended.

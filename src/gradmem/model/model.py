@@ -593,7 +593,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         end, task = self.task.end_id, self.task
         ids = [row[: row.index(end) + 1] if end in row else row for row in generated]
         texts = [task.decode(row) for row in ids]
-        said = [task.claim(task.text(query), text) for query, text in zip(queries, texts, strict=True)]
+        said = [task.statement(task.text(query), text) for query, text in zip(queries, texts, strict=True)]
         claims = [task.encode(one) or [end] for one in said]  # an empty text is no more than its end
         with torch.no_grad():
             index = torch.tensor(rows, device=self.device)

@@ -25,7 +25,7 @@ from ..data import (
     cached,
     collate,
     digest_files,
-    places,
+    split_indices,
 )
 from ..data.babi_files import NUMBER, QUESTION, WORDS, hub_lines, read_stories, word_tokenizer
 from ..data.babi_reading import ASKED, EXAMPLES, EXAMPLES_ASKED, QUESTIONS, STATEMENTS, TOLD, Reading
@@ -151,7 +151,7 @@ class Babi(FileTask):
                 chosen.append(self._generated(split, before, seed))
             else:
                 samples = self.samples(split)
-                chosen.append(samples[int(places(split, number - before, 1, len(samples), seed)[0])])
+                chosen.append(samples[int(split_indices(split, number - before, 1, len(samples), seed)[0])])
         return collate(chosen, self.pad_id)
 
     def load(self, split: Split) -> Samples:
@@ -291,7 +291,7 @@ class Babi(FileTask):
         told = babi_stories.TASKS[random.choice(tasks)](random, True, False, math.inf)[-1]
         return " ".join(told.statements), told.questions
 
-    def unwritten(self, batch: Batch) -> dict[str, Batch]:
+    def unanswerable(self, batch: Batch) -> dict[str, Batch]:
         """The questions, asked of somebody or something of the same world that the story does not mention.
 
         Questions to which no such change can be made are left out: a story that names all people is a clean example

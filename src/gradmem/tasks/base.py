@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..batch import Batch
 from ..choices import Split
-from ..data import Samples, collate, places
+from ..data import Samples, collate, split_indices
 from ..data.decoding import only_grows, without_last_bytes
 from ..errors import refused
 
@@ -171,7 +171,7 @@ class Task(ABC):
     def calibration(self, split: Split, start: int, size: int, seed: int = 0) -> dict[str, Batch]:
         """Contexts with queries by kind, to learn when to abstain: those of `WRITTEN`, which they answer, and others.
 
-        Here a batch and what is `unwritten` of it. A task overrides this where people write other contexts, as
+        Here a batch and what is `unanswerable` of it. A task overrides this where people write other contexts, as
         shorter ones, or ask other queries.
 
         Returns
@@ -180,7 +180,7 @@ class Task(ABC):
             All of the same contexts.
         """
         batch = self.batch(split, start, size, seed)
-        return {WRITTEN: batch, **self.unwritten(batch)}
+        return {WRITTEN: batch, **self.unanswerable(batch)}
 
     def may_end(self, ids: Tensor) -> Tensor:
         """After which tokens of contexts a chunk may end, where contexts are cut, so that what belongs together is not.
@@ -196,7 +196,7 @@ class Task(ABC):
         """
         return torch.ones_like(ids, dtype=torch.bool)
 
-    def unwritten(self, batch: Batch) -> dict[str, Batch]:
+    def unanswerable(self, batch: Batch) -> dict[str, Batch]:
         """Queries whose answers stand in none of the contexts they ask, by kind; abstaining is fitted on them.
 
         Here those of the next context. A task overrides this where another context may hold the same answer, or where
@@ -205,7 +205,7 @@ class Task(ABC):
         swapped = (batch.rows + 1) % len(batch.context)
         return {"of another context": Batch(batch.context, batch.queries, batch.labels, swapped, batch.references)}
 
-    def claim(self, query: str, answer: str) -> str:
+    def statement(self, query: str, answer: str) -> str:
         """The text by which a context says the answer to a query, which is given as the model reads it."""
         return query + answer
 
@@ -272,7 +272,7 @@ class FileTask(Task):
             When there are not as many, and training is not meant.
         """
         samples = self.samples(split)
-        chosen = places(split, start, size, len(samples), seed, shuffled=True)
+        chosen = split_indices(split, start, size, len(samples), seed, shuffled=True)
         return collate([samples[int(i)] for i in chosen], self.pad_id)
 
 

@@ -125,7 +125,7 @@ class KV(Task):
             torch.arange(size).repeat_interleave(asked),
         )
 
-    def unwritten(self, batch: Batch) -> dict[str, Batch]:
+    def unanswerable(self, batch: Batch) -> dict[str, Batch]:
         """Keys of the next context, and written keys with another last character; none of them was written.
 
         Raises
@@ -164,9 +164,9 @@ class KV(Task):
         fewer = self.pairs >> start // size % self.pairs.bit_length()
         task = KV(fewer, self.key_length, self.value_length, self.vocabulary, self.alphabet, self.noise)
         batch = task.batch(split, start, size, seed)
-        return {WRITTEN: batch, **task.unwritten(batch)}
+        return {WRITTEN: batch, **task.unanswerable(batch)}
 
-    def claim(self, query: str, answer: str) -> str:
+    def statement(self, query: str, answer: str) -> str:
         """The pair `!kk:vv!`."""
         return f"{query[1:]}{answer}!"
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..batch import Batch
-from ..data import Query, Sample, Samples, cached, collate, digest_files, places
+from ..data import Query, Sample, Samples, cached, collate, digest_files, split_indices
 from ..data.sources import held_out
 from ..errors import GradmemError, require
 from ..pretrained import digest_tokenizer
@@ -151,7 +151,7 @@ class QA(Squad):
             mine = np.flatnonzero(entries == entry)
             before = turn * int((slots == entry).sum()) + int((order[:begin] == entry).sum())
             if len(mine):
-                found = places("train", before, len(mine), len(part), seed + entry).tolist()
+                found = split_indices("train", before, len(mine), len(part), seed + entry).tolist()
                 chosen += [(entry, i, number * POOL + int(place)) for i, place in zip(found, mine, strict=True)]
         chosen.sort(key=lambda one: (len(parts[one[0]].tokens("context", one[1])), one))
         batches = [chosen[at : at + size] for at in range(0, POOL, size)]

@@ -70,7 +70,7 @@ class Text(FileTask):
         """The begin token, and the text that follows it, which no end token ends."""
         return self.encode_query(query), self.encode(answer)
 
-    def claim(self, query: str, answer: str) -> str:
+    def statement(self, query: str, answer: str) -> str:
         """The answer itself: the query is no part of any text."""
         return answer
 
