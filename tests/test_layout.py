@@ -34,7 +34,7 @@ def test_imports_keep_to_the_contracts():
 
 
 def test_no_module_is_in_an_import_circle(graph):
-    """Imports for types count. The contracts compare packages, so they miss a package that one of its modules imports."""
+    """Imports for types count. The contracts do not see a package that one of its own modules imports."""
     try:
         TopologicalSorter({one: graph.find_modules_directly_imported_by(one) for one in graph.modules}).prepare()
     except CycleError as error:
