@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from gradmem.data.squad_files import read_rows
 from gradmem.errors import GradmemError
 from gradmem.model import MemoryModel
 from gradmem.model.build import build_task
 from gradmem.model.delta import load_delta, packed, save_delta, unpacked
 from gradmem.tasks.qa import QA
-from gradmem.tasks.squad import read_rows
 from gradmem.tasks.text import byte_tokenizer
 from helpers import DATA, needs
 
@@ -97,7 +97,7 @@ def test_a_part_is_asked_what_stands_in_it_and_nowhere_else(tokenizer: str, data
 
 def test_neighbours_are_joined_from_every_one_on(tokenizer: str, data: Path) -> None:
     """With plain spaces; a question that two of them have is not asked."""
-    task = qa(tokenizer, data, {"sentences.jsonl": 1}, join=["sentences.jsonl"], max_context=64)
+    task = qa(tokenizer, data, {"sentences.jsonl": 1}, merge=["sentences.jsonl"], max_context=64)
     found = contexts(task)
     assert found[0] == "Bo walks to the room of Bo. Cy walks to the room of Cy."
     assert found[1] == "Cy walks to the room of Cy. Di walks to the room of Di."
@@ -133,14 +133,14 @@ def test_what_test_files_hold_is_left_out(tokenizer: str, data: Path) -> None:
     (data / "other.jsonl").write_text(
         json.dumps({"title": "Gulls", "context": "No.", "question": "q", "answers": ["No"]})
     )
-    task = qa(tokenizer, data, {"more.jsonl": 1}, apart=["test.jsonl", "other.jsonl"])
+    task = qa(tokenizer, data, {"more.jsonl": 1}, decontaminate=["test.jsonl", "other.jsonl"])
     assert contexts(task) == ["Kept 0.", "Kept 1.", "Kept 2."]
     assert "1 paragraphs of more.jsonl" in task.notes("train")[0]
     assert any("1 of 4 contexts are left out" in note for note in task.notes("train"))
 
 
 def test_a_template_is_asked_no_more_than_so_often(tokenizer: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradmem.tasks._paragraphs.REPEATS", 5)
+    monkeypatch.setattr("gradmem.data.paragraphs.MAX_REPEATS", 5)
     task = qa(tokenizer, data, {"train.jsonl": 1})
     times = Counter(line for asked in questions(task) for line in asked if "Who is it?" in line)
     assert sum(times.values()) == 5
@@ -181,7 +181,7 @@ def test_a_mix_is_patterns_with_shares(tokenizer: str, mix: Any) -> None:
 
 
 def test_files_that_are_not_there_are_named(tokenizer: str, data: Path) -> None:
-    with pytest.raises(GradmemError, match=r"no file below .* is absent\*"):
+    with pytest.raises(GradmemError, match=r"no file in .* matches the pattern absent\*"):
         qa(tokenizer, data, {"absent*": 1}).batch("train", 0, 1)
 
 
@@ -192,8 +192,8 @@ def test_real_files_share_nothing_with_the_dev_file(tokenizer: str, data: Path) 
     rows = [{**row, "qas": row["qas"][:1]} for row in map(json.loads, lines)]
     (data / "qamr.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (data / "dev.jsonl").symlink_to(DATA / "squad_subset/dev.jsonl")
-    options = {"join": ["qamr.jsonl"], "max_context": 900, "max_query": 200}
-    task = qa(tokenizer, data, {"qamr.jsonl": 1}, apart=["dev.jsonl"], **options)
+    options = {"merge": ["qamr.jsonl"], "max_context": 900, "max_query": 200}
+    task = qa(tokenizer, data, {"qamr.jsonl": 1}, decontaminate=["dev.jsonl"], **options)
 
     def runs(text: str) -> set[str]:
         words = re.sub(r"[^a-z0-9_ ]", "", re.sub(r"\W+", " ", text.lower())).split()
