@@ -22,7 +22,7 @@ import gradmem
 from gradmem import GradmemError
 from gradmem.batch import Batch
 from gradmem.data.babi_files import WORDS
-from gradmem.data.babi_stories import GIVERS, OBJECTS, PEOPLE, ROOMS, Told
+from gradmem.data.babi_stories import GIVERS, OBJECTS, PEOPLE, ROOMS, Excerpt
 from gradmem.data.babi_stories import TASKS as GENERATED
 from gradmem.evaluation import evaluate
 from gradmem.model import MemoryModel
@@ -42,7 +42,7 @@ SMALL = """1 Mary moved to the bathroom.
 """
 ROOM = "bathroom|bedroom|garden|hallway|kitchen|office|cinema|park|school"
 THING, PERSON = "apple|football|milk", "[A-Z][a-z]+"
-Story = list[Told]
+Story = list[Excerpt]
 
 
 # --- An independent solver: it knows sentences, nothing of how they were made -------------------------------
@@ -117,7 +117,7 @@ def official(task: str, split: str) -> list[Story]:
             statements = []
         if "\t" in rest:
             question, answer, _ = rest.split("\t")
-            stories[-1].append(Told(list(statements), [(question.strip(), answer)]))
+            stories[-1].append(Excerpt(list(statements), [(question.strip(), answer)]))
         else:
             statements.append(rest)
     return stories
@@ -278,7 +278,7 @@ def test_training_may_ask_everything_and_measuring_does_not() -> None:
 
 def test_stories_that_are_never_so_short_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """An object must be taken and carried to two rooms before qa3 can ask."""
-    monkeypatch.setattr("gradmem.tasks.babi.LONG", 50)
+    monkeypatch.setattr("gradmem.data.babi_stories.MAX_TRIES", 50)
     with pytest.raises(GradmemError, match="no question of qa3 comes within 2 statements"):
         Babi("3", max_statements=2).batch("train", 0, 1)
 
@@ -593,7 +593,9 @@ def test_questions_that_it_does_not_know_are_refused(query: str, asked: str | No
     if asked:
         assert task.query_text(query) == asked
     else:
-        with pytest.raises(GradmemError, match="is no question that it knows; ask 'Where is Mary"):
+        with pytest.raises(
+            GradmemError, match="is no question that it was trained on; ask questions like 'Where is Mary"
+        ):
             task.query_text(query)
 
 

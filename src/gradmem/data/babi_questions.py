@@ -1,4 +1,4 @@
-"""Stories of qa1 to qa5 to learn from when to abstain: with questions that they answer, and others."""
+"""Generated bAbI stories with questions that they answer, and questions that they do not: to learn when to abstain."""
 
 from __future__ import annotations
 
@@ -7,62 +7,77 @@ from dataclasses import dataclass
 from random import Random
 
 from . import babi_stories
-from .babi_reading import QUESTIONS, Reading, match
+from .babi_facts import QUESTIONS, Facts, match
 from .babi_stories import EVERYBODY, EVERYWHERE, GIVERS, OBJECTS, OPPOSITE, PEOPLE
 
 NAMES = {name.lower() for name in EVERYBODY}
 WORLD = {*NAMES, *EVERYWHERE, *OBJECTS}
-"""People, rooms and things that sentences name."""
+"""All people, rooms and things."""
 FEW = {name.lower() for name in (*PEOPLE, *GIVERS)}
 """People of stories that are not crowded."""
-CROWDED, CUT, SHORT, LONGEST = 0.25, 0.4, 6, 60
-"""How many stories are crowded; how many are no more than the first of their statements, up to so many; and the most
-statements of a story."""
-EACH = 5
-"""Questions of each kind to a story."""
+CROWDED = 0.25
+"""Share of crowded stories."""
+CUT, CUT_LENGTH = 0.4, 6
+"""Share of stories that are cut to their first statements, and the most statements that are left."""
+MAX_STATEMENTS = 60
+"""Most statements of a story."""
+PER_KIND = 5
+"""Most questions of each list of `Questions`."""
 
 
 @dataclass
-class Asked:
-    """A story with questions in small letters, each with its answer or, where it has none, some word."""
+class Questions:
+    """A story with questions in small letters, each with its answer; those without an answer have some word instead.
+
+    Attributes
+    ----------
+    statements : list of str
+        The story.
+    answered : list of tuple of str
+        Questions that the story answers.
+    unnamed : list of tuple of str
+        Questions about a person or a thing that is not in the story.
+    untold : list of tuple of str
+        Questions about people and things of the story that it does not answer.
+    """
 
     statements: list[str]
     answered: list[tuple[str, str]]
     unnamed: list[tuple[str, str]]
-    """About somebody or something that the story does not name."""
     untold: list[tuple[str, str]]
-    """About what it names, without telling this of it."""
 
 
-def ask(random: Random, tasks: Sequence[str], kinds: Collection[str], longest: int | None = None) -> Asked:
-    """Tell a story of one of the tasks, or the beginning of one, and ask questions of these kinds."""
-    statements, people = _tell(random, tasks, longest or LONGEST)
-    read = Reading.of(one.lower().rstrip(".") for one in statements)
-    answers = read.answers()
+def draw_questions(
+    random: Random, tasks: Sequence[str], kinds: Collection[str], max_statements: int | None = None
+) -> Questions:
+    """Draw a story of one of the tasks, or the beginning of one, and questions of these kinds."""
+    statements, people = _draw_story(random, tasks, max_statements or MAX_STATEMENTS)
+    facts = Facts.of(one.lower().rstrip(".") for one in statements)
+    answers = facts.answers()
     own = [question for question in answers if match(question, QUESTIONS, kinds)]
     others = [question for question in every_question(kinds) if question not in answers]
-    untold = [question for question in others if WORLD & set(question.split()) <= read.names]
-    # Names from other stories would be too easy to tell.
+    untold = [question for question in others if WORLD & set(question.split()) <= facts.names]
+    # Names that no story of this kind has would be too easy to recognize.
     unnamed = [one for one in others if one not in untold and not (NAMES - people) & set(one.split())]
     drawn = [
-        [(question, answers.get(question, "nothing")) for question in _drawn(random, some, EACH)]
+        [(question, answers.get(question, "nothing")) for question in _sample(random, some, PER_KIND)]
         for some in (own, unnamed, untold)
     ]
-    return Asked(statements, *drawn)
+    return Questions(statements, *drawn)
 
 
-def _tell(random: Random, tasks: Sequence[str], longest: int) -> tuple[list[str], set[str]]:
+def _draw_story(random: Random, tasks: Sequence[str], max_statements: int) -> tuple[list[str], set[str]]:
     """A story, and the people of its world."""
     while True:
         name, crowded = random.choice(tasks), random.random() < CROWDED
-        if told := babi_stories.TASKS[name](random, False, crowded, longest):
-            statements = random.choice(told).statements
-            short = random.randint(1, min(SHORT, len(statements)))
+        if excerpts := babi_stories.TASKS[name](random, False, crowded, max_statements):
+            statements = random.choice(excerpts).statements
+            short = random.randint(1, min(CUT_LENGTH, len(statements)))
             return statements[: short if random.random() < CUT else None], NAMES if crowded else FEW
 
 
 def every_question(kinds: Collection[str]) -> Iterator[str]:
-    """All questions of these kinds that can be asked in this world, in small letters."""
+    """All questions of these kinds about all people, rooms and things, in small letters."""
     people = [name.lower() for name in EVERYBODY]
     if "person" in kinds:
         yield from (f"where is {name}" for name in people)
@@ -82,8 +97,8 @@ def every_question(kinds: Collection[str]) -> Iterator[str]:
             yield from (f"who did {name} give the {thing} to" for name in people)
 
 
-def _drawn(random: Random, questions: list[str], count: int) -> list[str]:
-    """So many of the questions, each kind as likely as the others, however many questions it has."""
+def _sample(random: Random, questions: list[str], count: int) -> list[str]:
+    """Draw questions; each kind is equally likely, however many questions it has."""
     kinds: dict[str, list[str]] = {}
     for question in questions:
         found = match(question, QUESTIONS, QUESTIONS)

@@ -1,15 +1,18 @@
-"""Generated bAbI stories, qa1 to qa5: a small world, told two statements at a time.
+"""Generated bAbI stories for qa1 to qa5.
 
-The rules were inferred from the official training files, which they reproduce in vocabulary, sentence forms, lengths
-and answers. Statements are drawn until one is possible; after every second one a question is asked if the last few
-statements allow one, until there are five.
+The rules were inferred from the official training files, whose vocabulary, sentence forms, lengths and answers they
+reproduce. A story grows by two statements at a time. After each two it asks a question, if one about the last few
+statements is possible; after five questions it ends.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+
+from ..errors import GradmemError
 
 ROOMS = ["bathroom", "bedroom", "garden", "hallway", "kitchen", "office"]
 OBJECTS = ["apple", "football", "milk"]
@@ -31,17 +34,18 @@ VERBS = {
 }
 OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 QUESTIONS = 5
+"""Questions of a story."""
 RECENT = 5
-"""Questions are about something among this many last statements."""
+"""A question is about something in as many last statements."""
 THERE = 0.2
-"""How often a statement about an object ends in "there", where the form is not fixed."""
+"""Share of statements about an object that end in "there", where the form is not fixed."""
 OUTER_FIRST = 0.645
-"""qa4: how often a statement is about the outer room ("the office is north of the middle one"), not the middle one."""
+"""qa4: share of statements with an outer room as subject, not the middle one."""
 
 
 @dataclass
-class Told:
-    """A story so far, and what is asked at this point: questions with answers."""
+class Excerpt:
+    """The beginning of a story, and the questions at this point with their answers."""
 
     statements: list[str]
     questions: list[tuple[str, str]]
@@ -49,7 +53,18 @@ class Told:
 
 @dataclass
 class Event:
-    """What happened: who, what kind, with which object (or to which room), and to whom it was given."""
+    """Something that a statement says.
+
+    Attributes
+    ----------
+    kind : {"move", "get", "drop", "give", "line"}
+    actor : str
+        A person; for "line", a room.
+    what : str
+        An object; for "move", a room; for "line", a direction.
+    to : str
+        For "give", the person who receives it; for "line", the other room.
+    """
 
     kind: str
     actor: str
@@ -58,18 +73,18 @@ class Event:
 
 
 class World:
-    """Actors who walk, take, drop and give; it knows what is true, and what has been told.
+    """People who move, take, drop and give: what is true, and what the statements say of it.
 
     Parameters
     ----------
     random : Random
     actors : list of str
     kinds : list of str
-        What an actor may do; each is drawn as often as it is listed.
+        Kinds of events; a kind that is listed twice is twice as likely.
     always_there : bool
-        Whether taking always ends in "there".
+        Whether each statement about taking ends in "there".
     crowded : bool
-        Everybody acts, everywhere.
+        Whether all people act, in all rooms; `actors` is then not used.
     """
 
     def __init__(
@@ -82,14 +97,14 @@ class World:
         self.lies = {thing: random.choice(self.rooms) for thing in OBJECTS}
         self.holder: dict[str, str] = {}
         self.path: dict[str, list[str]] = {}
-        """Rooms that each object was carried to, since it was last taken."""
+        """Rooms that each object was carried to since it was last taken."""
         self.dropped: dict[str, str] = {}
-        """Rooms where objects were dropped, as far as they were told."""
+        """Rooms where objects were dropped, as far as the statements say."""
         self.events: list[Event] = []
         self.statements: list[str] = []
 
     def step(self) -> None:
-        """Let something happen, and tell it."""
+        """Add an event and its statement."""
         event = None
         while event is None:
             event = self._draw(self.random.choice(self.kinds), self.random.choice(self.actors))
@@ -98,11 +113,11 @@ class World:
         self.statements.append(self._statement(event))
 
     def recent(self, kind: tuple[str, ...]) -> list[Event]:
-        """The last few events that are of a kind."""
+        """Return those of the last `RECENT` events that are of one of these kinds."""
         return [event for event in self.events[-RECENT:] if event.kind in kind]
 
     def _draw(self, kind: str, actor: str) -> Event | None:
-        """Draw something of a kind that the actor can do, or nothing."""
+        """Draw an event of a kind; None if the actor cannot do it."""
         choice = self.random.choice
         if kind == "move":
             room = choice(self.rooms)
@@ -144,9 +159,9 @@ class World:
         return f"{event.actor} {verb} the {event.what}{' there' if there else ''}."
 
 
-Story = Callable[[Random, bool, bool, float], "list[Told]"]
+StoryMaker = Callable[[Random, bool, bool, float], "list[Excerpt]"]
 Known = dict[str, list[list[tuple[str, str]]]]
-"""About each person or object: for each thing that can be asked, its wordings, with the answer."""
+"""For each person or object: questions with answers, in groups whose questions mean the same."""
 
 
 def where_is_actor(world: World) -> Known:
@@ -155,13 +170,13 @@ def where_is_actor(world: World) -> Known:
 
 
 def where_is_object(world: World) -> Known:
-    """qa2: where an object is that was taken and then carried somewhere, or dropped in a room that was told."""
+    """qa2: where an object is that was taken and then carried somewhere, or dropped in a known room."""
     rooms = world.dropped | {thing: world.path[thing][-1] for thing in world.holder if world.path[thing]}
     return {thing: [[(f"Where is the {thing}?", room)]] for thing, room in rooms.items()}
 
 
 def where_was_object(world: World) -> Known:
-    """qa3: an object that was carried to at least two rooms; the room before one of these."""
+    """qa3: where an object was before it was carried to a room."""
     known: Known = {}
     for thing, path in world.path.items():
         last = [i for i in range(1, len(path)) if path[i] not in path[i + 1 :]]
@@ -171,7 +186,7 @@ def where_was_object(world: World) -> Known:
 
 
 def who_gave(world: World) -> Known:
-    """qa5: the last time that an object was given; what, who, or to whom."""
+    """qa5: about the last time that an object was given: what, by whom, or to whom."""
     known: Known = {}
     gifts = [event for event in world.events if event.kind == "give"]
     for number, event in enumerate(gifts):
@@ -185,13 +200,25 @@ def who_gave(world: World) -> Known:
     return known
 
 
-def tell(world: World, kinds: tuple[str, ...], known: Callable[[World], Known], every: bool, most: float) -> list[Told]:
-    """Tell a story that asks five times: one question about something recent, or every question that has an answer.
+def generate(
+    world: World, kinds: tuple[str, ...], known: Callable[[World], Known], ask_all: bool, max_statements: float
+) -> list[Excerpt]:
+    """Generate a story that asks at `QUESTIONS` points.
 
-    It breaks off at `most` statements: short stories of a crowded world are rare, and long ones take long to tell.
+    Parameters
+    ----------
+    world : World
+    kinds : tuple of str
+        A question is about the last few events of these kinds.
+    known : callable
+        Finds what can be asked.
+    ask_all : bool
+        Whether each point asks everything that has an answer, or one question about something recent.
+    max_statements : float
+        The story ends at as many statements: crowded worlds seldom have short stories, and long ones take long.
     """
-    told: list[Told] = []
-    while len(told) < QUESTIONS and len(world.statements) + 2 <= most:
+    excerpts: list[Excerpt] = []
+    while len(excerpts) < QUESTIONS and len(world.statements) + 2 <= max_statements:
         world.step()
         world.step()
         answers = known(world)
@@ -200,8 +227,8 @@ def tell(world: World, kinds: tuple[str, ...], known: Callable[[World], Known], 
         if subjects:
             choice = world.random.choice
             drawn = [choice(choice(answers[choice(subjects)]))]
-            told.append(Told(list(world.statements), _all(answers) if every else drawn))
-    return told
+            excerpts.append(Excerpt(list(world.statements), _all(answers) if ask_all else drawn))
+    return excerpts
 
 
 def _all(answers: Known) -> list[tuple[str, str]]:
@@ -209,8 +236,8 @@ def _all(answers: Known) -> list[tuple[str, str]]:
     return list(dict.fromkeys(question for about in answers.values() for forms in about for question in forms))
 
 
-def rooms_in_line(random: Random, every: bool, crowded: bool, most: float) -> list[Told]:
-    """qa4: two rooms on either side of a third, one statement about each, and a question about one of them."""
+def rooms_in_line(random: Random, ask_all: bool, crowded: bool, max_statements: float) -> list[Excerpt]:
+    """qa4: two rooms on opposite sides of a third, a statement about each, and a question about one of them."""
     first, middle, last = random.sample(EVERYWHERE if crowded else ROOMS, 3)
     direction = random.choice(list(OPPOSITE))
     sides = [(first, direction), (last, OPPOSITE[direction])]
@@ -224,27 +251,71 @@ def rooms_in_line(random: Random, every: bool, crowded: bool, most: float) -> li
         for answer, way, other in facts
     ]
     drawn = [random.choice(random.choice(about))]
-    return [Told([f"The {a} is {way} of the {b}." for a, way, b in facts], [*about[0], *about[1]] if every else drawn)]
+    return [
+        Excerpt([f"The {a} is {way} of the {b}." for a, way, b in facts], [*about[0], *about[1]] if ask_all else drawn)
+    ]
 
 
-def teller(
+def story_maker(
     actors: list[str], actions: list[str], kinds: tuple[str, ...], known: Callable[[World], Known], there: bool = True
-) -> Story:
-    """What tells of these actors and actions, and asks about the last of some kinds."""
+) -> StoryMaker:
+    """Build what makes the stories of a task: its actors, its actions, and the kinds of events that it asks about."""
 
-    def story(random: Random, every: bool, crowded: bool, most: float) -> list[Told]:
-        return tell(World(random, actors, actions, there, crowded), kinds, known, every, most)
+    def make(random: Random, ask_all: bool, crowded: bool, max_statements: float) -> list[Excerpt]:
+        return generate(World(random, actors, actions, there, crowded), kinds, known, ask_all, max_statements)
 
-    return story
+    return make
 
 
 MOVES = ["move", "get", "drop"]
-TASKS: dict[str, Story] = {
-    "qa1": teller(PEOPLE, ["move"], ("move",), where_is_actor),
-    "qa2": teller(PEOPLE, MOVES, ("get", "drop"), where_is_object),
-    "qa3": teller(PEOPLE, MOVES, ("get", "drop"), where_was_object, there=False),
+TASKS: dict[str, StoryMaker] = {
+    "qa1": story_maker(PEOPLE, ["move"], ("move",), where_is_actor),
+    "qa2": story_maker(PEOPLE, MOVES, ("get", "drop"), where_is_object),
+    "qa3": story_maker(PEOPLE, MOVES, ("get", "drop"), where_was_object, there=False),
     "qa4": rooms_in_line,
-    "qa5": teller(GIVERS, [*MOVES, *["give"] * 4], ("give",), who_gave),
+    "qa5": story_maker(GIVERS, [*MOVES, *["give"] * 4], ("give",), who_gave),
 }
-"""What can be generated: a story, from a source of random numbers, whether to ask everything, whether everybody acts
-everywhere instead of the few of the official files, and the most statements."""
+"""What makes the stories of a task. Arguments: a source of random numbers; whether to ask everything that has an
+answer; whether the world is crowded, with all people in all rooms instead of the few of the official files; the most
+statements."""
+MAX_TRIES = 5000
+"""After as many stories without a short excerpt, none is expected."""
+
+
+def draw_excerpts(
+    task: str, random: Random, count: int, *, ask_all: bool, crowded: bool, max_statements: int | None
+) -> list[Excerpt]:
+    """Draw excerpts of generated stories, in random order.
+
+    Parameters
+    ----------
+    task : str
+    random : Random
+    count : int
+        Number of excerpts.
+    ask_all : bool
+        Whether to ask everything that has an answer.
+    crowded : bool
+        Whether all people act, in all rooms.
+    max_statements : int, optional
+        Most statements of an excerpt.
+
+    Raises
+    ------
+    GradmemError
+        If the task cannot be generated, or has no excerpt of so few statements.
+    """
+    if task not in TASKS:
+        known = ", ".join(TASKS)
+        raise GradmemError(f"{task} cannot be generated ({known} can): give `data`, a directory, and `generated: 0`")
+    excerpts, stories = list[Excerpt](), 0
+    while len(excerpts) < count:
+        if stories == MAX_TRIES and not excerpts:
+            raise GradmemError(
+                f"no question of {task} comes within {max_statements} statements: raise `max_statements`"
+            )
+        excerpts += TASKS[task](random, ask_all, crowded, max_statements or math.inf)
+        stories += 1
+    del excerpts[count:]
+    random.shuffle(excerpts)
+    return excerpts

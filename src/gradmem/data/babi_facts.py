@@ -1,4 +1,4 @@
-"""What a bAbI story of qa1 to qa5 says: the forms of its sentences and questions, and every answer that it gives."""
+"""What is true at the end of a bAbI story of qa1 to qa5: the forms of its sentences, and all questions it answers."""
 
 from __future__ import annotations
 
@@ -11,27 +11,35 @@ from .babi_stories import EVERYBODY, EVERYWHERE, OBJECTS, OPPOSITE, VERBS, Event
 
 MOVES = ("move", "get", "drop")
 Kinds = Mapping[str, tuple[str, ...]]
-TOLD: Kinds = {"qa1": ("move",), "qa2": MOVES, "qa3": MOVES, "qa4": ("line",), "qa5": (*MOVES, "give")}
-"""Kinds of statements that the stories of each task have."""
-ASKED: Kinds = {"qa1": ("person",), "qa2": ("thing",), "qa3": ("before",), "qa4": ("line",), "qa5": ("gift",)}
+STATEMENT_KINDS: Kinds = {"qa1": ("move",), "qa2": MOVES, "qa3": MOVES, "qa4": ("line",), "qa5": (*MOVES, "give")}
+"""Kinds of statements in the stories of each task."""
+QUESTION_KINDS: Kinds = {"qa1": ("person",), "qa2": ("thing",), "qa3": ("before",), "qa4": ("line",), "qa5": ("gift",)}
 """Kinds of questions that each task asks."""
-EXAMPLES = {
+EXAMPLE_STATEMENTS = {
     "move": "Mary went to the kitchen",
     "get": "Mary got the milk there",
     "drop": "Mary dropped the milk",
     "give": "Mary gave the milk to Fred",
     "line": "The office is north of the kitchen",
+}
+"""A statement of each kind, for messages."""
+EXAMPLE_QUESTIONS = {
     "person": "Where is Mary?",
     "thing": "Where is the milk?",
     "before": "Where was the milk before the kitchen?",
+    "line": "What is north of the kitchen?",
     "gift": "Who gave the milk to Fred?",
 }
-"""A sentence of each kind, for messages."""
-EXAMPLES_ASKED = EXAMPLES | {"line": "What is north of the kitchen?"}
+"""A question of each kind, for messages."""
+
+
+def kinds_of(tasks: Collection[str], kinds: Kinds) -> tuple[str, ...] | None:
+    """Return the kinds of sentences of these tasks, each once; None if those of one task are unknown."""
+    return None if set(tasks) - set(kinds) else tuple(dict.fromkeys(kind for task in tasks for kind in kinds[task]))
 
 
 def _one(name: str, words: Iterable[str]) -> str:
-    """Pattern of one of these words, under a name."""
+    """Pattern that matches one of these words, as a named group."""
     return f"(?P<{name}>" + "|".join(word.lower() for word in words) + ")"
 
 
@@ -61,7 +69,7 @@ QUESTIONS = {
 
 
 def match(words: str, patterns: dict[str, list[str]], kinds: Collection[str]) -> tuple[str, dict[str, str]] | None:
-    """The kind of a sentence in small letters and its named parts; None where it is of none of these kinds."""
+    """Return the kind of a sentence in small letters and its named parts; None if it is of none of these kinds."""
     for kind in kinds:
         for pattern in patterns[kind]:
             if found := re.fullmatch(pattern, words):
@@ -70,24 +78,24 @@ def match(words: str, patterns: dict[str, list[str]], kinds: Collection[str]) ->
 
 
 @dataclass
-class Reading:
-    """What is true at the end of a story, as far as the story says.
+class Facts:
+    """What is true at the end of a story, as far as its statements say.
 
     Attributes
     ----------
-    place : dict of str
+    room : dict of str
         Room of each person and each thing.
     visited : dict of list of str
-        Rooms in which each thing is known to have been, one after the other.
+        Rooms in which each thing is known to have been, in order.
     holder : dict of str
         Who has each thing.
     lines, gifts : list of Event
-        What lies where, and what was given.
+        Which room is beside which, and what was given.
     names : set of str
-        People, things and rooms that the story names.
+        People, things and rooms in the story.
     """
 
-    place: dict[str, str] = field(default_factory=dict)
+    room: dict[str, str] = field(default_factory=dict)
     visited: dict[str, list[str]] = field(default_factory=dict)
     holder: dict[str, str] = field(default_factory=dict)
     lines: list[Event] = field(default_factory=list)
@@ -95,15 +103,15 @@ class Reading:
     names: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, statements: Iterable[str]) -> Reading:
-        """Read statements in small letters; each must be of a known form."""
-        read = cls()
+    def of(cls, statements: Iterable[str]) -> Facts:
+        """Read statements in small letters, each of a known form."""
+        facts = cls()
         for words in statements:
             found = match(words, STATEMENTS, STATEMENTS)
             assert found is not None, words
-            kind, said = found
-            read._add(Event(kind, said["actor"], said["what"], said.get("to") or ""))
-        return read
+            kind, parts = found
+            facts._add(Event(kind, parts["actor"], parts["what"], parts.get("to") or ""))
+        return facts
 
     def _add(self, event: Event) -> None:
         actor, what = event.actor, event.what
@@ -111,15 +119,15 @@ class Reading:
         if event.kind == "line":
             self.lines.append(event)
         elif event.kind == "move":
-            self.place[actor] = what
+            self.room[actor] = what
             for thing, holder in self.holder.items():
                 if holder == actor:
                     self._put(thing, what)
         else:
-            if actor in self.place:
-                self._put(what, self.place[actor])
+            if actor in self.room:
+                self._put(what, self.room[actor])
             elif self.holder.get(what) != actor:
-                self.place.pop(what, None)  # it is where somebody is of whom nothing was told
+                self.room.pop(what, None)  # it is with somebody whose room is unknown
             self.holder[what] = event.to or actor
             if event.kind == "drop":
                 del self.holder[what]
@@ -127,13 +135,13 @@ class Reading:
                 self.gifts.append(event)
 
     def _put(self, thing: str, room: str) -> None:
-        self.place[thing] = room
+        self.room[thing] = room
         if self.visited.setdefault(thing, [])[-1:] != [room]:
             self.visited[thing].append(room)
 
     def answers(self) -> dict[str, str]:
-        """Every question that the story answers, as in `QUESTIONS`, with its last answer."""
-        found = {f"where is {'the ' if one in OBJECTS else ''}{one}": room for one, room in self.place.items()}
+        """Return every question that the story answers, in small letters, with its answer at the end of the story."""
+        found = {f"where is {'the ' if one in OBJECTS else ''}{one}": room for one, room in self.room.items()}
         for thing, rooms in self.visited.items():
             found |= {f"where was the {thing} before the {b}": a for a, b in pairwise(rooms)}
         for line in self.lines:
