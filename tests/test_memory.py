@@ -287,7 +287,7 @@ def test_reads_in_a_new_process_from_the_file_alone(tiny: MemoryModel, tmp_path:
         ("a7:Qz\na7:xx", "twice"),
         ("!aé:Qz!|", "é"),
         ("!a7:Qz!" * 200 + "|", "limit"),
-        ("!a7:Qz!!k2:9f!!a7:xx!|", "the key 'a7' stands twice, with two values"),
+        ("!a7:Qz!!k2:9f!!a7:xx!|", "the key 'a7' occurs twice, with two values"),
         ("just words", "line 1"),
     ],
 )

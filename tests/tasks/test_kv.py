@@ -12,7 +12,7 @@ import torch
 
 from gradmem.batch import Batch, Tokens
 from gradmem.errors import GradmemError
-from gradmem.tasks.kv import ALPHANUMERIC, KV, distinct
+from gradmem.tasks.kv import CHARACTERS, KV, distinct
 from gradmem.training.step import exact_match
 
 OPTIONS = [
@@ -21,10 +21,9 @@ OPTIONS = [
     {"pairs": 1, "queries": 1},
     {"pairs": 6, "key_length": 1, "value_length": 3},
     {"pairs": 5, "key_length": 3, "value_length": 1, "alphabet": 4, "queries": 2},
-    {"pairs": 8, "vocabulary": 512},
     {"pairs": 8, "noise": 0.25, "queries": 1},
     {"pairs": 8, "noise": 0.5},
-    {"pairs": 5, "noise": 0.75, "vocabulary": 512, "alphabet": 100},
+    {"pairs": 5, "noise": 0.75, "alphabet": 40},
 ]
 
 
@@ -64,7 +63,7 @@ def test_format_and_answers(options: dict) -> None:
     task = KV(**options)
     batch = task.batch("train", 100, 40)
     contexts, queries = texts(task, batch.context.ids), texts(task, batch.queries.ids)
-    allowed = set(letters(task)[: options.get("alphabet") or options.get("vocabulary", 62)])
+    allowed = set(letters(task)[: options.get("alphabet", 62)])
     asked = options.get("queries") or task.pairs
     assert len(contexts) == 40
     assert batch.context.mask.all()
@@ -198,15 +197,14 @@ def test_distinct_is_uniform(count: int, below: int) -> None:
 # --- Tokenizer --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("characters", [62, 512])
-def test_tokenizer_round_trip(characters: int) -> None:
-    task = KV(pairs=1, vocabulary=characters)
+def test_tokenizer_round_trip() -> None:
+    task = KV(pairs=1)
     known = letters(task)
-    assert len(known) == len(set(known)) == characters
+    assert len(known) == len(set(known)) == 62
     assert all(len(letter) == 1 and letter.isalnum() for letter in known)
-    assert known[:62] == list(ALPHANUMERIC)
-    assert len(task.tokenizer) == characters + 6
-    assert sorted(task.tokenizer.get_vocab().values()) == list(range(characters + 6))
+    assert known == list(CHARACTERS)
+    assert len(task.tokenizer) == 62 + 6
+    assert sorted(task.tokenizer.get_vocab().values()) == list(range(62 + 6))
     text = "".join(known) + "!a:b!!?||::?!!" + "".join(reversed(known))
     ids = task.tokenizer.encode(text)
     assert len(ids) == len(text), "one token a character, and nothing added"
@@ -308,10 +306,8 @@ def test_text_of_unknown_letters_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"vocabulary": 100}, "vocabulary"),
         ({"alphabet": 1}, "alphabet"),
         ({"alphabet": 63}, "alphabet"),
-        ({"vocabulary": 512, "alphabet": 513}, "alphabet"),
         ({"key_length": 0}, "key_length"),
         ({"value_length": 0}, "value_length"),
         ({"pairs": 0}, "pairs"),

@@ -17,35 +17,30 @@ from ..batch import Batch, Tokens
 from ..errors import GradmemError
 from .base import OTHER_TEXTS, WRITTEN, Split, Task
 
-ALPHANUMERIC = string.ascii_letters + string.digits
-# Latin, Greek and Cyrillic letters that have a code point of their own: none is built by combining others.
-LETTERS = ALPHANUMERIC + "".join(
-    chr(code) for code in range(0x00C0, 0x0500) if chr(code).isalpha() and not 0x01C0 <= code <= 0x01CC
-)
+CHARACTERS = string.ascii_letters + string.digits
+"""Characters of keys and values."""
 SPECIAL = ["[PAD]", "[UNK]"]
 MARKS = "|!:?"
 BLOCK = 256
-"""Samples generated at once; a sample is a function of split, seed and its index alone."""
+"""Samples generated at once."""
 SPLITS = {"train": 0, "valid": 1, "test": 2}
 
 
 class KV(Task):
-    """N pairs `!kk:vv!` and a closing `|`; query `?!kk:`, target `vv!|`.
+    """Contexts of N pairs `!kk:vv!` with a `|` at the end; queries `?!kk:` with targets `vv!|`.
 
     Parameters
     ----------
     pairs : int
-        Pairs N in a context; keys are unique, values may repeat.
+        Pairs N of a context. Keys are unique, values may repeat.
     key_length, value_length : int
         Characters of a key and of a value.
-    vocabulary : {62, 512}
-        Characters that the tokenizer knows: alphanumerics, or 450 other letters too.
-    alphabet : int, optional
-        Draw keys and values from the first this many characters; by default from all.
+    alphabet : int
+        Number of different characters in keys and values, 2 to 62: the first of a-z, A-Z, 0-9.
     noise : float
-        Fraction of the context that is random characters between the pairs, 0 to below 1.
+        Share of the context that is random characters between the pairs, 0 to below 1.
     queries : int, optional
-        Queries for each context, drawn without repetition; by default all N.
+        Queries of each context, on different keys; by default all N.
     """
 
     def __init__(
@@ -53,16 +48,12 @@ class KV(Task):
         pairs: int = 32,
         key_length: int = 2,
         value_length: int = 2,
-        vocabulary: int = 62,
-        alphabet: int | None = None,
+        alphabet: int = len(CHARACTERS),
         noise: float = 0.0,
         queries: int | None = None,
     ) -> None:
-        alphabet = vocabulary if alphabet is None else alphabet
-        if vocabulary not in (62, 512):
-            raise GradmemError(f"vocabulary must be 62 or 512, not {vocabulary}")
-        if not 2 <= alphabet <= vocabulary:
-            raise GradmemError(f"alphabet must be from 2 to {vocabulary}, not {alphabet}")
+        if not 2 <= alphabet <= len(CHARACTERS):
+            raise GradmemError(f"alphabet must be from 2 to {len(CHARACTERS)}, not {alphabet}")
         if min(key_length, value_length) < 1:
             raise GradmemError("key_length and value_length must be at least 1")
         if not 1 <= pairs <= alphabet**key_length // 2:
@@ -71,23 +62,22 @@ class KV(Task):
             raise GradmemError(f"noise must be from 0 to below 1, not {noise}")
         if queries is not None and not 1 <= queries <= pairs:
             raise GradmemError(f"queries must be from 1 to {pairs}, not {queries}")
-        self.pairs, self.vocabulary, self.alphabet, self.queries = pairs, vocabulary, alphabet, queries
+        self.pairs, self.alphabet, self.queries = pairs, alphabet, queries
         self.key_length, self.value_length, self.noise = key_length, value_length, noise
-        self.tokenizer = character_tokenizer(vocabulary)
-        self.letters = LETTERS[:vocabulary]
-        self._pair = re.compile(rf"!([{self.letters}]{{{key_length}}}):([{self.letters}]{{{value_length}}})!")
+        self.tokenizer = character_tokenizer()
+        self._pair = re.compile(rf"!([{CHARACTERS}]{{{key_length}}}):([{CHARACTERS}]{{{value_length}}})!")
         self.answer_length = value_length + 2
-        self.first = self._id(LETTERS[0])
+        self.first = self._id(CHARACTERS[0])
         self._block = lru_cache(maxsize=4)(self._make_block)
 
     @property
     def label(self) -> str:
-        """The number of pairs, and the noise between them."""
+        """Number of pairs, and share of noise."""
         return f"{self.pairs} pairs" + (f", {self.noise:.0%} noise" if self.noise else "")
 
     @property
     def bits(self) -> float:
-        """Bits of what a context says: all characters of its keys and values."""
+        """Information in a context, in bits: all characters of its keys and values."""
         return self.pairs * (self.key_length + self.value_length) * math.log2(self.alphabet)
 
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
@@ -126,56 +116,56 @@ class KV(Task):
         )
 
     def unanswerable(self, batch: Batch) -> dict[str, Batch]:
-        """Keys of the next context, and written keys with another last character; none of them was written.
+        """Two kinds of absent keys: keys of the next context, and keys of this one with another last character.
 
         Raises
         ------
         GradmemError
-            When all keys that differ from a written one in the last character were written too.
+            If a context has all keys that differ from one of its keys in the last character only.
         """
         colons = batch.context.ids == self._id(":")
         number = torch.arange(batch.context.ids.shape[1]).to(colons.device) - self.key_length
-        written = [
+        present = [
             {tuple(ids[start : start + self.key_length].tolist()) for start in number[at]}
             for ids, at in zip(batch.context.ids, colons, strict=True)
         ]
-        place = slice(2, 2 + self.key_length)
+        key_slice = slice(2, 2 + self.key_length)
 
-        def moved(kind: Tensor, rows: Tensor) -> Batch:
-            """The queries, each key moved on by its last character until it is none of its context's."""
+        def absent(keys: Tensor, rows: Tensor) -> Batch:
+            """The queries with these keys, whose last character is changed until their context does not have them."""
             queries = batch.queries.ids.clone()
-            for i, (key, row) in enumerate(zip(kind.tolist(), rows.tolist(), strict=True)):
+            for i, (key, row) in enumerate(zip(keys.tolist(), rows.tolist(), strict=True)):
                 last = key[-1] - self.first
                 others = ([*key[:-1], self.first + (last + step) % self.alphabet] for step in range(self.alphabet))
-                free = next((other for other in others if tuple(other) not in written[row]), None)
+                free = next((other for other in others if tuple(other) not in present[row]), None)
                 if free is None:
-                    raise GradmemError("contexts hold every key that ends in another character: take fewer pairs")
-                queries[i, place] = torch.tensor(free)
+                    raise GradmemError("some contexts have all keys that differ in the last character: use fewer pairs")
+                queries[i, key_slice] = torch.tensor(free)
             return Batch(batch.context, Tokens(queries, batch.queries.mask), batch.labels, rows)
 
-        keys = batch.queries.ids[:, place]
+        keys = batch.queries.ids[:, key_slice]
         return {
-            "of another context": moved(keys, (batch.rows + 1) % len(batch.context)),
-            "one character off": moved(keys, batch.rows),
+            "of another context": absent(keys, (batch.rows + 1) % len(batch.context)),
+            "one character off": absent(keys, batch.rows),
         }
 
     def calibration(self, split: Split, start: int, size: int, seed: int = 0) -> dict[str, Batch]:
-        """Contexts of this many pairs, and of fewer, by turns: people write what they have."""
+        """Contexts of N pairs and of fewer (N/2, N/4 and so on), by turns: users write texts of any length."""
         fewer = self.pairs >> start // size % self.pairs.bit_length()
-        task = KV(fewer, self.key_length, self.value_length, self.vocabulary, self.alphabet, self.noise)
+        task = KV(fewer, self.key_length, self.value_length, self.alphabet, self.noise)
         batch = task.batch(split, start, size, seed)
         return {WRITTEN: batch, **task.unanswerable(batch)}
 
     def statement(self, query: str, answer: str) -> str:
-        """The pair `!kk:vv!`."""
+        """Return the pair `!kk:vv!`."""
         return f"{query[1:]}{answer}!"
 
     def scored(self, labels: Tensor) -> Tensor:
-        """Exact match ignores `!` and `|`."""
+        """Exact match does not count `!` and `|`."""
         return (labels != -100) & (labels != self._id("!")) & (labels != self._id("|"))
 
     def may_end(self, ids: Tensor) -> Tensor:
-        """After whole pairs, but not before the closing `|`."""
+        """A chunk may end after a pair, but not before the `|` at the end."""
         marks = ids == self._id("!")
         closing = marks & (marks.cumsum(1) % 2 == 0)
         closing[:, :-1] &= ids[:, 1:] != self._id("|")
@@ -185,7 +175,7 @@ class KV(Task):
         """Accept the exact format, or lines `key:value`."""
         if found := self._pair.findall(text):
             if twice := next((key for key, value in found if dict(found)[key] != value), None):
-                raise GradmemError(f"the key '{twice}' stands twice, with two values")
+                raise GradmemError(f"the key '{twice}' occurs twice, with two values: give each key once")
             return text.strip().removesuffix("|") + "|"
         pairs = "".join(f"!{key}:{value}!" for key, value in self._lines(text))
         return pairs + "|" if pairs else ""
@@ -193,10 +183,10 @@ class KV(Task):
     def query_text(self, text: str) -> str:
         """Accept a key, or the exact format `?!kk:`."""
         key = text[2:-1] if text.startswith("?!") and text.endswith(":") else text
-        if len(key) != self.key_length or not set(key) <= set(self.letters):
+        if len(key) != self.key_length or not set(key) <= set(CHARACTERS):
             raise GradmemError(
-                f"query {text!r} has no answer format: ask a key of {self.key_length} letters or digits, "
-                f"as '{LETTERS[: self.key_length]}' or '?!{LETTERS[: self.key_length]}:'"
+                f"{text!r} is no query: ask for a key of {self.key_length} letters or digits, "
+                f"as '{CHARACTERS[: self.key_length]}' or '?!{CHARACTERS[: self.key_length]}:'"
             )
         return f"?!{key}:"
 
@@ -205,19 +195,19 @@ class KV(Task):
         return self.encode(self.query_text(query)), self.encode(f"{answer}!|")
 
     def answer_text(self, text: str) -> str:
-        """The value: everything but `!` and `|`."""
+        """Return the value: everything but `!` and `|`."""
         return text.replace("!", "").replace("|", "")
 
     def settled(self, ids: list[int]) -> str:
-        """Marks vanish wherever they stand: the value only grows."""
+        """Marks are removed wherever they are, so the value never changes at its beginning."""
         return self._settled(ids)
 
     def examples(self, text: str) -> list[tuple[str, str]]:
-        """Every key with its value."""
+        """Return every key with its value."""
         return self._pair.findall(text) or self._lines(text)
 
     def example(self, seed: int = 0) -> tuple[str, list[tuple[str, str]]]:
-        """The pairs of a test context, one in a line."""
+        """The pairs of a test context, one on each line."""
         pairs = self.examples(self.text(self.batch("test", 0, 1, seed).context.ids[0].tolist()))
         return "\n".join(f"{key}:{value}" for key, value in pairs), pairs
 
@@ -228,13 +218,13 @@ class KV(Task):
                 continue
             key, colon, value = (part.strip() for part in line.partition(":"))
             good = bool(colon) and len(key) == self.key_length and len(value) == self.value_length
-            if not good or not set(key + value) <= set(self.letters):
+            if not good or not set(key + value) <= set(CHARACTERS):
                 raise GradmemError(
                     f"line {number} {line.strip()[:40]!r} is no pair: write key:value with {self.key_length} and "
                     f"{self.value_length} letters or digits, as 'a7:Qz'; {OTHER_TEXTS}"
                 )
             if key in pairs:
-                raise GradmemError(f"line {number}: the key '{key}' stands twice")
+                raise GradmemError(f"line {number}: the key '{key}' occurs twice; give each key once")
             pairs[key] = value
         return list(pairs.items())
 
@@ -245,12 +235,12 @@ class KV(Task):
         return np.broadcast_to(np.array([self._id(c) for c in text], dtype=np.int64), shape)
 
     def _characters(self, numbers: np.ndarray, length: int) -> np.ndarray:
-        """Numbers below alphabet^length -> token ids, one more axis of `length`."""
+        """Turn numbers below alphabet^length into token ids, with one more axis of size `length`."""
         digits = numbers[..., None] // self.alphabet ** np.arange(length)[::-1] % self.alphabet
         return digits + self.first
 
     def _make_block(self, split: Split, seed: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """256 samples: context ids (256, S), queried keys (256, Q, key_length) and their values."""
+        """Generate `BLOCK` samples: context ids (256, S), keys of the queries (256, Q, key_length) and their values."""
         random = np.random.default_rng([SPLITS[split], seed, block])
         keys = self._characters(distinct(random, BLOCK, self.pairs, self.alphabet**self.key_length), self.key_length)
         values = random.integers(self.alphabet, size=(BLOCK, self.pairs, self.value_length)) + self.first
@@ -266,25 +256,25 @@ class KV(Task):
         return contexts, keys, values
 
     def _add_noise(self, random: np.random.Generator, pairs: np.ndarray) -> np.ndarray:
-        """Put random characters between whole pairs so that they are a fraction `noise` of the context."""
+        """Put random characters between the pairs, so that they are a share `noise` of the context."""
         length = pairs.shape[1]
         count = round(length * self.noise / (1 - self.noise))
         if not count:
             return pairs
         gaps = random.integers(self.pairs + 1, size=(BLOCK, count))
-        # Sort positions: pair p keeps its characters together at 2p + 1, noise of gap g stands at 2g.
-        place = np.concatenate(
+        # Sort by position: all characters of pair p have 2p + 1, noise in gap g has 2g.
+        position = np.concatenate(
             [np.arange(length) // (length // self.pairs) * 2 + 1 + np.zeros_like(pairs), gaps * 2], 1
         )
         noise = random.integers(self.alphabet, size=(BLOCK, count)) + self.first
-        order = place.argsort(axis=1, kind="stable")
+        order = position.argsort(axis=1, kind="stable")
         return np.take_along_axis(np.concatenate([pairs, noise], axis=1), order, 1)
 
 
 def distinct(random: np.random.Generator, rows: int, count: int, below: int) -> np.ndarray:
-    """Rows of `count` distinct numbers below `below`, uniform.
+    """Draw rows of `count` distinct numbers from 0 to below `below`; every set is equally likely.
 
-    Draws freely and draws the repeats again: no number is preferred to another, so every set is equally likely.
+    Repeats are drawn again until there are none.
     """
     numbers = random.integers(below, size=(rows, count))
     while True:
@@ -297,9 +287,9 @@ def distinct(random: np.random.Generator, rows: int, count: int, below: int) -> 
         numbers[repeats] = random.integers(below, size=int(repeats.sum()))
 
 
-def character_tokenizer(characters: int) -> PreTrainedTokenizerFast:
-    """One token for each of the first `characters` letters and the marks `|!:?`."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *MARKS, *LETTERS[:characters]])}
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token for each letter and digit and for the marks `|!:?`."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *MARKS, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
