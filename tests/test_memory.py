@@ -302,7 +302,8 @@ def test_over_long_context_says_limit_and_length(tiny: MemoryModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "message"), [("", "no answer format"), ("abc", "no answer format"), ("é7", "no answer format")]
+    ("query", "message"),
+    [("", "is no query: ask for a key"), ("abc", "is no query: ask for a key"), ("é7", "is no query: ask for a key")],
 )
 def test_queries_refused(tiny: MemoryModel, query: str, message: str) -> None:
     with pytest.raises(GradmemError, match=message):

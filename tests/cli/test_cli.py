@@ -161,7 +161,7 @@ BAD = {
     "missing memory": (["ask", "{t}/none", "a7"], "no memory file"),
     "memory is a folder": (["ask", "{t}", "a7"], "damaged or no memory file"),
     "memory is text": (["inspect", "{p}/pairs.txt"], "damaged or no memory file"),
-    "query without format": (["ask", "{p}/m.safetensors", "hello"], "no answer format"),
+    "query without format": (["ask", "{p}/m.safetensors", "hello"], "is no query: ask for a key"),
 }
 
 

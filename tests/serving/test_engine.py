@@ -218,7 +218,7 @@ def test_what_is_wrong_with_one_request_is_not_the_others(held: Held, memory: Me
         held.engine.ask(1, memory, "zz", on_text=broken),
     )
     held.gate.set()
-    with pytest.raises(GradmemError, match="no answer format"):
+    with pytest.raises(GradmemError, match="is no query: ask for a key"):
         bad.result()
     with pytest.raises(ValueError, match="no listener"):
         deaf.result()

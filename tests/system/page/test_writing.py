@@ -149,7 +149,7 @@ def test_a_bad_question_is_told_and_kept(page: Page) -> None:
     forget(page)
     page.get_by_label("Ask the memory").fill("what?")
     page.get_by_role("button", name="Ask", exact=True).click()
-    expect(page.locator("#ask-error")).to_contain_text("no answer format")
+    expect(page.locator("#ask-error")).to_contain_text("is no query: ask for a key")
     expect(page.get_by_label("Ask the memory")).to_have_value("what?")
     expect(ask(page, "k2").locator(".answer")).to_have_text("9f")
     expect(page.locator("#ask-error")).to_have_text("")
