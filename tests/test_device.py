@@ -313,7 +313,7 @@ def test_commands_run_on_the_accelerator_where_there_is_one(
 @pytest.mark.parametrize("name", ["gpu", "cuda:9", "meta", "", f"{standin.NAME}:1"])
 def test_a_device_that_is_not_here_is_refused(name: str, device: torch.device, capsys: Any) -> None:
     assert cli.main(["serve", "--port", "0", "--device", name]) == 2
-    assert f"no device '{name}' here: use auto, cpu or {standin.NAME}" in capsys.readouterr().err
+    assert f"no device '{name}': use auto, cpu or {standin.NAME}" in capsys.readouterr().err
 
 
 def test_devices_by_name(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Token batches: what tasks make and methods read."""
+"""Batches of tokens: what tasks make and methods read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ class Tokens:
     ----------
     ids : Tensor, int64, shape (batch, length)
     mask : Tensor, bool, shape (batch, length)
-        True at real tokens; the real tokens of a row come first.
+        True at tokens, False at padding. The tokens of a row come first.
     host : Tokens, optional
-        The same tokens on the CPU, where they came from: to look at values on a device waits for all its work.
+        The same tokens on the CPU, if they were moved from there. Reading values from a device would wait for all of
+        its work.
     """
 
     ids: Tensor
@@ -42,12 +43,12 @@ class Tokens:
 
     @property
     def lengths(self) -> Tensor:
-        """Number of real tokens in each row, shape (batch,)."""
+        """Number of tokens in each row, shape (batch,)."""
         return self.mask.sum(1)
 
     @property
     def values(self) -> Tokens:
-        """The same tokens where values can be looked at: on the CPU if they came from there."""
+        """The same tokens where reading values is cheap: on the CPU, if they came from there."""
         return self if self.host is None else self.host
 
     def __getitem__(self, rows: Tensor | slice) -> Tokens:
@@ -67,24 +68,24 @@ class Tokens:
 class Batch:
     """Contexts to write, and queries with their targets to read.
 
-    A context may have any number of queries: `rows` says which context each one asks.
+    A context may have any number of queries; `rows` says to which context each query belongs.
 
     Attributes
     ----------
     context : Tokens, shape (contexts, length)
     queries : Tokens, shape (queries, length)
-        Query and target tokens in one row.
+        The tokens of a query, and after them those of its target.
     labels : Tensor, int64, shape (queries, length)
         The target tokens at their own positions (not shifted), -100 elsewhere.
     rows : Tensor, int64, shape (queries,)
         Index of the context that each query belongs to.
     references : list of list of str
-        All answers to each query that count as right, where generated answers are judged as text; or nothing.
+        All right answers to each query, for tasks that compare generated answers as text; or an empty list.
     targets : Tensor, int64, shape (targets,)
-        Where the targets stand in the flattened labels, in order. Found when the batch is made, on the CPU: to search
-        on a device waits for all its work.
+        Indices of the target tokens in the flattened labels, in order. They are computed on the CPU when the batch is
+        made: a search on a device would wait for all of its work.
     most : int
-        Most queries of a context; found likewise.
+        The largest number of queries of a context; computed likewise.
     """
 
     context: Tokens
@@ -109,18 +110,19 @@ class Batch:
 
     @property
     def answers(self) -> Tensor:
-        """The target tokens of all queries in order, int64, shape (targets,)."""
+        """The target tokens of all queries, in order, int64, shape (targets,)."""
         return self.labels.flatten()[self.targets]
 
     def prompts(self) -> list[list[int]]:
-        """Token ids of each query before its target."""
+        """Return the token ids of each query, without its target."""
         lengths = (self.labels != -100).long().argmax(1).tolist()
         return [ids[:length].tolist() for ids, length in zip(self.queries.values.ids, lengths, strict=True)]
 
     def split(self, size: int) -> Iterator[Batch]:
-        """Parts of up to `size` contexts, each with its queries; sizes differ by at most one.
+        """Split into parts of up to `size` contexts, with their queries; the sizes differ by at most one.
 
-        A part without queries trains nothing and is left out; so are references, which training does not look at.
+        A part without queries is left out, since it trains nothing. The parts have no references, which training does
+        not use.
         """
         count = -(-len(self.context) // size)
         for contexts in torch.arange(len(self.context), device=self.rows.device).tensor_split(count):

@@ -1,4 +1,4 @@
-"""Choices by name that signatures share, apart from what computes: the command line offers them without PyTorch."""
+"""Types of options with a few named choices. The command line reads them without loading PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device that models run on, by its name."""
+"""The device that models run on."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def device_named(name: str) -> torch.device:
     Parameters
     ----------
     name : str
-        auto for the accelerator where there is one and the CPU elsewhere; cpu; or the accelerator by its own name, with
-        a number where there are several: cuda, cuda:1.
+        "auto": the accelerator, or the CPU if there is none. "cpu". Or the name of the accelerator, with a number if
+        there are several: "cuda", "cuda:1".
 
     Raises
     ------
     GradmemError
-        When it is not here.
+        If this machine does not have the device.
     """
-    import torch  # slow to import, and not wanted before a command runs
+    import torch  # slow to import, and not needed before a command runs
 
     found = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
@@ -39,5 +39,5 @@ def device_named(name: str) -> torch.device:
     count = torch.accelerator.device_count() if found else 0
     if device is None or found is None or device.type != found.type or (device.index or 0) >= count:
         others = "" if found is None else f" or {found.type}" + (f", or {found.type}:0 and so on" if count > 1 else "")
-        raise GradmemError(f"no device '{name}' here: use auto, cpu{others}")
+        raise GradmemError(f"this machine has no device '{name}': use auto, cpu{others}")
     return device

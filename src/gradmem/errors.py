@@ -1,4 +1,4 @@
-"""The one exception type for mistakes that a user can mend."""
+"""Exceptions for problems that a user can fix."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from contextlib import contextmanager
 from .visible import visible
 
 LONGEST = 2000
-"""Characters of a message: what files and requests hold may stand in it, and they may be of any length."""
+"""Most characters of a message: it may quote files and requests, which may be of any length."""
 QUOTED = 100
-"""Characters of a wrong value or name that a message repeats."""
+"""Most characters of a wrong value or name in a message."""
 SHOWN = 300
-"""Characters of another library's message that are shown."""
+"""Most characters of another library's message."""
 
 
 class GradmemError(Exception):
-    """A problem that the caller can fix; its message says how. The command line prints it and exits with 2.
+    """A problem that the caller can fix; the message says how. The command line prints it and exits with code 2.
 
-    A message may quote a file or a request: it holds nothing that a terminal obeys, and is no longer than `LONGEST`.
+    A message may quote files and requests: control characters in it are replaced, and it has at most `LONGEST`
+    characters.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -27,31 +28,31 @@ class GradmemError(Exception):
 
 
 class Missing(GradmemError):
-    """There is no such memory, or no store to find it in."""
+    """The memory does not exist, or the store does not."""
 
 
 class Conflict(GradmemError):
-    """What is kept already stands against it: a name that is taken, a pin, another version."""
+    """The change conflicts with what is stored: a name is taken, a memory is pinned, or a newer version exists."""
 
 
 class QuotaExceeded(GradmemError):
-    """An owner keeps as much as they may: the message says how much that is, and what to do."""
+    """An owner has reached the limit of stored data; the message says what it is and what to do."""
 
 
 class Unavailable(GradmemError):
-    """The database fails, or has lost what was stored: nothing that the one who asks could mend."""
+    """The database fails, or has lost data. The caller cannot fix this."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> GradmemError:
-    """Build the error for a name that does not exist, with the nearest existing one."""
-    names, name = sorted(known), _clipped(name, QUOTED)  # the nearest of a long one would take minutes to find
+    """Build the error for a name that does not exist; it suggests the most similar name."""
+    names, name = sorted(known), _clipped(name, QUOTED)  # to compare a very long name takes minutes
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return GradmemError(f"unknown {kind} '{name}': {hint}known: {', '.join(names) or 'none'}")
 
 
 def require(name: str, value: object, good: bool, wanted: str) -> None:
-    """Raise `GradmemError` for an option whose value is not `good`, saying what is wanted."""
+    """Raise `GradmemError` if the value of an option is not `good`; `wanted` says which values are."""
     if not good:
         raise GradmemError(f"{name} must be {wanted}, not {_clipped(repr(value), QUOTED)}")
 
@@ -61,19 +62,19 @@ def _clipped(text: str, length: int) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """First line of what an error says, not too long."""
+    """Return the first line of an error's message, shortened."""
     return _clipped((str(error).strip().splitlines() or [type(error).__name__])[0], SHOWN)
 
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Raise `GradmemError` for every error inside: libraries raise errors of any kind over files that others made."""
+    """Turn every error in the block into a `GradmemError`: libraries raise all kinds of errors for damaged files."""
     try:
         yield
     except GradmemError:
         raise
     except BaseException as error:
-        # A panic of a library in Rust, as `tokenizers`, is a BaseException without a class to import.
+        # A panic in a Rust library, such as `tokenizers`, is a BaseException whose class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise GradmemError(f"{what}: {reason(error)}") from error

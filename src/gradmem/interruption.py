@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop soon, for work whose state can be saved."""
+"""Ctrl-C and SIGTERM as a request to stop soon, so that work in progress can be saved."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class Interruptible:
-    """While it is entered, Ctrl-C and SIGTERM only ask to stop, so that what there is can be saved; then it is true.
+    """A context manager that is true after Ctrl-C or SIGTERM, which do not stop the process inside it.
 
-    A second Ctrl-C stops at once. In threads other than the main one signals keep their meaning.
+    A second Ctrl-C stops the process at once. Outside the main thread signals are not caught.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Interruptible:
     def _ask(self, number: int, frame: object) -> None:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._asked and os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-            with suppress(OSError):  # not through sys.stderr, which may be in the middle of a line
-                os.write(2, b"stopping after this step, to save what there is; Ctrl-C again stops at once\n")
+        if not self._asked and os.environ.get("RANK", "0") == "0":  # of several processes only one prints
+            with suppress(OSError):  # sys.stderr is not safe in a signal handler
+                os.write(2, b"stopping after this step to save the work; press Ctrl-C again to stop at once\n")
         self._asked = True

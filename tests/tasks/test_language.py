@@ -28,7 +28,7 @@ from gradmem.pretrained import pretrained_tokenizer
 from gradmem.tasks.babi import Babi
 from gradmem.tasks.base import Task
 from gradmem.tasks.kv import KV
-from gradmem.tasks.raw_text import Plain
+from gradmem.tasks.raw_text import RawText
 from gradmem.tasks.squad import PROMPT, Squad
 from gradmem.tasks.text import Text
 from helpers import DATA, needs
@@ -256,7 +256,7 @@ def test_chunks_are_the_files(books: str, bytes_tokenizer: str) -> None:
 @pytest.mark.parametrize("own", [False, True])
 def test_names_of_special_tokens_are_text(own: bool, bytes_tokenizer: str) -> None:
     """In contexts, queries, answers and statements, also where a text is nothing but such a name."""
-    text, plain = Text(bytes_tokenizer if own else None, chunk=64), Plain(bytes_tokenizer)
+    text, plain = Text(bytes_tokenizer if own else None, chunk=64), RawText(bytes_tokenizer)
     squad = Squad(bytes_tokenizer)
     for task in (text, plain, squad):
         names = task.tokenizer.all_special_tokens

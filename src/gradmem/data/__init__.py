@@ -1,4 +1,4 @@
-"""Data sets: tokenized once, cached, read without loading them whole."""
+"""Data sets: tokenized once, cached, and read without loading them into memory."""
 
 from .cache import cached, digest_files
 from .samples import Query, Sample, Samples, collate, split_indices

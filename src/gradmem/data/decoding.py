@@ -1,4 +1,4 @@
-"""Whether the text of tokens only grows as more tokens come, so that it can be shown token by token."""
+"""Whether more tokens only add to a decoded text, so that it can be shown while it is generated."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
-"""A token of a single byte, which decoders put together with the bytes that follow."""
+"""A token of a single byte, which is decoded together with the bytes after it."""
 _ONE_BY_ONE = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace")
 
 
 def only_grows(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether decoding puts the texts of tokens one after the other and rewrites nothing: unknown decoders may."""
+    """Whether decoding concatenates the texts of tokens and changes none. False for unknown decoders."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
@@ -22,7 +22,7 @@ def only_grows(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def without_last_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Token ids without single bytes at the end, which are decoded together with those that follow."""
+    """Remove single bytes at the end, which may be incomplete characters."""
     end = len(ids)
     while end and _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(ids[end - 1]))):
         end -= 1

@@ -1,4 +1,4 @@
-"""Tokenized contexts with their queries, flat in arrays that may lie in files."""
+"""Tokenized contexts with their queries, in flat arrays that may be memory-mapped."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..errors import GradmemError
 
 @dataclass
 class Query:
-    """A query and its target.
+    """A query with its target.
 
     Attributes
     ----------
     ids : sequence of int
-        Query and target tokens.
+        Tokens of the query and the target.
     target : int
-        Where the target begins.
+        Index of the first target token.
     references : list of str
-        All answers that count as right, where generated answers are judged as text.
+        All right answers, for tasks that compare generated answers as text.
     """
 
     ids: Sequence[int] | np.ndarray
@@ -34,7 +34,7 @@ class Query:
 
 @dataclass
 class Sample:
-    """A context, as token ids, and what is asked of its memory."""
+    """Token ids of a context, and its queries."""
 
     context: Sequence[int] | np.ndarray
     queries: list[Query]
@@ -47,13 +47,13 @@ class Samples:
     Attributes
     ----------
     arrays : dict of array
-        `context` and `query`: token ids one after the other; `context_end` (contexts,) and `query_end` (queries,):
-        where each ends; `target` (queries,): where in its query each target begins; `queries_end` (contexts,): how
-        many queries there are up to and with each context.
+        `context` and `query`: the token ids of all contexts and of all queries. `context_end` (contexts,) and
+        `query_end` (queries,): the end of each in these. `target` (queries,): the index of the first target token in
+        each query. `queries_end` (contexts,): the number of queries of all contexts up to this one.
     references : list of list of str
-        The references of every query, or nothing.
+        The references of each query, or an empty list.
     notes : list of str
-        What was cut or left out, in sentences that people are shown.
+        Sentences for users that say what was cut or left out.
     """
 
     arrays: dict[str, np.ndarray]
@@ -62,7 +62,7 @@ class Samples:
 
     @classmethod
     def build(cls, samples: Iterable[Sample], notes: Iterable[str] = ()) -> Samples:
-        """Flatten samples; `notes` may be a list that grows while they are made."""
+        """Flatten samples. `notes` may be a list that grows while `samples` are read."""
         contexts: list[np.ndarray] = []
         queries: list[Query] = []
         counts: list[int] = []
@@ -72,9 +72,9 @@ class Samples:
             counts.append(len(sample.queries))
         rows = [np.asarray(query.ids, dtype=np.int32) for query in queries]
         arrays = {
-            "context": _joined(contexts),
+            "context": _concatenated(contexts),
             "context_end": np.cumsum([len(row) for row in contexts], dtype=np.int64),
-            "query": _joined(rows),
+            "query": _concatenated(rows),
             "query_end": np.cumsum([len(row) for row in rows], dtype=np.int64),
             "target": np.array([query.target for query in queries], dtype=np.int32),
             "queries_end": np.cumsum(counts, dtype=np.int64),
@@ -90,23 +90,23 @@ class Samples:
         return Sample(self.tokens("context", index), [self.query(number) for number in range(first, last)])
 
     def query(self, number: int) -> Query:
-        """A query by its number among those of all contexts."""
+        """Return a query by its index among the queries of all contexts."""
         references = self.references[number] if self.references else []
         return Query(self.tokens("query", number), int(self.arrays["target"][number]), references)
 
     def tokens(self, name: str, index: int) -> np.ndarray:
-        """Token ids of a `context` or `query`."""
+        """Return the token ids of a `context` or a `query`."""
         first, last = self.span(f"{name}_end", index)
         return self.arrays[name][first:last]
 
     def span(self, name: str, index: int) -> tuple[int, int]:
-        """Where something begins and ends whose ends stand in an array; of `queries_end` the queries of a context."""
+        """Return begin and end of item `index`, given the array of ends; for `queries_end` the queries of a context."""
         ends = self.arrays[name]
         return (int(ends[index - 1]) if index else 0), int(ends[index])
 
 
 def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Make a batch: contexts and queries padded on the right, loss on the target tokens alone."""
+    """Make a batch: contexts and queries padded on the right, labels at the target tokens only."""
     queries = [query for sample in samples for query in sample.queries]
     tokens = Tokens.from_lists([np.array(query.ids, dtype=np.int64) for query in queries], pad_id)
     targets = torch.tensor([query.target for query in queries], dtype=torch.long)
@@ -121,18 +121,28 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
 
 
 def split_indices(split: str, start: int, count: int, size: int, seed: int, shuffled: bool = False) -> np.ndarray:
-    """Where samples `start` to `start + count` of a finite split stand.
+    """Return the indices of samples `start` to `start + count` of a split.
 
-    Training goes round and round, each time in a new order; the other splits have one order and an end: that of their
-    files, or, `shuffled`, one in which the first few come from all over the files.
+    Training repeats the split, each time in a new random order. The other splits end after `size` samples; their order
+    is that of the files, or a random one if `shuffled`.
+
+    Parameters
+    ----------
+    split : {"train", "valid", "test"}
+    start, count : int
+    size : int
+        Number of samples in the split.
+    seed : int
+        Of the orders of training.
+    shuffled : bool
 
     Raises
     ------
     GradmemError
-        When the split has no sample, or training is not meant and there are not as many.
+        If the split is empty, or a split other than training has fewer samples.
     """
     if not size or (split != "train" and start + count > size):
-        raise GradmemError(f"the {split} split has {size} samples: there is none from {start} to {start + count}")
+        raise GradmemError(f"the {split} split has {size} samples: samples {start} to {start + count} do not exist")
     wanted = np.arange(start, start + count)
     if split != "train":
         return _order(size, 0, 0)[wanted] if shuffled else wanted
@@ -145,5 +155,5 @@ def _order(size: int, seed: int, number: int) -> np.ndarray:
     return np.random.default_rng([seed, number]).permutation(size)
 
 
-def _joined(rows: list[np.ndarray]) -> np.ndarray:
+def _concatenated(rows: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Where data comes from: local files, or a data set on the hub."""
+"""Reading data from local files or from a data set on the hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def is_hub(data: str) -> bool:
     Raises
     ------
     GradmemError
-        When it is neither.
+        If it is neither.
     """
     if Path(data).exists():
         return False
@@ -25,18 +25,18 @@ def is_hub(data: str) -> bool:
 
 
 def hub_rows(data: str, split: str, config: str | None = None) -> Any:
-    """Rows of a split of a data set on the hub, as a `datasets.Dataset`.
+    """Return the rows of a split of a data set on the hub, as a `datasets.Dataset`.
 
     Raises
     ------
     GradmemError
-        When the `datasets` package is missing, or the hub does not give the data set.
+        If the `datasets` package is missing, or the data set cannot be loaded.
     """
     try:
         import datasets
     except ImportError as error:
         raise GradmemError(
-            f"'{data}' is no local path, and data sets of the hub need one more package: pip install datasets"
+            f"'{data}' is no local file or directory, and data sets of the hub need a package: pip install datasets"
         ) from error
     try:
         return datasets.load_dataset(data, config, split=split)
@@ -45,12 +45,12 @@ def hub_rows(data: str, split: str, config: str | None = None) -> Any:
 
 
 def find_file(directory: Path, pattern: str, what: str) -> Path:
-    """The one file of a directory that a pattern matches.
+    """Return the only file in a directory that matches a pattern; `what` says in messages what it is for.
 
     Raises
     ------
     GradmemError
-        When there is none, or more than one.
+        If there is none, or more than one.
     """
     found = sorted(directory.glob(pattern))
     if len(found) != 1:
@@ -60,12 +60,12 @@ def find_file(directory: Path, pattern: str, what: str) -> Path:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a UTF-8 text file, without their ends.
+    """Read the lines of a UTF-8 text file, with their numbers from 1 and without line ends.
 
     Raises
     ------
     GradmemError
-        When it cannot be read or is not UTF-8.
+        If the file cannot be read or is not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -78,5 +78,5 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def held_out(count: int, one_in: int) -> int:
-    """How much of a training set is kept for validation: one story, context or chunk in so many, at least one."""
+    """Number of training samples that are held out for validation: one in so many, at least one."""
     return max(1, count // one_in) if count > 1 else 0

@@ -1,4 +1,4 @@
-"""Text as it is, for language models that were trained on no task of ours."""
+"""Text as it is, for language models that were not trained on any task of this package."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from ..pretrained import plain_tokenizer
 from .base import Split, Task
 
 
-class Plain(Task):
-    """Contexts and queries pass through; a query is continued after the memory. There are no samples to train on.
+class RawText(Task):
+    """Contexts and queries stay as they are, and the model continues the query. There are no samples to train on.
 
     Parameters
     ----------
     tokenizer : str
         Hub name or directory of a pretrained tokenizer.
     chunk : int
-        Tokens of each memory's share of a long text.
+        Tokens of the parts into which a long text is cut, each for a memory of its own.
     """
 
     def __init__(self, tokenizer: str, chunk: int = 64) -> None:
@@ -26,9 +26,9 @@ class Plain(Task):
 
     @property
     def pad_id(self) -> int:
-        """Id of the pad token, or of the end token: nothing is trained here that could mix them up."""
+        """Id of the padding token or, if there is none, of the end token; without training they cannot be confused."""
         return self.end_id if self.tokenizer.pad_token_id is None else super().pad_id
 
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
         """Refuse: there are no samples."""
-        raise GradmemError("a plain language model has no samples to train or measure on: take another task, as `text`")
+        raise GradmemError("the task raw_text has no samples to train or evaluate on: use another task, such as `text`")

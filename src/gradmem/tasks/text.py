@@ -1,4 +1,4 @@
-"""Text compression: a chunk of a book is written, and the memory reproduces it."""
+"""Text compression: the memory of a chunk of text reproduces the chunk."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ HELD_OUT = 20
 
 
 class Text(FileTask):
-    """Chunks of text files; the one query is a begin token, and its target the whole chunk.
+    """Chunks of text files. The only query is a begin token, its target is the whole chunk.
 
-    Metrics are exact chunks, tokens right when read after the true ones (`token_accuracy`) and when generated
-    (`generated_accuracy`), and the `bits` that the chunk costs given the memory.
+    Metrics: the share of exact chunks (`exact_match`); the share of tokens that are predicted from the true ones before
+    them (`token_accuracy`) or generated (`generated_accuracy`); and the code length of a chunk given its memory
+    (`bits`).
 
     Parameters
     ----------
     tokenizer : str, optional
         Hub name or directory of a pretrained tokenizer. By default every byte is a token.
     data : str, optional
-        Directory with a folder `train` of text files, and `test` or `valid`; or a data set of the hub with a column
-        `text`. Test takes `test` where it is, otherwise `valid`; validation takes a twentieth of the training chunks.
-        Needed to train and to evaluate.
+        Directory with a folder `train` of text files, and a folder `test` or `valid` for the test split; or a data set
+        of the hub with a column `text`. One in twenty training chunks is for validation. Required to train and to
+        evaluate.
     chunk : int
-        Tokens of a chunk. What is left at the end of a file is left out, which is counted.
+        Tokens of a chunk. A shorter rest at the end of a file is left out; a note says how many tokens.
     """
 
     generates = True
@@ -55,27 +56,27 @@ class Text(FileTask):
 
     @property
     def label(self) -> str:
-        """The length of a chunk."""
+        """Length of a chunk."""
         return f"chunks of {self.chunk} tokens"
 
     def source(self, split: Split) -> str:
-        """The data."""
+        """The name of the data."""
         return str(self.data)
 
     def encode_query(self, text: str) -> list[int]:
-        """The begin token: whatever is asked, the memory is told to begin."""
+        """Return the begin token, whatever the query is."""
         return [self._begin_id]
 
     def target(self, query: str, answer: str) -> tuple[list[int], list[int]]:
-        """The begin token, and the text that follows it, which no end token ends."""
+        """The begin token, and the text after it, without an end token."""
         return self.encode_query(query), self.encode(answer)
 
     def statement(self, query: str, answer: str) -> str:
-        """The answer itself: the query is no part of any text."""
+        """The answer alone: no text has a query in it."""
         return answer
 
     def load(self, split: Split) -> Samples:
-        """Read a split, or take it from the cache."""
+        """Read a split from its files, or from the cache."""
         if self.data is None:
             raise GradmemError("text needs `data`: a directory with folders train and test, or a data set of the hub")
         about: dict[str, Any] = {"task": "text", "split": split, "chunk": self.chunk, "held_out": HELD_OUT}
@@ -89,9 +90,9 @@ class Text(FileTask):
         return cached(about | {"files": digest_files(files)}, lambda: self._make(texts, split))
 
     def judge(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Tokens right and bits of each chunk, read token by token.
+        """Correct tokens and code length of each chunk.
 
-        A chunk whose every token is right here is what greedy generation gives: exact match is the same for both.
+        If all tokens are correct here, greedy generation gives the same chunk: exact match is the same for both.
         """
         wanted, targets = (batch.labels != -100).cpu(), batch.answers
         right = (logits.argmax(-1) == targets).cpu().double()
@@ -104,7 +105,7 @@ class Text(FileTask):
         }
 
     def judge_generated(self, generated: list[list[int]], batch: Batch) -> dict[str, Tensor]:
-        """Tokens of a chunk that stand at their place in what is generated."""
+        """Share of tokens that are generated at their position in the chunk."""
         accuracy = []
         for ids, labels in zip(generated, batch.labels.tolist(), strict=True):
             target = [label for label in labels if label != -100]
@@ -143,7 +144,7 @@ class Text(FileTask):
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte of a text in UTF-8."""
+    """Build a tokenizer with one token for each byte of a text in UTF-8."""
     special = ["[PAD]", "[BEGIN]", "[END]"]
     vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
