@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import standin  # noqa: F401 - makes its device known before anything is differentiated
+from babi_solver import SMALL
 from gradmem.model import MemoryModel
 from helpers import tiny_model
 
@@ -36,3 +40,35 @@ def tiny() -> MemoryModel:
 def other() -> MemoryModel:
     """The same architecture with other weights."""
     return tiny_model(1)
+
+
+@pytest.fixture(scope="session")
+def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a tokenizer as GPT-2's is, but of single bytes: its one special token begins, ends and pads."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*letters, "<|endoftext|>"])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    named = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> str:
+    """A directory with texts of 47 and 100 bytes for training, and 35 for test."""
+    for folder, sizes in {"train": [47, 100], "test": [35]}.items():
+        (tmp_path / folder).mkdir()
+        for i, size in enumerate(sizes):
+            text = "".join(string.ascii_letters[(i + j * 7) % 52] for j in range(size))
+            (tmp_path / folder / f"{i}.txt").write_text(text)
+    return str(tmp_path)
+
+
+@pytest.fixture
+def small_babi(tmp_path: Path) -> Path:
+    """A directory with qa1 in small."""
+    (tmp_path / "qa1_single_train.txt").write_text(SMALL)
+    (tmp_path / "qa1_single_test.txt").write_text(SMALL.replace("garden", "kitchen"))
+    return tmp_path

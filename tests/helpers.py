@@ -52,6 +52,19 @@ TOLERANCE = 1e-10
 """Of what is computed in float64 throughout."""
 
 
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,
+}
+"""A backbone that takes any text of a few sentences."""
+TINY_GRADMEM = {"name": "gradmem", "n_mem": 2, "write_steps": 1, "write_head": "random"}
+
+
 def needs(*names: str) -> pytest.MarkDecorator:
     """Skip a test where a data set is absent."""
     absent = [name for name in names if not (DATA / name).exists()]
@@ -139,6 +152,14 @@ def tiny_model(seed: int) -> MemoryModel:
             },
             {"name": "gradmem", "n_mem": 8, "write_steps": 2, "write_head": "random"},
         )
+
+
+def text_model(task: dict[str, Any]) -> MemoryModel:
+    """Build an untrained model of any task, with 2 memory vectors of width 16."""
+    torch.manual_seed(0)
+    model = MemoryModel.from_spec(task, TINY_LLAMA, TINY_GRADMEM)
+    model.method.eval()
+    return model
 
 
 def naive(method: GradMem, **options: Any) -> Naive:
