@@ -1,4 +1,4 @@
-"""A cache of tokenized data: a directory for each data set, memory-mapped, whole or not there at all."""
+"""A cache of tokenized data: one directory for each data set, written whole and read by memory mapping."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ def cache_directory() -> Path:
 
 
 def cached(about: dict[str, Any], make: Callable[[], Samples]) -> Samples:
-    """Return the samples that `about` describes; make and keep them the first time.
+    """Return samples from the cache, or make them and put them there.
 
     Parameters
     ----------
     about : dict
-        All that the samples depend on, as plain data: digests of files and tokenizer, options.
+        Everything that the samples depend on, as plain data: digests of files and tokenizer, and options.
     make : callable
+        Makes the samples.
 
     Raises
     ------
     GradmemError
-        When there is no sample, or the cache cannot be written.
+        If there are no samples, or the cache cannot be written.
     """
     key = hashlib.sha256(json.dumps({"format": FORMAT, **about}, sort_keys=True).encode()).hexdigest()
     place = cache_directory() / key[:32]
     try:
         return _load(place)
     except (OSError, ValueError, KeyError):
-        pass  # not there, or damaged
+        pass  # missing or damaged
     samples = make()
     if not len(samples):
         raise GradmemError(f"no sample is left: {'; '.join(samples.notes) or 'the files hold none'}")
@@ -54,7 +55,7 @@ def cached(about: dict[str, Any], make: Callable[[], Samples]) -> Samples:
         return _load(place)
     except OSError as error:
         raise GradmemError(
-            f"cannot write the data cache {place.parent} ({error.strerror or error}): set GRADMEM_CACHE to another"
+            f"cannot write the data cache {place.parent} ({error.strerror or error}): set GRADMEM_CACHE to another path"
         ) from error
 
 
