@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import gc
+import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import gradmem
 from gradmem import MemoryModel
+from gradmem.lazy import attach
 from gradmem.store import Store
 
 HEAVY = {"torch", "transformers", "numpy", "tokenizers", "huggingface_hub", "fastapi", "matplotlib", "accelerate"}
@@ -132,8 +134,18 @@ def test_importing_everything_hides_no_builtin() -> None:
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_garbage_is_collected_as_before(enabled: bool) -> None:
-    code = f"import gc, gradmem\ngc.{'enable' if enabled else 'disable'}()\nassert gradmem.load\nprint(gc.isenabled())"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == str(enabled)
+def test_garbage_is_collected_as_before(enabled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is imported at first use is imported without collecting; then it is as it was."""
+    name = f"lazy_{enabled}"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("")
+    (tmp_path / name / "module.py").write_text("import gc\ncollecting = gc.isenabled()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module(name)
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        assert attach(name, {"collecting": "module"})("collecting") is False
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
