@@ -137,7 +137,7 @@ def test_accuracy_and_calibration_error_by_hand() -> None:
 def test_no_key_is_left_to_ask_for() -> None:
     """Of four keys two are written: in a third of the contexts both that begin alike."""
     task = build_task({"name": "kv", "pairs": 2, "alphabet": 2, "key_length": 2})
-    with pytest.raises(GradmemError, match="take fewer pairs"):
+    with pytest.raises(GradmemError, match="use fewer pairs"):
         task.unanswerable(task.batch("valid", 0, 40))
 
 
