@@ -66,7 +66,7 @@ def test_keys_are_as_the_openai_client_sends_them(served: str, keys: ApiKeys, tm
         refused(chat(client, served), 401, "a key is needed")
         client.headers = headers
         written(client, served, name="notes")
-        refused(chat(client, served), 422, "has no answer format: ask a key of 2")
+        refused(chat(client, served), 422, "is no query: ask for a key of 2")
         asked = {"model": f"{served}:notes", "messages": [{"role": "user", "content": "a7"}]}
         found = client.post("/v1/chat/completions", json=asked).json()
         assert found["choices"][0]["message"]["content"] == load(served).write(TEXT).ask("a7")
