@@ -161,7 +161,7 @@ def test_training_looks_at_numbers_once_a_step(
 ) -> None:
     monkeypatch.setattr("gradmem.training.trainer.Accelerator", _There)
     method = {"name": "gradmem", "n_mem": 2, "write_steps": 2, "inner_lr": 0.3, "chunk": 8, "chunks": "joint"}
-    stage = Stage(max_steps=3, write_steps=[1, 2], batch_size=4, warmup=1, decay=1)
+    stage = Stage(max_steps=3, write_steps=[1, 2], batch_size=4, warmup_steps=1, decay_steps=1)
     recipe = Recipe(
         {"name": "kv", "pairs": 2}, BACKBONE, method, [stage], save_every=2, valid_samples=4, strategy="unroll"
     )
@@ -188,10 +188,10 @@ def test_each_stage_trains_on_its_own_samples(tmp_path: Path, monkeypatch: pytes
     """The batch that is made ahead on a device is never one of the stage before."""
     method = {"name": "gradmem", "n_mem": 2, "write_steps": 1, "inner_lr": 0.3}
     stages = [
-        Stage(max_steps=2, write_steps=[1], batch_size=size, warmup=1, tasks=[{"pairs": pairs}])
+        Stage(max_steps=2, write_steps=[1], batch_size=size, warmup_steps=1, tasks=[{"pairs": pairs}])
         for size, pairs in ((4, 2), (2, 3))
     ]
-    options: dict[str, Any] = {"save_every": 9, "valid_samples": 4, "strategy": "recompute", "micro_batch": 4}
+    options: dict[str, Any] = {"save_every": 9, "valid_samples": 4, "strategy": "recompute", "micro_batch_size": 4}
     recipe = Recipe({"name": "kv", "pairs": 2}, BACKBONE, method, stages, precision="fp32", **options)
 
     def losses(name: str) -> list[float]:
@@ -360,7 +360,7 @@ def test_more_processes_than_devices_that_were_named_are_refused(
 
 def test_a_process_with_a_device_of_its_own_has_all_of_its_memory(device: torch.device) -> None:
     plans = [
-        make_plan(lambda strategy, contexts: None, 4, 10, place, micro_batch=1, processes=2)
+        make_plan(lambda strategy, contexts: None, 4, 10, place, micro_batch_size=1, processes=2)
         for place in (device, torch.device("cpu"))
     ]
     assert plans[0].budget == int(SHARE * torch.accelerator.get_memory_info(device)[0])

@@ -45,10 +45,10 @@ def recipe(model: str, data: Path, task: str, steps: int) -> Recipe:
         method={**base.method, "write_steps": STEPS, "inner_lr": 0.5},
         precision="fp32",
         adamw_lr=1e-3,
-        inner_loss_weight=0.0,
-        stages=[Stage(write_steps=[STEPS], max_steps=steps, decay=steps // 2, batch_size=16, warmup=50)],
+        write_loss_weight=0.0,
+        stages=[Stage(write_steps=[STEPS], max_steps=steps, decay_steps=steps // 2, batch_size=16, warmup_steps=50)],
         strategy="unroll",
-        micro_batch=16,
+        micro_batch_size=16,
         valid_samples=10,
     )
 

@@ -100,8 +100,10 @@ def write(path: Path, rows: Sequence[dict[str, float]]) -> None:
 
 def fair(learning_rate: float) -> Recipe:
     """The published recipe with 200 warm-up steps and another learning rate."""
-    recipe = load_recipe("kv-16-published", adamw_lr=learning_rate, save_every=100, strategy="unroll", micro_batch=64)
-    recipe.stages = [replace(recipe.stages[0], warmup=200)]
+    recipe = load_recipe(
+        "kv-16-published", adamw_lr=learning_rate, save_every=100, strategy="unroll", micro_batch_size=64
+    )
+    recipe.stages = [replace(recipe.stages[0], warmup_steps=200)]
     return recipe
 
 
@@ -128,7 +130,7 @@ def arms(output: Path, seconds: float) -> dict[str, list[dict[str, float]]]:
         name = f"fair-{rate:g}"
         tried[rate] = trial(run(name, fair(rate), output, seconds / 4, plain=True), output / name, seconds / 4)
     best = min(tried, key=lambda rate: tried[rate])
-    slow = load_recipe("kv-16-published", save_every=100, strategy="unroll", micro_batch=64)
+    slow = load_recipe("kv-16-published", save_every=100, strategy="unroll", micro_batch_size=64)
     curves["published"] = run("published", slow, output, seconds, plain=True)
     name = f"published, made fair (lr {best:g})"
     curves[name] = run(f"fair-{best:g}", fair(best), output, seconds, plain=True)

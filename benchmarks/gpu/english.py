@@ -113,9 +113,9 @@ class Clock:
         at, before = min(self.done, 1.0), 0.0
         for number, (stage, share) in enumerate(zip(self.stages, self.shares, strict=True)):
             if at < before + share or number == len(self.stages) - 1:
-                decay = share * stage.decay / stage.max_steps
+                decay = share * stage.decay_steps / stage.max_steps
                 left = (before + share - at) / decay if decay else 1.0
-                return number, stage.lr * min(1.0, max(left, 0.0))
+                return number, stage.lr_scale * min(1.0, max(left, 0.0))
             before += share
         raise AssertionError
 
@@ -152,7 +152,7 @@ class Training:
                     say(f"stage {stage + 1}: K {self.recipe.stages[stage].write_steps}")
                 batch = coming.result()
                 coming = pool.submit(self._draw, number, self.contexts + len(batch.context))
-                warm = min(1.0, (clock.step + 1) / self.recipe.stages[0].warmup)
+                warm = min(1.0, (clock.step + 1) / self.recipe.stages[0].warmup_steps)
                 row = self._step(batch, number, clock.step, factor * warm * self.given.lr * self.halved)
                 clock.step += 1
                 self.contexts += len(batch.context)
@@ -175,7 +175,7 @@ class Training:
             "steps": clock.step,
             "contexts": self.contexts,
             "contexts_per_second": self.contexts / clock.elapsed,
-            "micro_batch": self.micro,
+            "micro_batch_size": self.micro,
             "skipped": self.skipped,
             "halved": self.halved,
             "peak_bytes": torch.cuda.max_memory_allocated() if self.given.device == "cuda" else None,

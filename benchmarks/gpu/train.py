@@ -30,14 +30,16 @@ COMMON: dict[str, Any] = {
 PLANS: dict[str, dict[str, Any]] = {
     "kv-64-k1": {
         "stages": [{"tasks": [{"pairs": n} for n in (64, 64, 32, 96, 16)], "write_steps": [1], "batch_size": 128}],
-        "micro_batch": 128,
+        "micro_batch_size": 128,
         "cooldown": 0.8,
         "asked": [(pairs, [1]) for pairs in (16, 32, 64, 96)],
     },
     "kv-96": {
-        "stages": [{"tasks": [{"pairs": 96}], "write_steps": [5], "batch_size": 24, "lr": 0.8, "warmup": 50}],
+        "stages": [
+            {"tasks": [{"pairs": 96}], "write_steps": [5], "batch_size": 24, "lr_scale": 0.8, "warmup_steps": 50}
+        ],
         "strategy": "compile",
-        "micro_batch": 24,
+        "micro_batch_size": 24,
         "cooldown": 0.4,
         "asked": [(96, [5, 30]), (64, [5])],
     },
@@ -65,7 +67,7 @@ class Lines:
             match = sum(place.recent) / len(place.recent)
             say(
                 f"{self.name}: step {row['step']} {row['samples']:,} contexts, {rate:.0f} a second, "
-                f"loss {row['loss']:.4f}, EM {match:.2%}, norm {row['grad_norm']:.2g}, lr x{row['lr']:.3g}"
+                f"loss {row['loss']:.4f}, EM {match:.2%}, norm {row['grad_norm']:.2g}, lr x{row['lr_scale']:.3g}"
             )
         self.last, self.samples = now, row["samples"]
 
@@ -82,9 +84,9 @@ def recipe(name: str, minutes: float, contexts: int | None) -> Recipe:
     """The run that goes on from a packaged checkpoint for some minutes."""
     plan = {**COMMON, **PLANS[name]}
     plan.pop("asked")
-    stages = [{"max_steps": 10**6, "warmup": 30, **stage} for stage in plan.pop("stages")]
+    stages = [{"max_steps": 10**6, "warmup_steps": 30, **stage} for stage in plan.pop("stages")]
     if contexts:
-        plan["micro_batch"], plan["strategy"] = contexts, "recompute"
+        plan["micro_batch_size"], plan["strategy"] = contexts, "recompute"
         stages = [{**stage, "batch_size": contexts} for stage in stages]
     made = load_recipe(name)
     extra = {**plan, "init_from": name, "max_minutes": minutes, "seed": 64}
@@ -116,7 +118,7 @@ def _compile(trainer: Any, name: str) -> None:
         return
     method, stage = trainer.model.method, trainer.recipe.stages[0]
     task = build_task({**trainer.recipe.task, **stage.tasks[0]})
-    batch = task.batch("train", 0, trainer.recipe.micro_batch).to(device())
+    batch = task.batch("train", 0, trainer.recipe.micro_batch_size).to(device())
     method.strategy, started = "compile", time.perf_counter()
     try:
         with products("tf32"):

@@ -33,10 +33,10 @@ def test_train_save_ask(name: str, precision: Any, tmp_path: Path) -> None:
         task=TASK,
         backbone=BACKBONE,
         method=METHODS[name],
-        stages=[Stage(max_steps=4, write_steps=[1], batch_size=4, warmup=1)],
-        inner_loss_weight=0.5,
+        stages=[Stage(max_steps=4, write_steps=[1], batch_size=4, warmup_steps=1)],
+        write_loss_weight=0.5,
         precision=precision,
-        micro_batch=2,
+        micro_batch_size=2,
         strategy="unroll",
         device="cpu",
         valid_samples=4,
@@ -72,16 +72,16 @@ def test_training_moves_every_parameter(name: str, tmp_path: Path) -> None:
         task=TASK,
         backbone=BACKBONE,
         method=METHODS[name] | ({"write_steps": 2} if name == "rmt" else {}),
-        stages=[Stage(max_steps=3, write_steps=[2], batch_size=4, warmup=1)] * 2,
-        inner_loss_weight=0.5,
-        micro_batch=4,
+        stages=[Stage(max_steps=3, write_steps=[2], batch_size=4, warmup_steps=1)] * 2,
+        write_loss_weight=0.5,
+        micro_batch_size=4,
         strategy="unroll",
         device="cpu",
     )
     trainer = Trainer(recipe, tmp_path / "run")
     before = copy.deepcopy(trainer.model.method.state_dict())
     for _ in range(3):
-        trainer.place.micro_batch = 4
+        trainer.place.micro_batch_size = 4
         trainer._step(recipe.stages[0], [trainer.model.task])
     for key, tensor in trainer.model.method.state_dict().items():
         assert not torch.equal(tensor, before[key]), key

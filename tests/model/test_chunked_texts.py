@@ -228,7 +228,7 @@ def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("mode", MODES)
 def test_training(mode: str, tmp_path: Path) -> None:
     """Planned, trained for two steps, saved with its chunks, measured on longer contexts than in training."""
-    made = recipe(2, strategy="auto", micro_batch=0)
+    made = recipe(2, strategy="auto", micro_batch_size=0)
     made.task["pairs"] = 4
     made.method |= {"chunk": 10, "chunks": mode}
     assert plan(made)

@@ -51,7 +51,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def choose(contexts: int = 8, tokens: int = 100, **options: Any) -> tuple[str, int]:
     chosen = make_plan(lambda strategy, size: None, contexts, tokens, CPU, **options).chosen
-    return chosen.strategy, chosen.micro_batch
+    return chosen.strategy, chosen.micro_batch_size
 
 
 def test_the_fastest_that_fits(machine: dict[str, Any]) -> None:
@@ -88,13 +88,15 @@ def test_no_larger_parts_than_speed_needs(machine: dict[str, Any]) -> None:
 
 def test_what_the_recipe_settles_is_kept(machine: dict[str, Any]) -> None:
     assert choose(strategies=["recompute"])[0] == "recompute"
-    assert choose(micro_batch=2) == ("unroll", 2)
-    assert choose(micro_batch=5) == ("recompute", 5)
+    assert choose(micro_batch_size=2) == ("unroll", 2)
+    assert choose(micro_batch_size=5) == ("recompute", 5)
 
 
 def test_what_does_not_fit_is_refused_with_advice(machine: dict[str, Any]) -> None:
-    with pytest.raises(GradmemError, match=r"20 contexts of 100 tokens.*20\.00 GB.*10\.00 GB.*`micro_batch: 10` fits"):
-        choose(contexts=40, micro_batch=20)
+    with pytest.raises(
+        GradmemError, match=r"20 contexts of 100 tokens.*20\.00 GB.*10\.00 GB.*`micro_batch_size: 10` fits"
+    ):
+        choose(contexts=40, micro_batch_size=20)
     machine["free"] = GB / 2
     with pytest.raises(GradmemError, match="smaller backbone"):
         choose()
@@ -114,7 +116,7 @@ def test_memory_is_measured() -> None:
 
 
 def test_planning_changes_nothing() -> None:
-    some = recipe(strategy="auto", micro_batch=0)
+    some = recipe(strategy="auto", micro_batch_size=0)
     torch.manual_seed(0)
     model = MemoryModel.from_spec(some.task, some.backbone, some.method)
     before, numbers = [p.clone() for p in model.method.parameters()], torch.get_rng_state()
@@ -129,7 +131,7 @@ def test_planning_changes_nothing() -> None:
 
 def test_one_step_has_one_strategy() -> None:
     """With a single write step both strategies keep the same graph: nothing to compare."""
-    some = recipe(strategy="auto", micro_batch=0)
+    some = recipe(strategy="auto", micro_batch_size=0)
     model = MemoryModel.from_spec(some.task, some.backbone, some.method)
     made = plan_stage(some, some.stages[0], model.method, [build_task(TASK)], CPU, "fp32")
     assert {trial.strategy for trial in made.trials} == {"recompute"}
@@ -137,7 +139,7 @@ def test_one_step_has_one_strategy() -> None:
 
 def test_a_resumed_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "plan_stage", lambda *_: plan.Plan([], Trial("unroll", 2, 1.0, 1), 1))
-    trainer = loop.Trainer(recipe(strategy="auto", micro_batch=0), tmp_path / "run")
+    trainer = loop.Trainer(recipe(strategy="auto", micro_batch_size=0), tmp_path / "run")
 
     def stop(*_: Any) -> None:
         trainer._save()
@@ -146,8 +148,8 @@ def test_a_resumed_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(trainer, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    place = loop.Trainer(recipe(strategy="auto", micro_batch=0), tmp_path / "run").place
-    assert (place.strategy, place.micro_batch) == ("unroll", 2)
+    place = loop.Trainer(recipe(strategy="auto", micro_batch_size=0), tmp_path / "run").place
+    assert (place.strategy, place.micro_batch_size) == ("unroll", 2)
 
 
 OUT_OF_MEMORY = [
@@ -167,7 +169,7 @@ def test_out_of_memory_says_what_fits(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(MetaStep, "forward", forward)
     monkeypatch.setattr(plan, "MICRO_TOKENS", 20)
-    with pytest.raises(GradmemError, match=r"`micro_batch: 8`; `strategy: \w+` and `micro_batch: [12]` take"):
+    with pytest.raises(GradmemError, match=r"`micro_batch_size: 8`; `strategy: \w+` and `micro_batch_size: [12]` take"):
         train(recipe(), tmp_path / "run")
     monkeypatch.setattr(MetaStep, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
@@ -242,7 +244,7 @@ def test_the_probe_measures_the_meta_gradient() -> None:
 
 def test_auto_trains_the_same(tmp_path: Path) -> None:
     train(recipe(6), tmp_path / "settled")
-    train(recipe(6, strategy="auto", micro_batch=0), tmp_path / "auto")
+    train(recipe(6, strategy="auto", micro_batch_size=0), tmp_path / "auto")
     losses = [[float(row["loss"]) for row in log(tmp_path / name)] for name in ("settled", "auto")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -253,7 +255,7 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["plan", "kv-32", *options]) == 0
     rows = json.loads((tmp_path / "plan.json").read_text())
     assert [row["chosen"] for row in rows].count(True) == 1
-    assert {"strategy", "micro_batch", "seconds", "bytes", "stage", "budget"} <= rows[0].keys()
+    assert {"strategy", "micro_batch_size", "seconds", "bytes", "stage", "budget"} <= rows[0].keys()
     shown = capsys.readouterr().out
     assert "recompute" in shown
     assert "chosen" in shown
@@ -263,12 +265,12 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_compiling_is_tried_on_a_gpu_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """In stages of more than twenty minutes, at the size that the other strategies settled; taken if it is faster."""
-    some = recipe(strategy="auto", micro_batch=0)
+    some = recipe(strategy="auto", micro_batch_size=0)
     model = MemoryModel.from_spec(some.task, some.backbone, some.method)
     seconds, asked = {"unroll": 1.0, "compile": 0.5}, []
 
-    def measured(run: Any, *_: Any, strategies: Any, micro_batch: int | None, processes: int) -> Plan:
-        asked.append((strategies[0], micro_batch))
+    def measured(run: Any, *_: Any, strategies: Any, micro_batch_size: int | None, processes: int) -> Plan:
+        asked.append((strategies[0], micro_batch_size))
         trial = Trial(strategies[0], 3, seconds[strategies[0]], GB)
         return Plan([trial], trial, 10 * GB)
 
@@ -309,10 +311,10 @@ def test_how_much_at_once_follows_the_memory_of_a_device(monkeypatch: pytest.Mon
 
 def test_another_kind_of_device_is_planned_anew(tmp_path: Path) -> None:
     """A run that was begun on a GPU goes on on a CPU with the CPU's choices."""
-    whole = recipe(6, precision="auto", strategy="auto", micro_batch=0)
+    whole = recipe(6, precision="auto", strategy="auto", micro_batch_size=0)
     train(dataclasses.replace(whole, stages=whole.stages[:1]), tmp_path / "run")
     state = states(tmp_path / "run" / "states")[-1] / "progress.json"
-    settled = {"device": "cuda", "precision": "tf32", "micro_batch": 77, "strategy": "compile", "stage": 0}
+    settled = {"device": "cuda", "precision": "tf32", "micro_batch_size": 77, "strategy": "compile", "stage": 0}
     state.write_text(json.dumps(json.loads(state.read_text()) | settled))
     train(whole, tmp_path / "run")
     after = json.loads((states(tmp_path / "run" / "states")[-1] / "progress.json").read_text())
@@ -328,8 +330,8 @@ def test_cooldown_is_a_part(part: float) -> None:
 
 def test_plan_says_what_ends_a_run_early() -> None:
     """Hours of stages that end at an exact match are no forecast: they are what they could take at most."""
-    row = {"stage": 1, "write_steps": 5, "strategy": "unroll", "micro_batch": 8, "seconds": 3.6, "steps": 10**5}
-    rows = [{**row, "bytes": 1, "budget": 1, "chosen": True, "until": until} for until in (0.9, None)]
+    row = {"stage": 1, "write_steps": 5, "strategy": "unroll", "micro_batch_size": 8, "seconds": 3.6, "steps": 10**5}
+    rows = [{**row, "bytes": 1, "budget": 1, "chosen": True, "until_exact_match": until} for until in (0.9, None)]
     shown = str(plan_table(rows, max_minutes=90.0).caption)
     assert "200.0 hours if every stage takes its `max_steps`, which is rare: 1 of 2 stages" in shown
     assert "`max_minutes` ends the run after 1.5 hours" in shown

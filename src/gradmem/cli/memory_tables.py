@@ -175,7 +175,7 @@ def plan_table(rows: Sequence[dict[str, Any]], max_minutes: float | None = None)
             str(row["stage"]),
             str(row["write_steps"]),
             row["strategy"],
-            str(row["micro_batch"]),
+            str(row["micro_batch_size"]),
             f"{row['seconds']:.2f}",
             f"{row['bytes'] / 1e9:.2f}",
             f"{row['seconds'] * row['steps'] / 3600:.2f}",
@@ -189,7 +189,7 @@ def _bound(rows: Sequence[dict[str, Any]], max_minutes: float | None) -> str:
     """How long a run takes at most, and what ends it earlier."""
     chosen = [row for row in rows if row["chosen"]]
     hours = sum(row["seconds"] * row["steps"] for row in chosen) / 3600
-    early = sum(row["until"] is not None for row in chosen)
+    early = sum(row["until_exact_match"] is not None for row in chosen)
     told = f"{hours:.1f} hours if every stage takes its `max_steps`"
     if early:
         told += (

@@ -64,7 +64,7 @@ def plan(recipe: Recipe, json: Path | None = None) -> list[dict[str, Any]]:
             "tasks": stage.tasks,
             "write_steps": max(stage.write_steps),
             "steps": stage.max_steps,
-            "until": stage.until,
+            "until_exact_match": stage.until_exact_match,
         }
         rows += [about | asdict(t) | {"chosen": t is made.chosen, "budget": made.budget} for t in made.trials]
     console.print(plan_table(rows, recipe.max_minutes))

@@ -50,7 +50,7 @@ class ARMT(OnePassMethod):
         Treat pads as the published experiments did: memory tokens attend to the pads of their segment, are numbered
         after them, and also write where a segment is all pads. By default a row is written as it is alone.
     reconstruction : bool
-        Learn to reconstruct the context from the memory as well, as the trainer weights it (`inner_loss_weight`).
+        Learn to reconstruct the context from the memory as well, as the trainer weights it (`write_loss_weight`).
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class Mamba(OnePassMethod):
     backbone : Backbone
         Mamba, `model_type: mamba`.
     reconstruction : bool
-        Learn to reconstruct the context from the memory as well, as the trainer weights it (`inner_loss_weight`).
+        Learn to reconstruct the context from the memory as well, as the trainer weights it (`write_loss_weight`).
 
     Raises
     ------

@@ -44,7 +44,7 @@ class RMT(ChunkedMethod):
         independently.
     reconstruction : bool
         Learn to reconstruct the context from the memory: the write loss is that of passes 2 to K + 1, averaged over
-        tokens, then over passes. It counts as the trainer weights it (`inner_loss_weight`).
+        tokens, then over passes. It counts as the trainer weights it (`write_loss_weight`).
     chunk : int, optional
         Most tokens of a segment; by default a context is one.
     chunks : {"sequential", "independent"}

@@ -95,19 +95,19 @@ def build_optimizers(method: Method, recipe: Recipe) -> list[torch.optim.Optimiz
     if matrices:
         # On a CPU a launch costs nothing, and larger matrices are faster one by one.
         muon = torch.optim.Muon if matrices[0].device.type == "cpu" else Muon
-        optimizers.append(muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.weight_decay))
+        optimizers.append(muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=0.0))
     if rest or inner:
         beta1, beta2 = recipe.betas
         groups: list[dict[str, Any]] = [
             {"params": rest},
-            {"params": inner, "lr": recipe.inner_adamw_lr, "weight_decay": 0.0},
+            {"params": inner, "lr": recipe.inner_adamw_lr},
         ]
         optimizers.append(
             torch.optim.AdamW(
                 [group for group in groups if group["params"]],
                 lr=recipe.adamw_lr,
                 betas=(beta1, beta2),
-                weight_decay=recipe.weight_decay,
+                weight_decay=0.0,
                 fused=method.backbone.model.device.type == "cuda" or None,
             )
         )

@@ -47,7 +47,7 @@ class Trial:
     Attributes
     ----------
     strategy : {"unroll", "recompute", "compile"}
-    micro_batch : int
+    micro_batch_size : int
         Contexts at a time.
     seconds : float
         Of a whole optimiser step; on a CPU processor time, divided by the number of threads.
@@ -56,7 +56,7 @@ class Trial:
     """
 
     strategy: Strategy
-    micro_batch: int
+    micro_batch_size: int
     seconds: float
     bytes: int
 
@@ -77,7 +77,7 @@ def make_plan(
     device: torch.device,
     *,
     strategies: Sequence[Strategy] = AUTO,
-    micro_batch: int | None = None,
+    micro_batch_size: int | None = None,
     processes: int = 1,
 ) -> Plan:
     """Measure steps and choose the fastest that fits.
@@ -92,7 +92,7 @@ def make_plan(
         Tokens of the longest context.
     strategies : sequence of {"unroll", "recompute", "compile"}
         Those to choose from.
-    micro_batch : int, optional
+    micro_batch_size : int, optional
         Contexts at a time, where that is settled.
     processes : int
         Processes of the run, which share the memory on a CPU; elsewhere each has a device of its own.
@@ -109,7 +109,7 @@ def make_plan(
     trials = []
     for strategy, probe in probes.items():
         fits = budget // max(probe.bytes, 1)
-        sizes = [micro_batch] if micro_batch else _halves(contexts, min(most, fits))
+        sizes = [micro_batch_size] if micro_batch_size else _halves(contexts, min(most, fits))
         if strategy == "compile":
             sizes = sizes[-1:]  # each takes minutes
         for size in (size for size in sizes if size <= fits):
@@ -117,11 +117,15 @@ def make_plan(
     if not trials:
         least = min(probes.values(), key=lambda trial: trial.bytes)
         fits = budget // max(least.bytes, 1)
-        need = gigabytes(least.bytes * (micro_batch or 1))
+        need = gigabytes(least.bytes * (micro_batch_size or 1))
         raise GradmemError(
-            f"{micro_batch or 1} contexts of {tokens} tokens at a time take about {need} with '{least.strategy}', and "
-            f"{gigabytes(budget)} may be used: "
-            + (f"`micro_batch: {fits}` fits" if fits else "shorten them, or take a smaller backbone or fewer processes")
+            f"{micro_batch_size or 1} contexts of {tokens} tokens at a time take about {need} with '{least.strategy}', "
+            f"and {gigabytes(budget)} may be used: "
+            + (
+                f"`micro_batch_size: {fits}` fits"
+                if fits
+                else "shorten them, or take a smaller backbone or fewer processes"
+            )
         )
     flattest = min(trials, key=lambda trial: (trial.strategy != "recompute", trial.seconds))
     fastest = min(trials, key=lambda trial: trial.seconds)
@@ -197,17 +201,17 @@ def plan_stage(
         outer_loss(loss, write_loss, weight).backward()
         method.zero_grad()
 
-    def measured(strategies: Sequence[Strategy], micro_batch: int | None) -> Plan:
+    def measured(strategies: Sequence[Strategy], micro_batch_size: int | None) -> Plan:
         return make_plan(
-            run, share, tokens, device, strategies=strategies, micro_batch=micro_batch, processes=processes
+            run, share, tokens, device, strategies=strategies, micro_batch_size=micro_batch_size, processes=processes
         )
 
     with torch.random.fork_rng():
         try:
-            plan = measured(strategies, min(recipe.micro_batch, share) or None)
+            plan = measured(strategies, min(recipe.micro_batch_size, share) or None)
             ahead = min(plan.chosen.seconds * stage.max_steps, 60 * (recipe.max_minutes or math.inf))
             if recipe.strategy == "auto" and device.type == "cuda" and ahead > COMPILING_PAYS:
-                compiled = measured(["compile"], plan.chosen.micro_batch)
+                compiled = measured(["compile"], plan.chosen.micro_batch_size)
                 best = min(plan.chosen, compiled.chosen, key=lambda trial: trial.seconds)
                 plan = Plan(plan.trials + compiled.trials, best, plan.budget)
             return plan

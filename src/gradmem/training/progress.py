@@ -56,7 +56,8 @@ class Report:
         numbers = self._numbers(row["loss"], place)
         self.bar.update(self.task, completed=place.stage_step, numbers=numbers)
         if not self.console.is_terminal and place.stage_step % self.EVERY == 0:
-            self.console.print(f"{self.title}: step {place.stage_step} {numbers} lr x{row['lr']:.3g}", highlight=False)
+            rates = f"lr x{row['lr_scale']:.3g}"
+            self.console.print(f"{self.title}: step {place.stage_step} {numbers} {rates}", highlight=False)
 
     def end(self, place: Place) -> None:
         """Leave a line behind for a stage that is done."""

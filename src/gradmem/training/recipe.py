@@ -29,17 +29,15 @@ class Stage:
     """Task options that differ from the recipe's, as `{pairs: 4}`; one entry is drawn anew for every step."""
     batch_size: int = 32
     """Contexts in a batch, over all processes."""
-    lr: float = 1.0
+    lr_scale: float = 1.0
     """Factor on all learning rates."""
-    until: float | None = None
+    until_exact_match: float | None = None
     """Exact match on fresh training samples, mean over the last 10 steps, that ends the stage."""
-    warmup: int = 30
+    warmup_steps: int = 30
     """Steps over which the learning rates rise from zero."""
-    patience: int = 0
-    """Halve the learning rates when exact match has not risen for this many steps; 0: never."""
-    decay: int = 0
+    decay_steps: int = 0
     """Steps at the end over which the learning rates fall linearly to zero."""
-    inner_loss_weight: float | None = None
+    write_loss_weight: float | None = None
     """Weight of the write loss in the outer loss; by default the recipe's."""
 
     def __post_init__(self) -> None:
@@ -47,10 +45,14 @@ class Stage:
             raise GradmemError("a stage needs max_steps >= 1, batch_size >= 1 and write_steps like [3, 4, 5]")
         if not self.tasks:
             raise GradmemError("a stage's `tasks` is a list like [{pairs: 4}], or is left out")
-        if self.until is not None and not 0 < self.until <= 1:
-            raise GradmemError(f"a stage's `until` is an exact match from 0 to 1, not {self.until}")
-        if self.decay > self.max_steps:
-            raise GradmemError(f"a stage's decay ({self.decay}) must not be longer than max_steps ({self.max_steps})")
+        if self.until_exact_match is not None and not 0 < self.until_exact_match <= 1:
+            raise GradmemError(
+                f"a stage's until_exact_match must be above 0 and at most 1, not {self.until_exact_match}"
+            )
+        if self.decay_steps > self.max_steps:
+            raise GradmemError(
+                f"a stage's decay_steps ({self.decay_steps}) must not be more than its max_steps ({self.max_steps})"
+            )
 
 
 @dataclass
@@ -84,11 +86,9 @@ class Recipe:
     """Learning rate of AdamW for learned inner learning rates and momentum; by default adamw_lr."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     """Betas of AdamW."""
-    weight_decay: float = 0.0
-    """Weight decay of both optimisers."""
     clip_norm: float = 1.0
     """Largest norm of the meta-gradient."""
-    inner_loss_weight: float = 0.0
+    write_loss_weight: float = 0.0
     """Weight of the method's write loss in the outer loss, where a stage has none of its own; GradMem's is that of the
     last write step. It helps to bind the first pairs; later it costs answers, as keys are stored for it too."""
     strategy: Literal["auto", "unroll", "recompute", "compile"] = "auto"
@@ -96,7 +96,7 @@ class Recipe:
     stage. compile: every write step as compiled code, in 0.6 of the time on a CPU, after a minute or two for every
     length of context; for long stages of contexts of one length, and needs a C++ compiler. On CUDA, auto tries it too
     where a stage takes more than twenty minutes."""
-    micro_batch: int = 0
+    micro_batch_size: int = 0
     """Contexts of one forward and backward pass, of which the gradients add up; 0: measured at each stage."""
     max_minutes: float | None = None
     """Minutes of training steps after which the run ends where it is: by a clock on the wall, over all resumed parts,
@@ -127,7 +127,7 @@ class Recipe:
 
     def weight_of(self, stage: Stage) -> float:
         """Weight of the write loss in a stage's outer loss."""
-        return self.inner_loss_weight if stage.inner_loss_weight is None else stage.inner_loss_weight
+        return self.write_loss_weight if stage.write_loss_weight is None else stage.write_loss_weight
 
 
 IDENTITY = {"name", "model_type", "pretrained"}

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,35 @@ class Place:
     samples: int = 0
     seconds: float = 0.0
     recent: list[float] = field(default_factory=list)
-    best: float = 0.0
-    best_at: int = 0
-    halvings: int = 0
     decay_from: int | None = None
     strategy: Strategy = "recompute"
-    micro_batch: int = 0
+    micro_batch_size: int = 0
     """0: how this stage's steps run is not settled yet."""
     precision: Precision = "auto"
     """auto: not settled yet."""
     device: str = ""
     """Kind of device that strategy, micro-batch and precision were chosen on."""
 
+    @classmethod
+    def of(cls, path: Path, progress: dict[str, Any]) -> Place:
+        """Take over the progress that `load_state` read.
+
+        Raises
+        ------
+        GradmemError
+            If it has other fields, as that of another version.
+        """
+        if set(progress) != {field.name for field in fields(cls)}:
+            raise GradmemError(
+                f"cannot resume from {path}: another version of gradmem saved it; start anew with another --output"
+            )
+        return cls(**progress)
+
     def next_stage(self) -> None:
         """Move to the beginning of the next stage."""
         self.stage, self.stage_step, self.recent = self.stage + 1, 0, []
-        self.best, self.best_at, self.halvings, self.decay_from = 0.0, 0, 0, None
-        self.micro_batch, self.precision = 0, "auto"
+        self.decay_from = None
+        self.micro_batch_size, self.precision = 0, "auto"
 
 
 def save_state(

@@ -52,7 +52,7 @@ FIELDS = [
     "write_loss",
     "exact_match",
     "write_steps",
-    "lr",
+    "lr_scale",
     "grad_norm",
     "samples",
     "seconds",
@@ -131,7 +131,7 @@ class Trainer:
         self.place = Place()
         saved = states(output / "states")
         if resume == "auto" and saved:
-            self.place = Place(**load_state(saved[-1], self.model.method, self.optimizers))
+            self.place = Place.of(saved[-1], load_state(saved[-1], self.model.method, self.optimizers))
         elif saved:
             raise GradmemError(f"{output} holds a run: resume it with --resume auto, or give another --output")
         self.meta_step = MetaStep(self.model.method)
@@ -224,7 +224,7 @@ class Trainer:
         """Settle the stage's precision; a resumed run keeps to it on the same kind of device."""
         place, device = self.place, self.accelerator.device
         if place.device != device.type:
-            place.device, place.precision, place.micro_batch = device.type, "auto", 0
+            place.device, place.precision, place.micro_batch_size = device.type, "auto", 0
         if self.recipe.precision != "auto":
             place.precision = self.recipe.precision
         elif place.precision == "auto":
@@ -240,10 +240,10 @@ class Trainer:
         recipe, place, accelerator = self.recipe, self.place, self.accelerator
         if recipe.strategy == "compile":
             progress.say("compiling the write steps, which takes a minute or two for every length of context")
-        kept = recipe.strategy in ("auto", place.strategy) and recipe.micro_batch in (0, place.micro_batch)
-        if recipe.strategy != "auto" and recipe.micro_batch:
-            place.strategy, place.micro_batch = recipe.strategy, recipe.micro_batch
-        elif not (kept and place.micro_batch):
+        kept = recipe.strategy in ("auto", place.strategy) and recipe.micro_batch_size in (0, place.micro_batch_size)
+        if recipe.strategy != "auto" and recipe.micro_batch_size:
+            place.strategy, place.micro_batch_size = recipe.strategy, recipe.micro_batch_size
+        elif not (kept and place.micro_batch_size):
             started = clock()
             plan = plan_stage(
                 recipe,
@@ -255,10 +255,10 @@ class Trainer:
                 accelerator.num_processes,
             )
             # One process decides for all, which must agree on the number of parts.
-            found = broadcast_object_list([plan.chosen.strategy, plan.chosen.micro_batch])
-            place.strategy, place.micro_batch = found
+            found = broadcast_object_list([plan.chosen.strategy, plan.chosen.micro_batch_size])
+            place.strategy, place.micro_batch_size = found
             self._count(started)
-            progress.say(f"{place.strategy}, {place.micro_batch} contexts at a time")
+            progress.say(f"{place.strategy}, {place.micro_batch_size} contexts at a time")
         self.model.method.strategy = place.strategy
 
     def _explained(self, error: Exception, stage: Stage, tasks: list[Task]) -> Exception:
@@ -267,15 +267,15 @@ class Trainer:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "you tried to allocate" not in str(error):
             return error
         error.__traceback__ = None  # holds on to the tensors of the failed step
-        place, free = self.place, dataclasses.replace(self.recipe, strategy="auto", micro_batch=0)
+        place, free = self.place, dataclasses.replace(self.recipe, strategy="auto", micro_batch_size=0)
         self.model.method.zero_grad()
         device, processes = self.accelerator.device, self.accelerator.num_processes
         plan = plan_stage(free, stage, self.model.method, tasks, device, place.precision, processes)
         fits = plan.chosen
         return GradmemError(
-            f"out of memory at step {place.step} with `strategy: {place.strategy}` and `micro_batch: "
-            f"{place.micro_batch}`; `strategy: {fits.strategy}` and `micro_batch: {fits.micro_batch}` take "
-            f"{gigabytes(fits.bytes)} of {gigabytes(plan.budget)}: put these into the recipe and start again; "
+            f"out of memory at step {place.step} with `strategy: {place.strategy}` and `micro_batch_size: "
+            f"{place.micro_batch_size}`; `strategy: {fits.strategy}` and `micro_batch_size: {fits.micro_batch_size}` "
+            f"take {gigabytes(fits.bytes)} of {gigabytes(plan.budget)}: put these into the recipe and start again; "
             f"the last good state is kept in {self.output / 'states'}"
         )
 
@@ -301,24 +301,20 @@ class Trainer:
         return self.recipe.max_minutes is not None and self.place.seconds >= 60 * self.recipe.max_minutes
 
     def _finished(self, stage: Stage) -> bool:
-        """Whether the stage is over; also starts its decay and halves stalled learning rates."""
+        """Whether the stage is over; also starts its decay."""
         place = self.place
         mean = sum(place.recent) / WINDOW if len(place.recent) == WINDOW else 0.0
-        if mean > place.best + 1e-3:
-            place.best, place.best_at = mean, place.stage_step
-        elif stage.patience and place.stage_step - place.best_at >= stage.patience:
-            place.halvings, place.best_at = place.halvings + 1, place.stage_step
-        reached = stage.until is not None and mean >= stage.until
-        if place.decay_from is None and (reached or place.stage_step >= stage.max_steps - stage.decay):
+        reached = stage.until_exact_match is not None and mean >= stage.until_exact_match
+        if place.decay_from is None and (reached or place.stage_step >= stage.max_steps - stage.decay_steps):
             place.decay_from = place.stage_step
-        return place.decay_from is not None and place.stage_step >= place.decay_from + stage.decay
+        return place.decay_from is not None and place.stage_step >= place.decay_from + stage.decay_steps
 
     def _lr(self, stage: Stage) -> float:
         """Factor on the learning rates at this step."""
         place = self.place
-        factor = stage.lr * 0.5**place.halvings * min(1.0, (place.stage_step + 1) / max(stage.warmup, 1))
+        factor = stage.lr_scale * min(1.0, (place.stage_step + 1) / max(stage.warmup_steps, 1))
         if place.decay_from is not None:
-            factor *= 1 - (place.stage_step - place.decay_from) / stage.decay
+            factor *= 1 - (place.stage_step - place.decay_from) / stage.decay_steps
         if self.recipe.max_minutes is not None:
             left = 1 - place.seconds / (60 * self.recipe.max_minutes)
             factor *= min(1.0, max(left, 0.0) / self.recipe.cooldown)
@@ -359,7 +355,7 @@ class Trainer:
             "write_loss": mean_write_loss,
             "exact_match": match,
             "write_steps": draw.steps,
-            "lr": factor,
+            "lr_scale": factor,
             "grad_norm": grad_norm,
         }
 
@@ -374,7 +370,7 @@ class Trainer:
         numbers = random.Random(f"{self.recipe.seed} {step}")
         steps, task = numbers.choice(stage.write_steps), numbers.choice(tasks)
         batch = task.batch("train", samples + share * accelerator.process_index, share, self.recipe.seed)
-        parts = [part.to(accelerator.device) for part in batch.split(self.place.micro_batch)]
+        parts = [part.to(accelerator.device) for part in batch.split(self.place.micro_batch_size)]
         return Draw(steps, task, parts, len(batch.context), len(batch.rows), len(batch.targets))
 
     def _backward(self, draw: Draw, weight: float) -> Tensor:
@@ -427,7 +423,7 @@ class Trainer:
             def log(row: dict[str, Any]) -> None:
                 writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
                 file.flush()
-                for name in ("loss", "write_loss", "exact_match", "lr", "grad_norm"):
+                for name in ("loss", "write_loss", "exact_match", "lr_scale", "grad_norm"):
                     board.add_scalar(name, row[name], row["step"])
 
             try:
