@@ -10,7 +10,7 @@ from torch import Tensor
 
 import gradmem
 from benchmarks.common import Row, machine, measure, parser, report
-from gradmem.evaluation.report import figure
+from gradmem.evaluation.figures import figure
 from gradmem.model.build import build_task
 
 BATCH = 50

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import Row, machine, parser, report
+from gradmem.cli.training_report import ConsoleReport
+from gradmem.evaluation.figures import figure
 from gradmem.evaluation.measurement import evaluate
-from gradmem.evaluation.report import figure
 from gradmem.training.recipe import Recipe, load_recipe
 from gradmem.training.trainer import Trainer
 
@@ -50,12 +51,12 @@ class TimedTrainer(Trainer):
     """
 
     def __init__(self, recipe: Recipe, output: Path, seconds: float, plain: bool) -> None:
-        super().__init__(recipe, output)
+        super().__init__(recipe, output, report=ConsoleReport(len(recipe.stages)))
         self.budget, self.curve = seconds, output / "curve.csv"
         if plain:
             backbone = self.model.method.backbone
             backbone.second_order_attention, backbone.closed_forms = "eager", {}
-        rows = [row for row in read(self.curve) if row["step"] <= self.place.step]
+        rows = [row for row in read(self.curve) if row["step"] <= self.state.step]
         write(self.curve, rows)
         last = rows[-1] if rows else dict.fromkeys(FIELDS, 0.0)
         self.clocks: dict[str, tuple[Clock, float]] = {
@@ -70,11 +71,11 @@ class TimedTrainer(Trainer):
     def _save(self) -> None:
         super()._save()
         now = self.now()
-        stage = self.recipe.stages[min(self.place.stage, len(self.recipe.stages) - 1)]
+        stage = self.recipe.stages[min(self.state.stage, len(self.recipe.stages) - 1)]
         self.model.method.eval()
         found = evaluate(self.model, [max(stage.write_steps)], CONTEXTS, 0, "valid", {"pairs": PAIRS, "queries": None})
         self.model.method.train()
-        row = {"step": self.place.step, **now, "samples": self.place.samples, "exact_match": found[0].exact_match}
+        row = {"step": self.state.step, **now, "samples": self.state.samples, "exact_match": found[0].exact_match}
         write(self.curve, [*read(self.curve), row])
         self.clocks = {name: (clock, clock() - now[name]) for name, (clock, _) in self.clocks.items()}
         if now["cpu_seconds"] >= self.budget:

@@ -15,6 +15,7 @@ from gradmem.errors import GradmemError
 from gradmem.evaluation import evaluate
 from gradmem.model.build import build_task
 from gradmem.training import Recipe
+from gradmem.training.progress import Report
 from gradmem.training.recipe import load_recipe
 from gradmem.training.step import MetaStep
 
@@ -46,7 +47,7 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-class Lines:
+class Lines(Report):
     """Progress as plain lines, every few seconds."""
 
     def __init__(self, name: str, every: float = 10.0) -> None:
@@ -57,23 +58,23 @@ class Lines:
         """A stage begins."""
         say(f"{self.name}: stage {index + 1}")
 
-    def show(self, row: dict[str, Any], place: Any) -> None:
+    def show(self, row: dict[str, Any], state: Any) -> None:
         """A step was taken."""
         now = time.perf_counter()
         if now - self.last < self.every:
             return
         if self.last:
             rate = (row["samples"] - self.samples) / (now - self.last)
-            match = sum(place.recent) / len(place.recent)
+            match = sum(state.recent) / len(state.recent)
             say(
                 f"{self.name}: step {row['step']} {row['samples']:,} contexts, {rate:.0f} a second, "
                 f"loss {row['loss']:.4f}, EM {match:.2%}, norm {row['grad_norm']:.2g}, lr x{row['lr_scale']:.3g}"
             )
         self.last, self.samples = now, row["samples"]
 
-    def end(self, place: Any) -> None:
+    def end(self, state: Any) -> None:
         """A stage is over."""
-        say(f"{self.name}: {place.samples:,} contexts in {place.step} steps and {place.seconds:.0f} s")
+        say(f"{self.name}: {state.samples:,} contexts in {state.step} steps and {state.seconds:.0f} s")
 
     def say(self, text: str) -> None:
         """Say something."""
@@ -100,7 +101,7 @@ def train(name: str, minutes: float, out: Path, samples: int, contexts: int | No
 
     runs = out / "runs" / name
     shutil.rmtree(runs, ignore_errors=True)
-    trainer = Trainer(recipe(name, minutes, contexts), runs, "never", report=Lines(name))  # type: ignore[arg-type]
+    trainer = Trainer(recipe(name, minutes, contexts), runs, "never", report=Lines(name))
     _compile(trainer, name)
     trainer.run()
     if torch.cuda.is_available():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import GradmemError
 
@@ -63,3 +68,17 @@ def close_to_others(file: Path) -> None:
     with suppress(OSError):  # it is not there, or another user's
         if file.stat().st_mode & 0o007:
             file.chmod(PRIVATE)
+
+
+def save_json(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Save rows as a JSON list."""
+    return write_bytes(path, json.dumps(rows, indent=1).encode())
+
+
+def save_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Save rows as a CSV table; a column that a row does not have is empty in it."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_bytes(path, text.getvalue().encode())

@@ -14,9 +14,9 @@ from torch import Tensor
 import gradmem
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
+from gradmem.cli.evaluation_tables import results_table
 from gradmem.errors import GradmemError
 from gradmem.evaluation.measurement import evaluate
-from gradmem.evaluation.report import table
 from gradmem.inner import descend, gauss_newton
 from gradmem.inner.gauss_newton import DAMPING, ITERATIONS, PART
 from gradmem.memory import Memory
@@ -164,8 +164,8 @@ def test_chosen_for_a_checkpoint_and_shown(tiny: MemoryModel, tmp_path: Path) ->
     losses, curved = (made.write(TEXT, steps=3).receipts[0].losses for made in (plain, model))
     assert losses[:2] == curved[:2]
     assert curved[-1] < losses[-1]
-    assert "gauss_newton_after 1" in str(table(evaluate(model, [1], 2)).title)
-    assert "gauss_newton" not in str(table(evaluate(plain, [1], 2)).title)
+    assert "gauss_newton_after 1" in str(results_table(evaluate(model, [1], 2)).title)
+    assert "gauss_newton" not in str(results_table(evaluate(plain, [1], 2)).title)
 
 
 def test_the_same_choices_have_the_same_hash_in_any_order(tmp_path: Path, tiny: MemoryModel) -> None:

@@ -16,8 +16,8 @@ import gradmem
 from gradmem import GradmemError, Memory, MemoryModel, methods
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
+from gradmem.cli.evaluation_tables import results_table
 from gradmem.evaluation import evaluate
-from gradmem.evaluation.report import table
 from gradmem.methods import Method
 from gradmem.plugins import names
 from gradmem.training.step import MetaStep
@@ -382,6 +382,6 @@ def test_evaluate(model: MemoryModel) -> None:
     assert [result.steps for result in results] == [0, 1]
     context = model.task.batch("test", 0, 1, 1).context
     assert results[1].bytes == write(model.method, context, 1).nbytes
-    caption = str(table(results).caption)
+    caption = str(results_table(results).caption)
     assert f"{results[1].bytes} bytes" in caption
     assert ("vectors" in caption) == bool(model.method.n_mem)

@@ -81,7 +81,7 @@ def test_training_moves_every_parameter(name: str, tmp_path: Path) -> None:
     trainer = Trainer(recipe, tmp_path / "run")
     before = copy.deepcopy(trainer.model.method.state_dict())
     for _ in range(3):
-        trainer.place.micro_batch_size = 4
+        trainer.state.micro_batch_size = 4
         trainer._step(recipe.stages[0], [trainer.model.task])
     for key, tensor in trainer.model.method.state_dict().items():
         assert not torch.equal(tensor, before[key]), key

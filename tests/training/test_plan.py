@@ -14,8 +14,7 @@ from tests.training.test_training import TASK, log, recipe
 
 from gradmem import GradmemError
 from gradmem.cli.main import main
-from gradmem.cli.memory_tables import plan_table
-from gradmem.cli.training import train
+from gradmem.cli.training import plan_table, train
 from gradmem.model import MemoryModel
 from gradmem.model.build import build_task
 from gradmem.ops.room import room
@@ -148,8 +147,8 @@ def test_a_resumed_run_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(trainer, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    place = loop.Trainer(recipe(strategy="auto", micro_batch_size=0), tmp_path / "run").place
-    assert (place.strategy, place.micro_batch_size) == ("unroll", 2)
+    state = loop.Trainer(recipe(strategy="auto", micro_batch_size=0), tmp_path / "run").state
+    assert (state.strategy, state.micro_batch_size) == ("unroll", 2)
 
 
 OUT_OF_MEMORY = [

@@ -100,7 +100,7 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
         step = trainer._step
 
         def interrupted(*given: object, step=step, trainer=trainer, stop_at=stop_at) -> dict:
-            if trainer.place.step == stop_at:
+            if trainer.state.step == stop_at:
                 raise Stop
             return step(*given)
 
@@ -317,7 +317,7 @@ def test_a_run_that_is_told_to_stop_saves_a_state(
     step, before = loop.Trainer._step, signal.getsignal(signal_)
 
     def told(self: loop.Trainer, *given: object) -> dict:
-        if self.place.step == at:
+        if self.state.step == at:
             signal.raise_signal(signal_)
         return step(self, *given)
 

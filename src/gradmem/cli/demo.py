@@ -84,12 +84,13 @@ def demo(
 
 def _measure(model: gradmem.MemoryModel, samples: int, seed: int, file: Path) -> None:
     """Measure exact match by write steps, as a table and a figure."""
+    from ..evaluation.figures import steps_figure
     from ..evaluation.measurement import evaluate
-    from ..evaluation.report import steps_figure, table
+    from .evaluation_tables import results_table
 
     steps = list(range(model.method.write_steps + 1))
     results = evaluate(model, steps, samples=samples, seed=seed, progress=progress_bar)
-    console.print(table(results))
+    console.print(results_table(results))
     try:
         console.print(f"figure: {steps_figure(results, file, f'{model.name}: {samples} fresh contexts, seed {seed}')}")
     except GradmemError as error:

@@ -15,6 +15,7 @@ import gradmem
 from ..choices import Precision, Split
 from ..device import device_named
 from ..errors import GradmemError
+from ..files import save_csv, save_json
 from ..model.packaged import checkpoint_names
 from ..training.recipe import load_recipe, recipe_names
 from .console import console, progress_bar
@@ -89,9 +90,11 @@ def measure(
         How to write, where not as in training: --method.chunk 113 --method.chunks independent, and, with GradMem,
         --method.gauss_newton_after 1: Gauss-Newton steps after the first, each at the cost of some seven others.
     """
-    from ..evaluation.measurement import Result, evaluate
-    from ..evaluation.report import save_json, steps_figure, table
+    from ..evaluation.figures import steps_figure
+    from ..evaluation.measurement import evaluate
+    from ..evaluation.result import Result
     from ..model.build import build_task
+    from .evaluation_tables import results_table
 
     model = gradmem.load(checkpoint, method).to(device_named(device))
     given = [{**(task or {}), "pairs": n} for n in pairs] if pairs else [task or {}]
@@ -111,7 +114,7 @@ def measure(
             convert=lambda memory: memory.rounded(precision),
             progress=progress_bar,
         )
-    console.print(table(results))
+    console.print(results_table(results))
     if json:
         console.print(f"saved {save_json([result.to_dict() for result in results], json)}")
     if figure:
@@ -167,9 +170,10 @@ def sweep(
     method
         How to write, where not as in training; see gradmem eval --help.
     """
-    from ..evaluation.report import save_csv, save_json
-    from ..experiments.sweep import Point, bits_figure, pairs_figure, steps_figure, table
+    from ..experiments.sweep import Point
     from ..experiments.sweep import sweep as measure
+    from ..experiments.sweep_figures import sweep_bits, sweep_by_pairs, sweep_heatmap
+    from .evaluation_tables import sweep_table
 
     points: list[Point] = []
     for name in checkpoints:
@@ -178,16 +182,16 @@ def sweep(
         if own is None:
             raise GradmemError(f"'{name}' was trained on no number of pairs: a sweep is for key-value tasks")
         points += measure(model, pairs or [own], steps or range(31), samples, valid_samples, seed, progress_bar)
-    console.print(table(points))
+    console.print(sweep_table(points))
     rows = [row for point in points for row in point.to_dicts()]
     saved = [
         json and save_json(rows, json),
         csv and save_csv(rows, csv),
-        figure and pairs_figure(points, figure),
-        heatmap and steps_figure(points, heatmap),
-        bits and bits_figure(points, bits),
+        figure and sweep_by_pairs(points, figure),
+        heatmap and sweep_heatmap(points, heatmap),
+        bits and sweep_bits(points, bits),
     ]
-    _tell_saved(saved)
+    _print_saved(saved)
 
 
 def compare(
@@ -225,27 +229,28 @@ def compare(
         Also draw exact match by pairs, by bytes and by the cost of a write, the time of many queries, and the pairs
         recalled by minutes of training, in this directory.
     """
-    from ..evaluation.report import save_csv, save_json
-    from ..experiments import compare as comparison
+    from ..experiments.compare import compare as measure
+    from ..experiments.compare_figures import draw_all
+    from .evaluation_tables import cost_table, match_table
 
-    entries = comparison.compare(
+    entries = measure(
         [_system(name, output, device) for name in systems],
         pairs or [4, 8, 16, 32, 64, 96],
         samples,
         seed,
         progress=progress_bar,
     )
-    console.print(comparison.match_table(entries), comparison.cost_table(entries))
+    console.print(match_table(entries), cost_table(entries))
     rows = [entry.to_dict() for entry in entries]
     saved = [
         json and save_json(rows, json),
         csv and save_csv(rows, csv),
-        *(comparison.figures(entries, figures) if figures else []),
+        *(draw_all(entries, figures) if figures else []),
     ]
-    _tell_saved(saved)
+    _print_saved(saved)
 
 
-def _tell_saved(paths: Iterable[Path | None]) -> None:
+def _print_saved(paths: Iterable[Path | None]) -> None:
     for path in filter(None, paths):
         console.print(f"saved {path}")
 
@@ -299,15 +304,15 @@ def calibrate(
     directory = output or Path(checkpoint)
     if not directory.is_dir():
         raise GradmemError(f"'{directory}' is no directory to save abstain.safetensors in: name one with -o")
-    from ..evaluation import calibrate as calibration
-    from ..evaluation.report import save_json
+    from ..evaluation.calibrate import calibrate as fit
+    from .evaluation_tables import calibration_table
 
     model = gradmem.load(checkpoint).to(device_named(device))
-    found = calibration.calibrate(model, samples, seed, task, progress_bar)
-    console.print(found.table())
+    found = fit(model, samples, seed, task, progress_bar)
+    console.print(calibration_table(found))
     saved = [
         found.abstain.save(directory),
         json and save_json([found.to_dict()], json),
         figure and found.figure(figure),
     ]
-    _tell_saved(saved)
+    _print_saved(saved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -158,44 +158,3 @@ def tokens_of(memory: Memory, text: str) -> list[str]:
         raise GradmemError("this memory is bound to no model")
     task = memory.model.task
     return task.pieces(task.context_text(text))
-
-
-def plan_table(rows: Sequence[dict[str, Any]], max_minutes: float | None = None) -> Table:
-    """What `plan` measured, as a table."""
-    built = Table(
-        title="training steps, measured here",
-        caption=f"{_bound(rows, max_minutes)} {rows[0]['budget'] / 1e9:.1f} GB may be used. Chosen: the fastest "
-        "that fits; what takes more memory must save 5 % of the time. On a CPU seconds are processor time by thread, "
-        "which other work on the machine does not change",
-    )
-    for heading in ("stage", "K", "strategy", "contexts at a time", "s / step", "GB", "hours for max_steps", ""):
-        built.add_column(heading, justify="left" if heading in ("strategy", "") else "right")
-    for row, after in zip(rows, [*rows[1:], None], strict=True):
-        built.add_row(
-            str(row["stage"]),
-            str(row["write_steps"]),
-            row["strategy"],
-            str(row["micro_batch_size"]),
-            f"{row['seconds']:.2f}",
-            f"{row['bytes'] / 1e9:.2f}",
-            f"{row['seconds'] * row['steps'] / 3600:.2f}",
-            "chosen" if row["chosen"] else "",
-            end_section=after is not None and after["stage"] != row["stage"],
-        )
-    return built
-
-
-def _bound(rows: Sequence[dict[str, Any]], max_minutes: float | None) -> str:
-    """How long a run takes at most, and what ends it earlier."""
-    chosen = [row for row in rows if row["chosen"]]
-    hours = sum(row["seconds"] * row["steps"] for row in chosen) / 3600
-    early = sum(row["until_exact_match"] is not None for row in chosen)
-    told = f"{hours:.1f} hours if every stage takes its `max_steps`"
-    if early:
-        told += (
-            f", which is rare: {early} of {len(chosen)} stages end as soon as they reach the exact match that their "
-            "`until` says, and how soon that is only training shows"
-        )
-    if max_minutes is not None and max_minutes / 60 < hours:
-        told += f"; `max_minutes` ends the run after {max_minutes / 60:.1f} hours"
-    return told + "."

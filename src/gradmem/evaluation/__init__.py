@@ -1,11 +1,12 @@
-"""Exact match with its interval and controls, tables and figures."""
+"""Measuring a checkpoint: exact match with interval and controls, and when to abstain."""
 
 from typing import TYPE_CHECKING
 
 from ..lazy import attach
 
 if TYPE_CHECKING:
-    from .measurement import Result, evaluate
+    from .measurement import evaluate
+    from .result import Result
 
 __all__ = ["Result", "evaluate"]
-__getattr__ = attach(__name__, dict.fromkeys(__all__, "measurement"))
+__getattr__ = attach(__name__, {"Result": "result", "evaluate": "measurement"})

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from ..batch import Batch
 from ..errors import GradmemError
@@ -18,7 +17,7 @@ from ..model import MemoryModel
 from ..model.abstain import Abstain, Answer, balanced, features
 from ..model.build import build_task
 from ..tasks.base import WRITTEN, Split, Task
-from .report import figure
+from .figures import figure
 
 BINS = 10
 RIGHT, WRONG = "written here, answered right", "written here, answered wrong"
@@ -120,25 +119,6 @@ class Calibration:
             "bins": self.bins,
             "abstain": {name: value for name, value in vars(self.abstain).items() if name != "weights"},
         }
-
-    def table(self) -> Table:
-        """What was measured, one line for each kind of query."""
-        built = Table(
-            title=f"{self.checkpoint}, {self.label}: abstaining, {self.samples} test contexts, seed {self.seed}",
-            caption=f"accuracy {self.accuracy:.2%} at P(written) = {self.abstain.threshold}, calibration error (ECE) "
-            f"{self.ece:.2%}, answers that were written one half; right: {self.exact_match:.2%} of the answers to "
-            f"written queries, {self.right_answered:.2%} of those not abstained from; on the right: area under the "
-            "ROC curve, %, against answers that were written, by all evidence and by each number alone",
-            pad_edge=False,
-            collapse_padding=True,
-        )
-        names = list(_evidence(self.answers[RIGHT][0]))
-        for heading in ("queries", "count", "abstained %", *(name.replace("_", "\n") for name in names)):
-            built.add_column(heading, justify="left" if heading == "queries" else "right", no_wrap=heading == "queries")
-        for kind, answers in self.answers.items():
-            areas = [] if kind == RIGHT else [f"{100 * area:.2f}" for area in self.auroc(kind).values()]
-            built.add_row(kind, str(len(answers)), f"{100 * self.abstained(kind):.2f}", *areas)
-        return built
 
     def figure(self, path: Path) -> Path:
         """Draw fraction written by probability, and how often which probability is given."""

@@ -5,6 +5,9 @@ Small numbers were read off the paper's plots, to within about 0.3 points.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 BY_PAIRS: dict[str, dict[int, float]] = {
     "Transformer, whole KV-cache": {4: 100, 8: 100, 16: 100, 32: 99.8, 64: 96.6, 96: 98.8},
     "RMT, 1 pass": {4: 100, 8: 100, 16: 45.5, 32: 44.3, 64: 19.3, 96: 12.9},
@@ -23,3 +26,13 @@ BY_STEPS: dict[tuple[int, int], list[float]] = {
 
 BEST_OF_30: dict[tuple[int, int], float] = {(32, 1): 98.3, (32, 2): 99.8, (64, 2): 93.9, (96, 5): 95.8}
 """(pairs, steps trained with) -> percent after the best number of up to 30 steps."""
+
+
+def by_pairs(axis: Any, pairs: Iterable[int], title: str) -> None:
+    """Prepare axes for exact match by pairs, the paper's curves dashed (its figure 1)."""
+    for name, curve in BY_PAIRS.items():
+        axis.plot(list(curve), list(curve.values()), "--", marker=".", alpha=0.5, label=f"paper: {name}")
+    axis.set_xscale("log", base=2)
+    ticks = sorted({*pairs, 4, 8, 16, 32, 64, 96})
+    axis.set_xticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
+    axis.set(xlabel="key-value pairs", ylabel="exact match, %", ylim=(-3, 103), title=title)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ..errors import GradmemError
-from ..evaluation.measurement import Result, evaluate
-from ..evaluation.report import by_pairs, chosen_options, figure, percent_interval
+from ..evaluation.measurement import evaluate
+from ..evaluation.result import Result
 from ..model import MemoryModel
 from ..model.build import build_task
-from .published import BEST_OF_30, BY_STEPS
 
 FEW = 5
 """Steps that the paper calls few."""
@@ -96,112 +92,3 @@ def sweep(
 
 def _best(scores: dict[int, float], among: Iterable[int]) -> int:
     return max(among, key=lambda step: (scores[step], -step))
-
-
-def table(points: Sequence[Point]) -> Table:
-    """Exact match after one step and after the chosen numbers, with control rows."""
-    first = next(iter(points[0].results.values()))
-    built = Table(
-        title=f"{chosen_options(first)}exact match %, {first.samples} test contexts, all queries, seed {first.seed}",
-        caption="95 % intervals bootstrapped over contexts; numbers of steps chosen on validation contexts; swapped: "
-        "memories of other contexts, after the best number of steps",
-    )
-    for heading in ("checkpoint", "pairs", "1 step", f"best of <= {FEW}", "best of all", "unwritten", "swapped"):
-        left = heading == "checkpoint"
-        built.add_column(heading, justify="left" if left else "right", min_width=8 if left else None, overflow="fold")
-    for point in points:
-        any_result = point.results[point.best]
-        one = point.results.get(1)
-        built.add_row(
-            point.checkpoint,
-            str(point.pairs),
-            _shown(one) if one else "",
-            _shown(point.results[point.few]),
-            _shown(any_result),
-            f"{100 * any_result.unwritten:.2f}",
-            f"{100 * any_result.swapped:.2f}",
-        )
-    return built
-
-
-def _shown(result: Result) -> str:
-    return f"{100 * result.exact_match:.2f} (K={result.steps})\n{percent_interval(result.ci95)}"
-
-
-def pairs_figure(points: Sequence[Point], path: Path) -> Path:
-    """Draw exact match by pairs, ours solid and the paper's dashed (its figure 1)."""
-    with figure(path) as axis:
-        by_pairs(axis, [point.pairs for point in points], _about(points))
-        for label, mine in _curves(points):
-            values = [100 * result.exact_match for _, result in mine]
-            axis.plot([point.pairs for point, _ in mine], values, marker="o", label=label)
-        axis.legend(frameon=False, fontsize=7)
-    return path
-
-
-def _curves(points: Sequence[Point]) -> Iterator[tuple[str, list[tuple[Point, Result]]]]:
-    """Each checkpoint's results by pairs: after one step where that was measured, and after the chosen numbers."""
-    for checkpoint in dict.fromkeys(point.checkpoint for point in points):
-        mine = sorted((p for p in points if p.checkpoint == checkpoint), key=lambda p: p.pairs)
-        kinds = {"1 step": lambda p: 1, f"<= {FEW} steps": lambda p: p.few, "best": lambda p: p.best}
-        for kind, chosen in kinds.items():
-            known = [(p, p.results[chosen(p)]) for p in mine if chosen(p) in p.results]
-            if known:
-                yield f"{checkpoint}: {kind}", known
-
-
-def bits_figure(points: Sequence[Point], path: Path) -> Path:
-    """Draw the bits of the pairs that are recalled, after the chosen numbers of steps, against those of the memory."""
-    with figure(path) as axis:
-        for label, mine in _curves(points):
-            stored = [point.bits * result.exact_match for point, result in mine]
-            axis.plot([point.pairs for point, _ in mine], stored, marker="o", label=label)
-        said = sorted({(point.pairs, point.bits) for point in points})
-        axis.plot(*zip(*said, strict=True), "k--", label="all pairs of the context")
-        state = 8 * next(iter(points[0].results.values())).bytes
-        axis.axhline(state, color="k", linestyle=":", label=f"the memory: {state:,} bits")
-        axis.set(xscale="log", yscale="log", xlabel="key-value pairs", ylabel="bits of recalled keys and values")
-        axis.set_xticks([p for p, _ in said], labels=[str(p) for p, _ in said])
-        axis.tick_params(axis="x", which="minor", labelbottom=False)
-        axis.set_title(_about(points), fontsize=9)
-        axis.legend(frameon=False, fontsize=7)
-    return path
-
-
-def steps_figure(points: Sequence[Point], path: Path) -> Path:
-    """Draw steps trained with by steps read after, as a heat map for each number of pairs, the paper's rows beside."""
-    pairs = list(dict.fromkeys(point.pairs for point in points))
-    steps = [step for step in points[0].results if step]
-    maps = [_map([point for point in points if point.pairs == count], count, steps) for count in pairs]
-    sizes = [2 + len(rows) for rows in maps]
-    options = {"squeeze": False, "gridspec_kw": {"height_ratios": sizes}}
-    with figure(path, len(pairs), height=0.35 * sum(sizes) / len(sizes) + 0.3, **options) as axes:
-        for (axis,), count, rows in zip(axes, pairs, maps, strict=True):
-            image = axis.imshow(list(rows.values()), vmin=0, vmax=100, aspect="auto", cmap="viridis")
-            axis.set_yticks(range(len(rows)), labels=list(rows), fontsize=7)
-            labels = [str(s) if s in (1, 2, 3, 5) or not s % 5 else "" for s in steps]
-            axis.set_xticks(range(len(steps)), labels=labels, fontsize=7)
-            axis.set_title(f"{count} pairs", fontsize=9)
-            for y, values in enumerate(rows.values()):
-                top, x = max((value, -x) for x, value in enumerate(values) if not math.isnan(value))
-                axis.text(-x, y, f"{top:.1f}", ha="center", va="center", fontsize=7)
-        axis.set_xlabel("write steps")
-        axis.figure.suptitle(f"exact match, %, by write steps; {_about(points)}", fontsize=9)
-        axis.figure.colorbar(image, ax=axes[:, 0], shrink=0.5)
-    return path
-
-
-def _map(points: Sequence[Point], pairs: int, steps: Sequence[int]) -> dict[str, list[float]]:
-    """Rows of a heat map at one number of pairs, percent by step, with the paper's; NaN where nothing is known."""
-    rows = {f"{p.checkpoint} (K={p.trained_steps})": [100 * p.results[s].exact_match for s in steps] for p in points}
-    for (of_pairs, trained), values in BY_STEPS.items():
-        if of_pairs == pairs:
-            known = dict(enumerate(values, 1))
-            name = f"paper (K={trained}; best of 30: {BEST_OF_30[pairs, trained]})"
-            rows[name] = [known.get(step, math.nan) for step in steps]
-    return rows
-
-
-def _about(points: Sequence[Point]) -> str:
-    first = next(iter(points[0].results.values()))
-    return f"{first.size}, {first.samples} contexts, seed {first.seed}"

@@ -1,4 +1,4 @@
-"""Where a run stands; resumable states of it, in safetensors and JSON, whole or not at all; warm starts."""
+"""The state of a run, saved so that a run can be resumed, and warm starts from other weights."""
 
 from __future__ import annotations
 
@@ -23,32 +23,40 @@ PATTERN = re.compile(r"step-(\d{8})")
 
 
 @dataclass
-class Place:
-    """Where a run stands; all that a resumed run needs beside weights and optimisers."""
+class RunState:
+    """What a run needs to be resumed, beside its weights and the states of its optimizers."""
 
     step: int = 0
+    """Optimizer steps taken."""
     stage: int = 0
+    """Index of the current stage."""
     stage_step: int = 0
+    """Optimizer steps taken in the current stage."""
     samples: int = 0
+    """Contexts trained on."""
     seconds: float = 0.0
+    """Time spent on training steps and on measuring how to run them."""
     recent: list[float] = field(default_factory=list)
+    """Exact match of the last steps of the current stage."""
     decay_from: int | None = None
+    """Step of the current stage at which the decay of the learning rates began."""
     strategy: Strategy = "recompute"
+    """How the current stage computes the meta-gradient."""
     micro_batch_size: int = 0
-    """0: how this stage's steps run is not settled yet."""
+    """Contexts of one pass in the current stage; 0 while not chosen."""
     precision: Precision = "auto"
-    """auto: not settled yet."""
+    """Precision of the current stage; auto while not chosen."""
     device: str = ""
-    """Kind of device that strategy, micro-batch and precision were chosen on."""
+    """Kind of device for which strategy, micro-batch size and precision were chosen."""
 
     @classmethod
-    def of(cls, path: Path, progress: dict[str, Any]) -> Place:
-        """Take over the progress that `load_state` read.
+    def of(cls, path: Path, progress: dict[str, Any]) -> RunState:
+        """Build it from the progress that `load_state` read from `path`.
 
         Raises
         ------
         GradmemError
-            If it has other fields, as that of another version.
+            If the fields are those of another version.
         """
         if set(progress) != {field.name for field in fields(cls)}:
             raise GradmemError(
@@ -57,7 +65,7 @@ class Place:
         return cls(**progress)
 
     def next_stage(self) -> None:
-        """Move to the beginning of the next stage."""
+        """Go to the beginning of the next stage."""
         self.stage, self.stage_step, self.recent = self.stage + 1, 0, []
         self.decay_from = None
         self.micro_batch_size, self.precision = 0, "auto"

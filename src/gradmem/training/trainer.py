@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import json
 import math
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -34,45 +33,38 @@ from ..tasks.base import Task
 from .optimizers import build_optimizers
 from .plan import gigabytes, plan_stage, stage_precision
 from .precision import matmul_precision
+from .progress import Report
 from .recipe import Recipe, Stage
-from .state import Place, load_state, replace, save_state, states, take_weights
+from .run_log import open_log
+from .schedule import WINDOW, finished, lr_scale, time_is_over
+from .state import RunState, load_state, replace, save_state, states, take_weights
 from .step import MetaStep, outer_loss
 
-if TYPE_CHECKING:
-    from .progress import Report
-
-WINDOW = 10
-"""Steps over which exact match is averaged."""
 SHOWN = 3
-"""Names of weights that a line shows."""
-FIELDS = [
-    "step",
-    "stage",
-    "loss",
-    "write_loss",
-    "exact_match",
-    "write_steps",
-    "lr_scale",
-    "grad_norm",
-    "samples",
-    "seconds",
-]
+"""Names of weights that a note shows."""
+
+Log = Callable[[dict[str, Any]], None]
+"""Writes a row of the log."""
 
 
 class Draw(NamedTuple):
-    """What an optimiser step trains on: write steps, task, and the parts of the batch, on the training device."""
+    """What an optimizer step trains on."""
 
     steps: int
+    """Write steps K."""
     task: Task
     parts: list[Batch]
+    """The micro-batches, on the training device."""
     contexts: int
+    """Contexts in all parts."""
     queries: int
+    """Queries in all parts."""
     tokens: int
-    """Target tokens."""
+    """Target tokens in all parts."""
 
 
 clock = time.perf_counter
-"""Seconds on the wall. A step has read its numbers from the device by then, and nothing else is waited for."""
+"""Wall-clock seconds. It is read after a step has read its numbers from the device, so it includes the whole step."""
 
 
 class Trainer:
@@ -84,9 +76,14 @@ class Trainer:
     output : Path
         Directory of the run: recipe, log, resumable states and the checkpoint.
     resume : {"auto", "never"}
-        Continue from the newest state where there is one, or start anew.
+        Continue from the newest state in `output` if there is one, or refuse to.
     report : Report, optional
-        Where progress is shown; by default a bar or lines on standard error.
+        Receives the progress; by default nobody does. Only the main process reports.
+
+    Raises
+    ------
+    GradmemError
+        If the recipe cannot be trained here, or `output` holds a run that cannot be resumed.
     """
 
     def __init__(
@@ -99,39 +96,28 @@ class Trainer:
         device = device_named(recipe.device)
         kind = device.type
         if device != torch.device(kind):
-            raise GradmemError(f"each process of a run takes a device of its own: say `device: {kind}`, not {device}")
-        self.recipe, self.output, self.report = recipe, output, report
+            raise GradmemError(
+                f"training chooses a device for each process: give `device: {kind}`, without a number, not {device}"
+            )
+        self.recipe, self.output = recipe, output
         self.accelerator = Accelerator(
             cpu=kind == "cpu",
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+        self.report = report if report is not None and self.main else Report()
         set_seed(recipe.seed)
         self.model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method)
-        self.fresh: list[str] = []
-        if recipe.init_from:
-            try:
-                start = load(recipe.init_from)
-            except GradmemError as error:
-                raise GradmemError(
-                    f"cannot start from `init_from: {recipe.init_from}`: {error}; "
-                    "train that first, or say --init_from WHERE"
-                ) from error
-            self.fresh = take_weights(self.model.method, start.method)
-            if len(self.fresh) == len(self.model.method.state_dict()):
-                raise GradmemError(
-                    f"cannot start from `init_from: {recipe.init_from}`: none of its weights has the name and shape of "
-                    f"one of this recipe, as {self.fresh[0]}"
-                )
+        self.new_weights = self._start_from(recipe.init_from) if recipe.init_from else []
         self.model.name = str(output / "checkpoint")
         self.model.to(self.accelerator.device)
         self.optimizers = build_optimizers(self.model.method, recipe)
         if not self.optimizers:
-            raise GradmemError("this recipe leaves nothing to train")
+            raise GradmemError("this recipe freezes all weights: there is nothing to train")
         self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
-        self.place = Place()
+        self.state = RunState()
         saved = states(output / "states")
         if resume == "auto" and saved:
-            self.place = Place.of(saved[-1], load_state(saved[-1], self.model.method, self.optimizers))
+            self.state = RunState.of(saved[-1], load_state(saved[-1], self.model.method, self.optimizers))
         elif saved:
             raise GradmemError(f"{output} holds a run: resume it with --resume auto, or give another --output")
         self.meta_step = MetaStep(self.model.method)
@@ -147,60 +133,74 @@ class Trainer:
         Raises
         ------
         GradmemError
-            When loss or gradient are not finite; the newest state and checkpoint stay as they are.
+            If loss or gradient are not finite; the newest state and checkpoint are kept.
         KeyboardInterrupt
-            After Ctrl-C or SIGTERM, when the state after the step at hand is saved.
+            After Ctrl-C or SIGTERM, when the current step is done and its state is saved.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         if self.main:
             (self.output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False))
-        with self._log() as log, self._progress() as progress, self.stopped:
-            while self.place.stage < len(self.recipe.stages) and not self._time_is_over():
-                self._run_stage(self.recipe.stages[self.place.stage], log, progress)
+        with self._log() as log, self.report, self.stopped:
+            while self.state.stage < len(self.recipe.stages) and not time_is_over(self.recipe, self.state):
+                self._run_stage(self.recipe.stages[self.state.stage], log)
         return self.model
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this is the process that writes files and reports."""
         return bool(self.accelerator.is_main_process)
 
-    def _run_stage(self, stage: Stage, log: Any, progress: Report) -> None:
-        place, specs = self.place, [{**self.recipe.task, **options} for options in stage.tasks]
-        tasks = [build_task(spec) for spec in specs]
-        progress.begin(self.place.stage, stage)
-        notes = [*self._untaken(), *(note for task in tasks for note in task.notes("train"))]
-        for note in dict.fromkeys(notes):
-            progress.say(note)
-        self._choose_precision(stage, tasks, progress)
-        with matmul_precision(place.precision, self.accelerator.device):
-            self._train_stage(stage, tasks, specs, log, progress)
+    def _start_from(self, name: str) -> list[str]:
+        """Take over the weights of a checkpoint; return the names of those that it does not have."""
+        try:
+            start = load(name)
+        except GradmemError as error:
+            raise GradmemError(
+                f"cannot start from `init_from: {name}`: {error}; train that first, or give another --init_from"
+            ) from error
+        new = take_weights(self.model.method, start.method)
+        if len(new) == len(self.model.method.state_dict()):
+            raise GradmemError(
+                f"cannot start from `init_from: {name}`: none of its weights has the name and shape of a weight of "
+                f"this recipe, such as {new[0]}"
+            )
+        return new
 
-    def _train_stage(
-        self, stage: Stage, tasks: list[Task], specs: list[dict[str, Any]], log: Any, progress: Report
-    ) -> None:
-        place = self.place
-        self._plan(stage, tasks, progress)
-        while not (finished := self._finished(stage)) and not self._time_is_over() and not self.stop:
+    def _run_stage(self, stage: Stage, log: Log) -> None:
+        state, specs = self.state, [{**self.recipe.task, **options} for options in stage.tasks]
+        tasks = [build_task(spec) for spec in specs]
+        self.report.begin(state.stage, stage)
+        notes = [*self._new_weights_note(), *(note for task in tasks for note in task.notes("train"))]
+        for note in dict.fromkeys(notes):
+            self.report.say(note)
+        self._choose_precision(stage, tasks)
+        with matmul_precision(state.precision, self.accelerator.device):
+            self._train_stage(stage, tasks, specs, log)
+
+    def _train_stage(self, stage: Stage, tasks: list[Task], specs: list[dict[str, Any]], log: Log) -> None:
+        state = self.state
+        self._plan(stage, tasks)
+        while not (done := finished(stage, state)) and not time_is_over(self.recipe, state) and not self.stop:
             started = clock()
             try:
                 row = self._step(stage, tasks)
             except (MemoryError, RuntimeError) as error:
-                raise self._explained(error, stage, tasks) from error
-            self._count(started)
+                raise self._explain_out_of_memory(error, stage, tasks) from error
+            self._add_elapsed(started)
             row |= {
-                "step": place.step,
-                "stage": place.stage,
-                "samples": place.samples,
-                "seconds": place.seconds,
+                "step": state.step,
+                "stage": state.stage,
+                "samples": state.samples,
+                "seconds": state.seconds,
             }
             log(row)
-            progress.show(row, place)
-            if place.step % self.recipe.save_every == 0:
+            self.report.show(row, state)
+            if state.step % self.recipe.save_every == 0:
                 self._save()
-        if self.stop and not finished:
+        if self.stop and not done:
             self._save()
             raise KeyboardInterrupt
-        progress.end(place)
+        self.report.end(state)
         # The checkpoint first: a run that is killed between the two repeats some steps and saves it again.
         if self.main:
             self.model.task, self.model.spec["task"] = tasks[0], specs[0]
@@ -208,42 +208,43 @@ class Trainer:
             shutil.rmtree(temporary, ignore_errors=True)
             self.model.save_pretrained(temporary)
             replace(temporary, self.output / "checkpoint")
-            self._validate(stage, progress)
-        if finished:
-            place.next_stage()
+            self._validate(stage)
+        if done:
+            state.next_stage()
         self._save()
 
-    def _untaken(self) -> list[str]:
-        """What a warm start did not find where it began, said once."""
-        if self.place.step or not self.fresh:
+    def _new_weights_note(self) -> list[str]:
+        """A note on the weights that the checkpoint of `init_from` does not have, in the first stage only."""
+        new = self.new_weights
+        if self.state.step or not new:
             return []
-        more = f" and {len(self.fresh) - SHOWN} more" if len(self.fresh) > SHOWN else ""
-        return [f"not in {self.recipe.init_from}, so new: {', '.join(self.fresh[:SHOWN])}{more}"]
+        more = f" and {len(new) - SHOWN} more" if len(new) > SHOWN else ""
+        return [f"not in {self.recipe.init_from}, so new: {', '.join(new[:SHOWN])}{more}"]
 
-    def _choose_precision(self, stage: Stage, tasks: list[Task], progress: Report) -> None:
-        """Settle the stage's precision; a resumed run keeps to it on the same kind of device."""
-        place, device = self.place, self.accelerator.device
-        if place.device != device.type:
-            place.device, place.precision, place.micro_batch_size = device.type, "auto", 0
+    def _choose_precision(self, stage: Stage, tasks: list[Task]) -> None:
+        """Choose the precision of the stage; a run resumed on the same kind of device keeps it."""
+        state, device = self.state, self.accelerator.device
+        if state.device != device.type:
+            state.device, state.precision, state.micro_batch_size = device.type, "auto", 0
         if self.recipe.precision != "auto":
-            place.precision = self.recipe.precision
-        elif place.precision == "auto":
+            state.precision = self.recipe.precision
+        elif state.precision == "auto":
             started = clock()
             found = stage_precision(self.recipe, stage, self.model.method, tasks, device)
-            place.precision, reason = broadcast_object_list(list(found))
-            self._count(started)
-            progress.say(f"precision {place.precision}: {reason}")
-        self.meta_step.precision = place.precision
+            state.precision, reason = broadcast_object_list(list(found))
+            self._add_elapsed(started)
+            self.report.say(f"precision {state.precision}: {reason}")
+        self.meta_step.precision = state.precision
 
-    def _plan(self, stage: Stage, tasks: list[Task], progress: Report) -> None:
-        """Settle how the stage's steps run; a resumed run keeps to it, to go on with the same numbers."""
-        recipe, place, accelerator = self.recipe, self.place, self.accelerator
+    def _plan(self, stage: Stage, tasks: list[Task]) -> None:
+        """Choose strategy and micro-batch size of the stage; a resumed run keeps them, to get the same numbers."""
+        recipe, state, accelerator = self.recipe, self.state, self.accelerator
         if recipe.strategy == "compile":
-            progress.say("compiling the write steps, which takes a minute or two for every length of context")
-        kept = recipe.strategy in ("auto", place.strategy) and recipe.micro_batch_size in (0, place.micro_batch_size)
+            self.report.say("compiling the write steps, which takes a minute or two for every length of context")
+        kept = recipe.strategy in ("auto", state.strategy) and recipe.micro_batch_size in (0, state.micro_batch_size)
         if recipe.strategy != "auto" and recipe.micro_batch_size:
-            place.strategy, place.micro_batch_size = recipe.strategy, recipe.micro_batch_size
-        elif not (kept and place.micro_batch_size):
+            state.strategy, state.micro_batch_size = recipe.strategy, recipe.micro_batch_size
+        elif not (kept and state.micro_batch_size):
             started = clock()
             plan = plan_stage(
                 recipe,
@@ -251,95 +252,71 @@ class Trainer:
                 self.model.method,
                 tasks,
                 accelerator.device,
-                place.precision,
+                state.precision,
                 accelerator.num_processes,
             )
             # One process decides for all, which must agree on the number of parts.
             found = broadcast_object_list([plan.chosen.strategy, plan.chosen.micro_batch_size])
-            place.strategy, place.micro_batch_size = found
-            self._count(started)
-            progress.say(f"{place.strategy}, {place.micro_batch_size} contexts at a time")
-        self.model.method.strategy = place.strategy
+            state.strategy, state.micro_batch_size = found
+            self._add_elapsed(started)
+            self.report.say(f"{state.strategy}, {state.micro_batch_size} contexts at a time")
+        self.model.method.strategy = state.strategy
 
-    def _explained(self, error: Exception, stage: Stage, tasks: list[Task]) -> Exception:
-        """For want of memory: which setting would fit. Any other error stays what it is."""
+    def _explain_out_of_memory(self, error: Exception, stage: Stage, tasks: list[Task]) -> Exception:
+        """Say which settings fit if memory ran out; return any other error unchanged."""
         # A CPU's allocator has no error class of its own.
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "you tried to allocate" not in str(error):
             return error
-        error.__traceback__ = None  # holds on to the tensors of the failed step
-        place, free = self.place, dataclasses.replace(self.recipe, strategy="auto", micro_batch_size=0)
+        error.__traceback__ = None  # it keeps the tensors of the failed step alive
+        state, free = self.state, dataclasses.replace(self.recipe, strategy="auto", micro_batch_size=0)
         self.model.method.zero_grad()
         device, processes = self.accelerator.device, self.accelerator.num_processes
-        plan = plan_stage(free, stage, self.model.method, tasks, device, place.precision, processes)
+        plan = plan_stage(free, stage, self.model.method, tasks, device, state.precision, processes)
         fits = plan.chosen
         return GradmemError(
-            f"out of memory at step {place.step} with `strategy: {place.strategy}` and `micro_batch_size: "
-            f"{place.micro_batch_size}`; `strategy: {fits.strategy}` and `micro_batch_size: {fits.micro_batch_size}` "
+            f"out of memory at step {state.step} with `strategy: {state.strategy}` and `micro_batch_size: "
+            f"{state.micro_batch_size}`; `strategy: {fits.strategy}` and `micro_batch_size: {fits.micro_batch_size}` "
             f"take {gigabytes(fits.bytes)} of {gigabytes(plan.budget)}: put these into the recipe and start again; "
             f"the last good state is kept in {self.output / 'states'}"
         )
 
-    def _validate(self, stage: Stage, progress: Report) -> None:
-        """Measure the stage's model on contexts that training never sees, with control rows."""
+    def _validate(self, stage: Stage) -> None:
+        """Measure the model on validation contexts, with control rows."""
         self.model.method.eval()
         steps = sorted(set(stage.write_steps))
         results = evaluate(self.model, steps, self.recipe.valid_samples, self.recipe.seed, split="valid")
         self.model.method.train()
         rows = json.dumps([result.to_dict() for result in results], indent=1)
-        write_bytes(self.output / f"valid-{self.place.stage + 1}.json", rows.encode())
+        write_bytes(self.output / f"valid-{self.state.stage + 1}.json", rows.encode())
         shown = ", ".join(f"{r.exact_match:.2%} after {r.steps} steps" for r in results)
         last = results[-1]
-        progress.say(f"validation EM {shown}; unwritten {last.unwritten:.2%}, swapped {last.swapped:.2%}")
+        self.report.say(f"validation EM {shown}; unwritten {last.unwritten:.2%}, swapped {last.swapped:.2%}")
 
-    def _count(self, started: float) -> None:
-        """Add the time since `started`, by one process's clock for all: rates and the end of a run depend on it."""
-        seconds = self.place.seconds + clock() - started
-        self.place.seconds = broadcast_object_list([seconds])[0]
-
-    def _time_is_over(self) -> bool:
-        """Whether the run has had its minutes."""
-        return self.recipe.max_minutes is not None and self.place.seconds >= 60 * self.recipe.max_minutes
-
-    def _finished(self, stage: Stage) -> bool:
-        """Whether the stage is over; also starts its decay."""
-        place = self.place
-        mean = sum(place.recent) / WINDOW if len(place.recent) == WINDOW else 0.0
-        reached = stage.until_exact_match is not None and mean >= stage.until_exact_match
-        if place.decay_from is None and (reached or place.stage_step >= stage.max_steps - stage.decay_steps):
-            place.decay_from = place.stage_step
-        return place.decay_from is not None and place.stage_step >= place.decay_from + stage.decay_steps
-
-    def _lr(self, stage: Stage) -> float:
-        """Factor on the learning rates at this step."""
-        place = self.place
-        factor = stage.lr_scale * min(1.0, (place.stage_step + 1) / max(stage.warmup_steps, 1))
-        if place.decay_from is not None:
-            factor *= 1 - (place.stage_step - place.decay_from) / stage.decay_steps
-        if self.recipe.max_minutes is not None:
-            left = 1 - place.seconds / (60 * self.recipe.max_minutes)
-            factor *= min(1.0, max(left, 0.0) / self.recipe.cooldown)
-        return factor
+    def _add_elapsed(self, started: float) -> None:
+        """Add the time since `started`; all processes use one clock, since learning rates depend on it."""
+        seconds = self.state.seconds + clock() - started
+        self.state.seconds = broadcast_object_list([seconds])[0]
 
     def _step(self, stage: Stage, tasks: list[Task]) -> dict[str, Any]:
-        place, recipe = self.place, self.recipe
+        state, recipe = self.state, self.recipe
         ready, self.coming = self.coming, None
-        now = place.stage, place.step
-        draw = ready[1] if ready and ready[0] == now else self._draw(stage, tasks, place.step, place.samples)
+        now = state.stage, state.step
+        draw = ready[1] if ready and ready[0] == now else self._draw(stage, tasks, state.step, state.samples)
         shown = self._backward(draw, self.recipe.weight_of(stage))
         norm = self.accelerator.clip_grad_norm_(self.parameters, recipe.clip_norm)
-        factor = self._lr(stage)
-        # A process that was told to stop stops all: each would wait for the others.
+        factor = lr_scale(recipe, stage, state)
+        # If one process was told to stop, all stop: they would wait for it forever.
         told = torch.tensor([float(bool(self.stopped))]).to(shown, non_blocking=True)
-        if self.accelerator.device.type != "cpu":  # which has much to do before it can say how it went
-            coming = self._draw(stage, tasks, place.step + 1, place.samples + stage.batch_size)
-            self.coming = (place.stage, place.step + 1), coming
+        if self.accelerator.device.type != "cpu":  # which works on this step while the next batch is made
+            coming = self._draw(stage, tasks, state.step + 1, state.samples + stage.batch_size)
+            self.coming = (state.stage, state.step + 1), coming
         means = self.accelerator.reduce(torch.cat([shown, told]), "mean")
         numbers = torch.cat([means, norm.detach().to(shown)[None]])
         mean_loss, mean_write_loss, match, stop, grad_norm = numbers.tolist()
         self.stop = stop > 0
         if not (math.isfinite(grad_norm) and math.isfinite(mean_loss)):
             raise GradmemError(
-                f"training diverged at step {place.step} (loss {mean_loss}, gradient norm {grad_norm}); the last "
+                f"training diverged at step {state.step} (loss {mean_loss}, gradient norm {grad_norm}); the last "
                 f"good state is kept in {self.output / 'states'}: lower the learning rates and resume"
             )
         for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
@@ -347,9 +324,9 @@ class Trainer:
                 group["lr"] = lr * factor
             optimizer.step()
             optimizer.zero_grad()
-        place.step, place.stage_step = place.step + 1, place.stage_step + 1
-        place.samples += stage.batch_size
-        place.recent = [*place.recent, match][-WINDOW:]
+        state.step, state.stage_step = state.step + 1, state.stage_step + 1
+        state.samples += stage.batch_size
+        state.recent = [*state.recent, match][-WINDOW:]
         return {
             "loss": mean_loss,
             "write_loss": mean_write_loss,
@@ -360,21 +337,21 @@ class Trainer:
         }
 
     def _draw(self, stage: Stage, tasks: list[Task], step: int, samples: int) -> Draw:
-        """What an optimiser step trains on: a function of its number, so that resumed runs see the same."""
+        """Draw the batch of an optimizer step, from the number of the step alone: a resumed run draws the same."""
         accelerator = self.accelerator
         if stage.batch_size % accelerator.num_processes:
             raise GradmemError(
-                f"batch_size {stage.batch_size} is not a multiple of {accelerator.num_processes} processes"
+                f"batch_size must be a multiple of the {accelerator.num_processes} processes, not {stage.batch_size}"
             )
         share = stage.batch_size // accelerator.num_processes
         numbers = random.Random(f"{self.recipe.seed} {step}")
         steps, task = numbers.choice(stage.write_steps), numbers.choice(tasks)
         batch = task.batch("train", samples + share * accelerator.process_index, share, self.recipe.seed)
-        parts = [part.to(accelerator.device) for part in batch.split(self.place.micro_batch_size)]
+        parts = [part.to(accelerator.device) for part in batch.split(self.state.micro_batch_size)]
         return Draw(steps, task, parts, len(batch.context), len(batch.rows), len(batch.targets))
 
     def _backward(self, draw: Draw, weight: float) -> Tensor:
-        """Add up the gradients of the parts of a batch; return its loss, write loss and exact match."""
+        """Add up the gradients of the micro-batches; return loss, write loss and exact match of the batch."""
         accelerator, parts = self.accelerator, draw.parts
         # The mean over the target tokens of all processes, whose gradients are averaged.
         tokens = torch.tensor(float(draw.tokens)).to(accelerator.device, non_blocking=True)
@@ -393,51 +370,18 @@ class Trainer:
         if self.main:
             save_state(
                 self.output / "states",
-                self.place.step,
+                self.state.step,
                 self.model.method,
                 self.optimizers,
-                dataclasses.asdict(self.place),
+                dataclasses.asdict(self.state),
             )
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _log(self) -> Iterator[Any]:
-        """Open `log.csv` and TensorBoard; rows after the resumed step are dropped first."""
-        if not self.main:
-            yield lambda row: None
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        path = self.output / "log.csv"
-        kept = []
-        if path.exists() and self.place.step:
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= self.place.step]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(kept)
-            file.flush()
-            board = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.place.step)
-
-            def log(row: dict[str, Any]) -> None:
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-                file.flush()
-                for name in ("loss", "write_loss", "exact_match", "lr_scale", "grad_norm"):
-                    board.add_scalar(name, row[name], row["step"])
-
-            try:
+    def _log(self) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """Open the log; only the main process writes one."""
+        if self.main:
+            with open_log(self.output, self.state.step) as log:
                 yield log
-            finally:
-                board.close()
-
-    @contextmanager
-    def _progress(self) -> Iterator[Report]:
-        if self.report is not None:
-            yield self.report
-            return
-        from ..cli.console import Console
-        from .progress import Report
-
-        with Report(Console(stderr=True, quiet=not self.main), len(self.recipe.stages)) as report:
-            yield report
+        else:
+            yield lambda row: None
