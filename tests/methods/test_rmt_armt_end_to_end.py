@@ -90,5 +90,5 @@ def test_training_moves_every_parameter(name: str, tmp_path: Path) -> None:
 def test_evaluation_of_more_steps_than_there_are_is_refused() -> None:
     model = MemoryModel.from_spec(TASK, BACKBONE, METHODS["armt"])
     assert [result.steps for result in evaluate(model, [0, 1], samples=4)] == [0, 1]
-    with pytest.raises(GradmemError, match=r"3 steps asked for.*no more than 1"):
+    with pytest.raises(GradmemError, match=r"3 steps were asked for.*at most 1"):
         evaluate(model, [1, 3], samples=4)

@@ -178,9 +178,9 @@ def test_out_of_memory_says_what_fits(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("bf16_takes", "error", "taken", "reason"),
     [
-        (0.5, 0.02, "bf16", "2.0% off"),
-        (0.5, 0.2, "fp32", "20.0% off"),
-        (0.5, math.nan, "fp32", "nan% off"),
+        (0.5, 0.02, "bf16", "error of 2.0%"),
+        (0.5, 0.2, "fp32", "error of 20.0%"),
+        (0.5, math.nan, "fp32", "error of nan%"),
         (7.0, 0.0, "fp32", "bf16 is slower on this processor"),
     ],
 )
@@ -323,7 +323,7 @@ def test_another_kind_of_device_is_planned_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", [0.0, -1.0, 1.5])
 def test_cooldown_is_a_part(part: float) -> None:
-    with pytest.raises(GradmemError, match="cooldown is a part of max_minutes"):
+    with pytest.raises(GradmemError, match="cooldown is a fraction of max_minutes"):
         recipe(cooldown=part)
 
 

@@ -1,6 +1,6 @@
-"""Commands that measure: eval, sweep, compare and calibrate, as plain functions like those in `gradmem.cli.memory`.
+"""Commands that measure: eval, sweep, compare and calibrate, as plain functions.
 
-What computes is imported where it is used, so that `--help` need not wait for it.
+Modules that import PyTorch are imported inside the functions, so that `--help` does not wait for them.
 """
 
 from __future__ import annotations
@@ -66,24 +66,24 @@ def measure(
     checkpoint
         Name of a packaged checkpoint, directory, or hub name.
     pairs
-        Numbers of pairs, as 32,64; default: the checkpoint's own.
+        Numbers of pairs, such as 32,64; default: the checkpoint's own.
     steps
-        Numbers of write steps, as 0,1,5 or 0..5, all read off one trajectory where chunks are not sequential;
-        default: the checkpoint's own.
+        Numbers of write steps, such as 0,1,5 or 0..5; each context is written once and read after each of them, unless
+        chunks are sequential; default: the checkpoint's own.
     samples
-        Contexts; all of their queries are asked. Default: all of a test file, 1000 where contexts are generated.
+        Contexts; all of their queries are asked. Default: the whole test file, or 1000 generated contexts.
     seed
         Seed of the contexts.
     split
-        Split that the contexts are of.
+        Split that the contexts come from.
     precision
-        Precision that memories are stored in before they are read.
+        Precision to which memories are rounded before they are read.
     device
-        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+        Device to run on: auto for the accelerator if there is one; or cpu, cuda, cuda:1.
     json
         Also save the results to this file, as a list of rows.
     figure
-        Also draw exact match and write loss by step to this file (one number of pairs, or one task, only).
+        Also draw exact match and write loss by step to this file, for one number of pairs or one task.
     task
         Options of the task that differ from the checkpoint's, each by its own name: --data DIR --tasks qa1,qa4.
     method
@@ -101,7 +101,7 @@ def measure(
     built = [build_task({**model.spec["task"], **options}) for options in given]
     tasks = [{**options, **variant} for options, one in zip(given, built, strict=True) for variant in one.variants()]
     if figure and len(tasks) > 1:
-        raise GradmemError("a figure by step shows one number of pairs, or one task: give one")
+        raise GradmemError("a figure by step shows one number of pairs, or one task: give only one")
     results: list[Result] = []
     for options in tasks:
         results += evaluate(
@@ -139,36 +139,36 @@ def sweep(
     bits: Path | None = None,
     method: dict[str, Any] | None = None,
 ) -> None:
-    """Measure checkpoints at several numbers of pairs, after every number of steps up to many more than trained.
+    """Measure checkpoints at several numbers of pairs and after many numbers of write steps.
 
     Parameters
     ----------
     checkpoints
         Names of packaged checkpoints, directories, or hub names.
     pairs
-        Numbers of pairs, as 4,8,16; default: each checkpoint's own.
+        Numbers of pairs, such as 4,8,16; default: each checkpoint's own.
     steps
-        Numbers of write steps, as 0..30, all read off one trajectory; default: 0..30.
+        Numbers of write steps, such as 0..30; each context is written once and read after each; default: 0..30.
     samples
         Test contexts; all of their queries are asked.
     valid_samples
-        Validation contexts, which choose the best number of steps.
+        Validation contexts that choose the best number of steps.
     seed
         Seed of the contexts.
     device
-        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+        Device to run on: auto for the accelerator if there is one; or cpu, cuda, cuda:1.
     json
         Also save all results to this file, as a list of rows.
     csv
         Also save them to this file, as a table.
     figure
-        Also draw exact match by pairs to this file, beside the paper's.
+        Also draw exact match by pairs to this file, beside the published curves.
     heatmap
-        Also draw trained by evaluated steps to this file, beside the paper's.
+        Also draw a heat map of checkpoints by write steps to this file, beside the published rows.
     bits
-        Also draw the bits that are recalled to this file, against those of the memory.
+        Also draw the bits of the recalled pairs to this file, beside the bits of the memory.
     method
-        How to write, where not as in training; see gradmem eval --help.
+        How to write, if not as in training; see gradmem eval --help.
     """
     from ..experiments.sweep import Point
     from ..experiments.sweep import sweep as measure
@@ -180,7 +180,7 @@ def sweep(
         model = gradmem.load(name, method).to(device_named(device))
         own = getattr(model.task, "pairs", None)
         if own is None:
-            raise GradmemError(f"'{name}' was trained on no number of pairs: a sweep is for key-value tasks")
+            raise GradmemError(f"'{name}' was not trained on key-value pairs, which a sweep is for")
         points += measure(model, pairs or [own], steps or range(31), samples, valid_samples, seed, progress_bar)
     console.print(sweep_table(points))
     rows = [row for point in points for row in point.to_dicts()]
@@ -210,7 +210,7 @@ def compare(
     Parameters
     ----------
     systems
-        Recipes, each trained in OUTPUT/NAME where that is not done yet, directories of earlier runs, and checkpoints.
+        Recipes, each trained in OUTPUT/NAME unless that is done already, directories of earlier runs, and checkpoints.
     pairs
         Numbers of pairs; default: 4,8,16,32,64,96.
     samples
@@ -220,14 +220,14 @@ def compare(
     output
         Directory of the runs.
     device
-        Device to train and run on: auto for the accelerator where there is one; or cpu, cuda.
+        Device to train and run on: auto for the accelerator if there is one; or cpu, cuda.
     json
         Also save all numbers to this file, as a list of rows.
     csv
         Also save them to this file, as a table.
     figures
-        Also draw exact match by pairs, by bytes and by the cost of a write, the time of many queries, and the pairs
-        recalled by minutes of training, in this directory.
+        Also draw figures into this directory: exact match by pairs, by bytes and by the cost of a write, the time of
+        many queries, and the pairs recalled by minutes of training.
     """
     from ..experiments.compare import compare as measure
     from ..experiments.compare_figures import draw_all
@@ -256,7 +256,7 @@ def _print_saved(paths: Iterable[Path | None]) -> None:
 
 
 def _system(name: str, output: Path, device: str) -> tuple[gradmem.MemoryModel, Any]:
-    """Load a checkpoint, that of a run, or what a recipe trains."""
+    """Load a checkpoint, the checkpoint of a run, or one that a recipe trains first."""
     from ..experiments.compare import Training
 
     run, packaged = Path(name), name in checkpoint_names()
@@ -280,18 +280,18 @@ def calibrate(
     figure: Path | None = None,
     task: dict[str, Any] | None = None,
 ) -> None:
-    """Fit when a checkpoint abstains, on queries whose answer was and was not written, and measure it on fresh ones.
+    """Fit when a checkpoint abstains, on queries with and without an answer in the context; measure it on new ones.
 
     Parameters
     ----------
     checkpoint
-        Name of a packaged checkpoint, directory, or hub name; abstain.safetensors is saved in a directory.
+        Directory, in which abstain.safetensors is saved; or, with -o, name of a packaged checkpoint or hub name.
     samples
-        Validation contexts to fit on; a fourth as many test contexts are measured on.
+        Validation contexts to fit on; it is measured on a quarter as many test contexts.
     seed
         Seed of the contexts.
     device
-        Device to run on: auto for the accelerator where there is one; or cpu, cuda, cuda:1.
+        Device to run on: auto for the accelerator if there is one; or cpu, cuda, cuda:1.
     output
         Directory to save abstain.safetensors in (short: -o); default: the checkpoint's.
     json
@@ -303,7 +303,7 @@ def calibrate(
     """
     directory = output or Path(checkpoint)
     if not directory.is_dir():
-        raise GradmemError(f"'{directory}' is no directory to save abstain.safetensors in: name one with -o")
+        raise GradmemError(f"'{directory}' is not a directory, to save abstain.safetensors in: give one with -o")
     from ..evaluation.calibrate import calibrate as fit
     from .evaluation_tables import calibration_table
 

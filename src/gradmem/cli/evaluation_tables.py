@@ -15,7 +15,7 @@ from ..experiments.sweep import FEW, Point
 
 
 def results_table(results: Sequence[Result]) -> Table:
-    """Table of results; every group of rows ends with its control rows. A task that is alone stands in the title."""
+    """Table of results; each group of rows ends with its control rows. If there is one task, the title names it."""
     first = results[0]
     labels = list(dict.fromkeys(result.label for result in results))
     alone = f"{labels[0]}, " if len(labels) == 1 else ""
@@ -69,7 +69,7 @@ def results_table(results: Sequence[Result]) -> Table:
 
 
 def sweep_table(points: Sequence[Point]) -> Table:
-    """Exact match after one step and after the chosen numbers, with control rows."""
+    """Exact match after one step and after the chosen numbers of steps, with controls."""
     first = next(iter(points[0].results.values()))
     built = Table(
         title=f"{chosen_options(first)}exact match %, {first.samples} test contexts, all queries, seed {first.seed}",
@@ -99,7 +99,7 @@ def _shown(result: Result) -> str:
 
 
 def match_table(entries: Sequence[Entry]) -> Table:
-    """Exact match and bytes, each row with its controls."""
+    """Exact match and bytes of each system, with controls."""
     first = entries[0].result
     built = _table(
         f"exact match, {first.samples} {first.split} contexts, all queries, seed {first.seed}",
@@ -123,11 +123,11 @@ def match_table(entries: Sequence[Entry]) -> Table:
 
 
 def cost_table(entries: Sequence[Entry]) -> Table:
-    """What writing and asking cost, and how much each system was trained."""
+    """Cost of writing and asking, and the amount of training of each system."""
     built = _table(
         "cost of a context and of a query, all queries of a context asked at once",
-        "< again, < cache: number of queries to one context from which on writing once takes less time than reading "
-        "the context again for each, or than running it once and keeping its KV-cache",
+        "< again, < cache: number of queries from which writing once takes less time than reading the context again "
+        "for each query, or than reading it once and keeping its KV-cache",
         ["system", "pairs", "write ms", "GFLOP", "query ms", "< again", "< cache", "trained on", "min"],
     )
     for entry, last in _with_ends(entries):
@@ -151,7 +151,7 @@ def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
     built = Table(title=title, caption=caption, pad_edge=False, padding=0)
     for heading in headings:
         left = heading == "system"
-        # Headings and intervals may take two lines, names and numbers must be read whole.
+        # Headings and intervals may wrap; names and numbers must not.
         built.add_column(heading, justify="left" if left else "right", no_wrap=left)
     return built
 
@@ -171,9 +171,9 @@ def calibration_table(found: Calibration) -> Table:
     built = Table(
         title=f"{found.checkpoint}, {found.label}: abstaining, {found.samples} test contexts, seed {found.seed}",
         caption=f"accuracy {found.accuracy:.2%} at P(written) = {found.abstain.threshold}, calibration error (ECE) "
-        f"{found.ece:.2%}, answers that were written one half; right: {found.exact_match:.2%} of the answers to "
-        f"written queries, {found.right_answered:.2%} of those not abstained from; on the right: area under the "
-        "ROC curve, %, against answers that were written, by all evidence and by each number alone",
+        f"{found.ece:.2%}, where answers that were written count one half; right: {found.exact_match:.2%} of the "
+        f"answers to written queries, {found.right_answered:.2%} of those that were given; on the right: area under "
+        "the ROC curve, %, against answers that were written, by the fitted probability and by each number alone",
         pad_edge=False,
         collapse_padding=True,
     )
@@ -188,10 +188,10 @@ def calibration_table(found: Calibration) -> Table:
 
 
 def chosen_options(result: Result) -> str:
-    """What was chosen anew for a checkpoint's method, as titles show it."""
+    """Options of the method that differ from the checkpoint's, for titles."""
     return "".join(f"{name} {value}, " for name, value in result.method.items())
 
 
 def percent_interval(bounds: tuple[float, float]) -> str:
-    """A 95 % interval as tables show it."""
+    """Format a 95 % interval in percent."""
     return " to ".join(f"{100 * bound:.2f}" for bound in bounds)

@@ -1,4 +1,4 @@
-"""`gradmem train` and `gradmem plan`, as plain functions like those in `gradmem.cli.memory`."""
+"""Commands that train: train and plan, as plain functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .console import console, progress_bar
 
 
 def train(recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto") -> None:
-    """Train a recipe; the checkpoint is saved in OUTPUT/checkpoint after every stage.
+    """Train a recipe; the checkpoint is saved in OUTPUT/checkpoint after each stage.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def train(recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto
     output
         Directory of the run: recipe, log (CSV and TensorBoard), resumable states, checkpoint.
     resume
-        auto: continue from the newest state where there is one; never: refuse to. Ctrl-C and SIGTERM save one.
+        auto: continue from the newest state if there is one; never: refuse to. Ctrl-C and SIGTERM save a state.
     """
     with _training_packages():
         from ..training.state import states
@@ -48,12 +48,12 @@ def train(recipe: Recipe, output: Path, resume: Literal["auto", "never"] = "auto
 
 
 def plan(recipe: Recipe, json: Path | None = None) -> list[dict[str, Any]]:
-    """Measure how a recipe would train here: what is chosen for each stage, its seconds and its memory.
+    """Measure how a recipe would train here: strategy, seconds per step and memory of each stage.
 
     Parameters
     ----------
     recipe
-        What would be trained; nothing is.
+        The recipe; it is not trained.
     json
         Also save all trials to this file, as a list of rows.
     """

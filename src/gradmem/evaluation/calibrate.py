@@ -1,4 +1,4 @@
-"""When to abstain: fitted on validation contexts, measured on test contexts, with a reliability figure."""
+"""Calibration of abstaining: fitted on validation contexts, measured on test contexts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from ..tasks.base import WRITTEN, Split, Task
 from .figures import figure
 
 BINS = 10
+"""Bins of probability for the calibration error."""
 RIGHT, WRONG = "written here, answered right", "written here, answered wrong"
-"""Kinds of answers to queries that the context answers; the other kinds are those of `Task.calibration`."""
+"""Kinds of answers to queries that the context answers; `Task.calibration` names the other kinds."""
 MOST_AT_ONCE = 8
-"""Contexts of a batch: kinds of contexts take turns with the batches."""
+"""Most contexts of a batch; small, since the kind of context changes with each batch."""
 
 
 @dataclass
@@ -32,9 +33,15 @@ class Calibration:
 
     Attributes
     ----------
+    checkpoint, label : str
+        Names of the checkpoint and of the task.
+    abstain : Abstain
+        The fitted model of whether an answer was written.
+    samples, seed : int
+        Test contexts, and their seed.
     answers : dict of list of Answer
-        By kind: `RIGHT`, `WRONG`, and the kinds of `Task.calibration` that nothing in the context answers. Only an
-        answer of the first kind was written.
+        Answers by kind: `RIGHT`, `WRONG`, and the kinds of `Task.calibration`, whose queries the context does not
+        answer. Only answers of the kind `RIGHT` count as written.
     """
 
     checkpoint: str
@@ -46,41 +53,42 @@ class Calibration:
 
     @property
     def all(self) -> tuple[np.ndarray, np.ndarray]:
-        """Probability that the answer was written, and whether it was, both of shape (answers,)."""
+        """Probability that each answer was written, and whether it was, both of shape (answers,)."""
         judged = [(answer.written, kind == RIGHT) for kind, answers in self.answers.items() for answer in answers]
         probability, written = zip(*judged, strict=True)
         return np.array(probability), np.array(written)
 
     @property
     def accuracy(self) -> float:
-        """Fraction of the queries told apart by the threshold; either kind weighs one half."""
+        """Fraction of answers on the right side of the threshold, weighted so that the written ones count one half."""
         probability, written = self.all
         return float(balanced(written) @ ((probability >= self.abstain.threshold) == written))
 
     @property
     def bins(self) -> list[dict[str, float]]:
-        """Mean `probability` and fraction `written` of the answers in each tenth of probability, and their `weight`."""
+        """For each bin of probability that has answers: mean `probability`, fraction `written`, and `weight`."""
         probability, written = self.all
         weights = balanced(written)
-        place = np.minimum((probability * BINS).astype(int), BINS - 1)
+        bin_of = np.minimum((probability * BINS).astype(int), BINS - 1)
         return [
             {
-                "probability": float(np.average(probability[place == i], weights=weights[place == i])),
-                "written": float(np.average(written[place == i], weights=weights[place == i])),
-                "weight": float(weights[place == i].sum()),
+                "probability": float(np.average(probability[bin_of == i], weights=weights[bin_of == i])),
+                "written": float(np.average(written[bin_of == i], weights=weights[bin_of == i])),
+                "weight": float(weights[bin_of == i].sum()),
             }
-            for i in np.unique(place)
+            for i in np.unique(bin_of)
         ]
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: mean distance of probability and fraction, over the bins by their weight."""
+        """Expected calibration error: weighted mean distance of probability and fraction written."""
         return sum(part["weight"] * abs(part["probability"] - part["written"]) for part in self.bins)
 
     def auroc(self, kind: str) -> dict[str, float]:
-        """How well answers of this kind are told from those that were written: by `all`, and by each feature alone.
+        """Area under the ROC curve of answers that were written against those of another kind.
 
-        The area under the ROC curve: the chance that of two answers, one of either kind, the written one stands out.
+        This is the probability that, of one answer of each kind, the written one has the higher score. The score is the
+        fitted probability (`all`), or one feature alone.
         """
         written, other = ([_evidence(answer) for answer in self.answers[name]] for name in (RIGHT, kind))
         return {
@@ -88,23 +96,23 @@ class Calibration:
         }
 
     def abstained(self, kind: str) -> float:
-        """Fraction of a kind that is not answered."""
+        """Fraction of the queries of a kind that are not answered."""
         return float(np.mean([answer.abstained for answer in self.answers[kind]]))
 
     @property
     def exact_match(self) -> float:
-        """Fraction of right answers to queries that the contexts answer."""
+        """Fraction of right answers, among queries that the contexts answer."""
         right, wrong = (len(self.answers.get(kind, [])) for kind in (RIGHT, WRONG))
         return right / (right + wrong)
 
     @property
     def right_answered(self) -> float:
-        """The same among those that are not abstained from."""
+        """Fraction of right answers, among those of these queries that are answered."""
         right, wrong = (sum(not one.abstained for one in self.answers.get(kind, [])) for kind in (RIGHT, WRONG))
         return right / (right + wrong) if right + wrong else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        """All that was measured, as plain data."""
+        """All measured values, as plain data."""
         return {
             "checkpoint": self.checkpoint,
             "task": self.label,
@@ -121,7 +129,7 @@ class Calibration:
         }
 
     def figure(self, path: Path) -> Path:
-        """Draw fraction written by probability, and how often which probability is given."""
+        """Draw a reliability diagram: fraction written by probability, and the distribution of probabilities."""
         with figure(path, rows=2, height=3.2) as (top, bottom):
             parts = self.bins
             top.plot([0, 1], [0, 1], "--", color="0.6", label="perfectly calibrated")
@@ -151,24 +159,24 @@ def calibrate(
     options: dict[str, Any] | None = None,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
 ) -> Calibration:
-    """Fit when to abstain on validation contexts, give it to the model, and measure it on test contexts.
+    """Fit when to abstain on validation contexts, set `model.abstain`, and measure it on test contexts.
 
     Parameters
     ----------
     model : MemoryModel
     samples : int
-        Contexts to fit on, and a fourth as many to measure on; their queries are those of `Task.calibration`.
+        Contexts to fit on, and a quarter as many to measure on; `Task.calibration` says which queries are asked.
     seed : int
         Seed of the contexts.
     options : dict, optional
-        Task options that differ from the checkpoint's, as `{"pairs": 8}`.
+        Task options that differ from the checkpoint's, such as `{"pairs": 8}`.
     progress : callable
         Wraps the list of batches, to show progress.
 
     Raises
     ------
     GradmemError
-        When there are too few samples, the task has none, or all answers are right or none is.
+        If there are fewer than two samples, the task cannot be calibrated, or all or none of the answers are right.
     """
     spec = {**model.spec["task"], **(options or {})}
     task = build_task(spec)
@@ -176,7 +184,9 @@ def calibrate(
     answers = [answer for kind in found.answers.values() for answer in kind]
     written = np.array([kind == RIGHT for kind, own in found.answers.items() for _ in own])
     if written.all() or not written.any():
-        raise GradmemError(f"of {len(written)} answers {written.sum()} are right: there is nothing to tell apart")
+        raise GradmemError(
+            f"{written.sum()} of {len(written)} answers are right: calibration needs both right and wrong answers"
+        )
     states = torch.cat([states for kind in found.states.values() for states in kind])
     about = {"task": spec, "split": "valid", "samples": samples, "seed": seed, "kinds": list(found.answers)}
     lengths = min(found.lengths), max(found.lengths)
@@ -192,7 +202,7 @@ def calibrate(
 
 @dataclass
 class _Examined:
-    """Answers by kind with their states, and the lengths of the contexts."""
+    """Answers and hidden states by kind, and the lengths of the contexts in tokens."""
 
     answers: dict[str, list[Answer]]
     states: dict[str, list[torch.Tensor]]
@@ -202,12 +212,12 @@ class _Examined:
 def _examine(
     model: MemoryModel, task: Task, split: Split, samples: int, seed: int, progress: Callable[..., Iterable[Any]]
 ) -> _Examined:
-    """Ask contexts of a split what they answer and what they do not."""
+    """Write contexts of a split, and ask queries that they answer and queries that they do not."""
     there = task.size(split)
     samples = samples if there is None else min(samples, there)
     if samples < 2:
-        raise GradmemError("calibration needs at least 2 samples: queries are asked of other contexts")
-    # A batch of one context would ask its own queries of itself.
+        raise GradmemError("calibration needs at least 2 samples: it also asks the queries of other contexts")
+    # A batch needs two contexts: each is asked the queries of another one.
     length = task.calibration(split, 0, min(samples, MOST_AT_ONCE), seed)[WRITTEN].context.ids.shape[1]
     size = min(samples, MOST_AT_ONCE, max(2, model.method.backbone.tokens_at_once // length))
     found = _Examined({RIGHT: [], WRONG: []}, {RIGHT: [], WRONG: []}, [])
@@ -234,14 +244,14 @@ def _ask(model: MemoryModel, task: Task, memory: Memory, kind: str, asked: Batch
 
 
 def _evidence(answer: Answer) -> dict[str, float]:
-    """What tells written queries, the more the higher: all of it, and each feature alone."""
+    """Scores that are higher for written answers: the fitted probability, and each feature alone."""
     alone = features(answer)
     return {"all": answer.written or 0.0, **alone, "near_loss": -alone["near_loss"]}
 
 
 def _auroc(positives: np.ndarray, negatives: np.ndarray) -> float:
-    """Chance that a positive is above a negative; a tie counts one half."""
-    _, place, counts = np.unique(np.concatenate([positives, negatives]), return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    """Probability that a positive is above a negative; ties count one half."""
+    _, inverse, counts = np.unique(np.concatenate([positives, negatives]), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     least = len(positives) * (len(positives) + 1) / 2
     return float((ranks[: len(positives)].sum() - least) / (len(positives) * len(negatives)))

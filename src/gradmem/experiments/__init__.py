@@ -1,1 +1,1 @@
-"""The comparisons of the papers: several methods on one task, and what each costs."""
+"""Comparisons as in the papers: several methods on one task, what each costs, and sweeps over write steps."""

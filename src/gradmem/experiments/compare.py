@@ -1,4 +1,4 @@
-"""Several systems on the same contexts: who stores how much, in how many bytes, at what cost."""
+"""Comparison of systems on the same contexts: what each stores, in how many bytes, at what cost."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from ..training.recipe import Recipe, load_recipe
 from .cost import Cost, break_even, measure
 
 CURVE_POINTS = 200
-"""Most points of a training curve."""
+"""Largest number of points of a training curve."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How much a system was trained; nothing is known where the run is not at hand.
+    """How much a system was trained; None and empty if its run is not available.
 
     Attributes
     ----------
     samples : int, optional
-        Contexts seen.
+        Contexts trained on.
     seconds : float, optional
+        Time of training.
     curve : tuple of (float, float)
-        Minutes, and pairs of a training context that were answered then, on the average.
+        Minutes of training, and the mean number of pairs per training context answered right at that time.
     """
 
     samples: int | None = None
@@ -43,7 +44,7 @@ class Training:
 
     @classmethod
     def of(cls, run: Path) -> Training:
-        """Read it off the log and the recipe of a run."""
+        """Read it from the log and the recipe of a run."""
         log = run / "log.csv"
         if not log.exists():
             return cls()
@@ -62,23 +63,23 @@ class Training:
 
 
 def _pairs_of_stages(recipe: Recipe) -> list[float]:
-    """Pairs in a context of each stage, on the average."""
+    """Mean number of pairs per context, for each stage."""
     own = recipe.task.get("pairs", 0)
     return [fmean(options.get("pairs", own) for options in stage.tasks) for stage in recipe.stages]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One system at one number of pairs.
+    """The measurements of one system at one number of pairs.
 
     Attributes
     ----------
     result : Result
         Exact match with its control rows.
     cost : Cost
-        Of the system.
+        Cost of the system.
     reference : Cost
-        Of the full context with the same kind of backbone: a write is one pass over the context.
+        Cost of the full context with the same kind of backbone, where a write is one pass over the context.
     training : Training
     """
 
@@ -89,20 +90,20 @@ class Entry:
 
     @property
     def beats_rereading(self) -> float:
-        """Queries from which on writing once is cheaper than reading the context again for each."""
+        """Smallest number of queries for which writing once is cheaper than reading the context for each query."""
         again = self.reference.write_seconds + self.reference.query_seconds
         return break_even(self.cost.write_seconds, self.cost.query_seconds, 0.0, again)
 
     @property
     def beats_kept_cache(self) -> float:
-        """Queries from which on writing once is cheaper than running the context once and keeping its KV-cache."""
+        """Smallest number of queries for which writing once is cheaper than keeping the KV-cache of the context."""
         reference = self.reference
         return break_even(
             self.cost.write_seconds, self.cost.query_seconds, reference.write_seconds, reference.query_seconds
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers as one flat row; a number of queries that is never reached is None."""
+        """All values as one flat row; None for a number of queries that does not exist."""
         never = {math.inf: None}
         return {
             **self.result.to_dict(),
@@ -123,21 +124,31 @@ def compare(
     repeats: int = 5,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
 ) -> list[Entry]:
-    """Measure systems on the same contexts, each with the write steps that it was trained with.
+    """Measure systems on the same contexts, each with the number of write steps that it was trained with.
 
     Parameters
     ----------
     systems : sequence of (MemoryModel, Training)
     pairs : sequence of int
-    samples, seed
-        Fresh contexts, of which all queries are asked.
+        Numbers of key-value pairs in a context.
+    samples : int
+        Test contexts; all of their queries are asked.
+    seed : int
+        Seed of the contexts.
     repeats : int
         Timed runs for the cost.
+    progress : callable
+        Wraps the list of batches, to show progress.
+
+    Returns
+    -------
+    list of Entry
+        For each system, one entry for each number of pairs.
 
     Raises
     ------
     GradmemError
-        When no system has a backbone whose KV-cache could be kept.
+        If none of the systems has a backbone with a KV-cache, which is the reference for the cost.
     """
     reference = _reference(model.method for model, _ in systems)
     costs: dict[int, Cost] = {}
@@ -153,10 +164,10 @@ def compare(
 
 
 def _reference(methods: Iterable[Method]) -> FullContext:
-    """The full context on the first backbone that has a KV-cache."""
+    """The full context as a memory, on the first backbone that has a KV-cache."""
     for method in methods:
         try:
             return FullContext(method.backbone)
         except GradmemError:
             continue
-    raise GradmemError("none of these systems has a KV-cache to compare with: add one on a transformer")
+    raise GradmemError("none of these systems has a KV-cache to compare with: add a system on a transformer")

@@ -11,11 +11,11 @@ from .compare import Entry
 from .published import by_pairs
 
 ASKED = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
-"""Numbers of queries in the cost figure."""
+"""Numbers of queries in the figure of the time."""
 
 
 def draw_all(entries: Sequence[Entry], directory: Path) -> list[Path]:
-    """Draw exact match by pairs, by bytes and by the cost of a write, training, and the time of many queries."""
+    """Draw all figures of a comparison into a directory, and return their paths."""
     return [
         comparison_by_pairs(entries, directory / "pairs.png"),
         comparison_by_bytes(entries, directory / "bytes.png"),
@@ -26,7 +26,7 @@ def draw_all(entries: Sequence[Entry], directory: Path) -> list[Path]:
 
 
 def comparison_by_pairs(entries: Sequence[Entry], path: Path) -> Path:
-    """Exact match by pairs, ours solid and the paper's dashed (its figure 1)."""
+    """Draw exact match by pairs: these systems solid, the published ones dashed (figure 1 of the paper)."""
     with figure(path) as axis:
         by_pairs(axis, _pairs(entries), _about(entries))
         for name, mine in _by_system(entries):
@@ -36,7 +36,7 @@ def comparison_by_pairs(entries: Sequence[Entry], path: Path) -> Path:
 
 
 def comparison_by_bytes(entries: Sequence[Entry], path: Path) -> Path:
-    """Exact match by bytes of memory, each number of pairs beside the others: most memories are of equal size."""
+    """Draw exact match by bytes of memory, one panel for each number of pairs."""
     sizes = sorted(set(_pairs(entries)))
     columns = min(len(sizes), 3)
     rows = math.ceil(len(sizes) / columns)
@@ -45,7 +45,7 @@ def comparison_by_bytes(entries: Sequence[Entry], path: Path) -> Path:
         for axis, pairs in zip(panels, sizes, strict=False):
             for number, (name, mine) in enumerate(_by_system(entries)):
                 shown = [entry for entry in mine if entry.result.task["pairs"] == pairs]
-                # A marker each, the later smaller, so that what lies upon another shows.
+                # Later markers are smaller, so that markers at the same point stay visible.
                 style = {"marker": "osD^v<>"[number % 7], "markersize": max(4, 10 - 2 * number), "linestyle": "none"}
                 axis.plot([entry.cost.bytes for entry in shown], _match(shown), label=name, **style)
             axis.set_title(f"{pairs} pairs", fontsize=9)
@@ -61,7 +61,7 @@ def comparison_by_bytes(entries: Sequence[Entry], path: Path) -> Path:
 
 
 def comparison_by_flops(entries: Sequence[Entry], path: Path) -> Path:
-    """Exact match by what a WRITE costs, passes over the context against gradient steps; points say their pairs."""
+    """Draw exact match by the cost of a write; the points are labelled with their number of pairs."""
     with figure(path) as axis:
         for name, mine in _by_system(entries):
             xs = [entry.cost.write_flops / 1e9 for entry in mine]
@@ -76,7 +76,7 @@ def comparison_by_flops(entries: Sequence[Entry], path: Path) -> Path:
 
 
 def comparison_by_queries(entries: Sequence[Entry], path: Path) -> Path:
-    """Seconds for writing a context of the most pairs once and asking it many times."""
+    """Draw the time of writing a context with the most pairs once and asking it many queries."""
     most = max(_pairs(entries))
     mine = [entry for entry in entries if entry.result.task["pairs"] == most]
     with figure(path) as axis:
@@ -96,7 +96,7 @@ def comparison_by_queries(entries: Sequence[Entry], path: Path) -> Path:
 
 
 def comparison_by_minutes(entries: Sequence[Entry], path: Path) -> Path:
-    """Pairs that a training context's queries recall, by minutes of training; as far as runs are at hand."""
+    """Draw the pairs recalled per training context by minutes of training, for systems whose runs are available."""
     with figure(path) as axis:
         for name, mine in _by_system(entries):
             if mine[0].training.curve:

@@ -1,4 +1,4 @@
-"""What writing and asking cost: seconds, FLOPs and bytes, and after how many queries writing once is cheaper."""
+"""Cost of writing and asking in seconds, FLOPs and bytes, and the number of queries from which writing once pays."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..tasks.base import Task
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one context and of one query among those asked at once.
+    """Cost of writing one context and of one query to it.
 
     Attributes
     ----------
     write_seconds, write_flops
-        Of writing the context.
+        Cost of writing the context.
     query_seconds, query_flops
-        Of generating one answer, where all queries of the context are asked at once.
+        Cost of generating one answer when all queries of the context are asked at once.
     queries : int
-        How many those are.
+        Number of queries asked at once.
     bytes : int
-        Of the memory.
+        Size of the memory.
     """
 
     write_seconds: float
@@ -41,18 +41,18 @@ class Cost:
 
 
 def measure(method: Method, task: Task, repeats: int = 5) -> Cost:
-    """Write one test context and ask all its queries, by greedy generation.
+    """Measure writing one test context and asking all its queries, by greedy generation.
 
     Parameters
     ----------
     method : Method
     task : Task
     repeats : int
-        Timed runs, of which the median counts, after one that does not.
+        Timed runs, after one that is not timed; the median counts.
     """
     batch = task.batch("test", 0, 1).to(next(method.parameters()).device)
     queries = batch.prompts()
-    # No answer ends early: trained or not, a system pays for the same tokens.
+    # No answer may end early, so that all systems generate the same number of tokens.
     length = task.answer_length
     options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
 
@@ -75,7 +75,7 @@ def measure(method: Method, task: Task, repeats: int = 5) -> Cost:
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a run, after one that does not count; with all that it started on an accelerator."""
+    """Median seconds of a run, after one that is not timed, including its work on an accelerator."""
     run()
     times = []
     for _ in range(repeats):
@@ -92,26 +92,26 @@ def _now() -> float:
 
 
 def flops(run: Callable[[], Any]) -> float:
-    """Floating-point operations of the matrix products, convolutions and attention of a run."""
+    """Count the floating-point operations of matrix products, convolutions and attention in a run."""
     with FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
 
 
 def break_even(write: float, query: float, other_write: float, other_query: float) -> float:
-    """Number of queries from which on writing once is cheaper than another way.
+    """Smallest number of queries for which writing once is cheaper than another way.
 
     Parameters
     ----------
     write, query : float
         Cost of writing a context, and of a query to its memory.
     other_write, other_query : float
-        Cost of what the other way does once for a context, and of its queries.
+        Cost of what the other way does once for a context, and of each query to it.
 
     Returns
     -------
     float
-        A whole number, at least 1; infinite where it never is.
+        A whole number, at least 1, or infinity if writing is never cheaper.
     """
     if write + query <= other_write + other_query:
         return 1.0

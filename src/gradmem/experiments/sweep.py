@@ -1,4 +1,4 @@
-"""Exact match by pairs and by steps: one trajectory of each context, read after every step."""
+"""Sweep over pairs and write steps: each context is written once and read after every step."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from ..model import MemoryModel
 from ..model.build import build_task
 
 FEW = 5
-"""Steps that the paper calls few."""
+"""Largest number of steps that the paper calls few."""
 
 
 @dataclass
 class Point:
-    """A checkpoint at one number of pairs.
+    """The results of a checkpoint at one number of pairs.
 
     Attributes
     ----------
+    checkpoint : str
     trained_steps : int
-        Write steps the checkpoint was trained with.
+        Write steps in training.
+    pairs : int
     results : dict of Result
-        On test contexts, by number of steps.
+        Results on test contexts, by number of write steps.
     few, best : int
-        Numbers of steps that validation contexts choose: of at most five, and of all.
+        The best number of steps on validation contexts: of at most `FEW`, and of all.
     """
 
     checkpoint: str
@@ -40,7 +42,7 @@ class Point:
 
     @property
     def bits(self) -> float:
-        """What a context says; NaN where the task does not count it."""
+        """Bits of information in a context; NaN if the task does not count them."""
         return float(getattr(build_task(self.results[self.best].task), "bits", math.nan))
 
     def to_dicts(self) -> list[dict[str, Any]]:
@@ -61,15 +63,34 @@ def sweep(
     seed: int = 1,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
 ) -> list[Point]:
-    """Measure a checkpoint at several numbers of pairs and after every number of steps.
+    """Measure a checkpoint at several numbers of pairs and after several numbers of write steps.
+
+    Parameters
+    ----------
+    model : MemoryModel
+    pairs : sequence of int
+        Numbers of key-value pairs in a context.
+    steps : sequence of int
+        Numbers of write steps.
+    samples, valid_samples : int
+        Test contexts, and validation contexts that choose the best numbers of steps.
+    seed : int
+        Seed of the contexts.
+    progress : callable
+        Wraps the list of batches, to show progress.
+
+    Returns
+    -------
+    list of Point
+        One for each number of pairs.
 
     Raises
     ------
     GradmemError
-        When a context with so many pairs does not fit, or no number of steps is positive.
+        If a context with that many pairs does not fit, or no number of steps is above 0.
     """
     if not any(step > 0 for step in steps):
-        raise GradmemError("a sweep needs write steps above 0, as --steps 0..30")
+        raise GradmemError("a sweep needs numbers of write steps above 0, such as --steps 0..30")
     points = []
     for count in pairs:
         task = {"pairs": count}

@@ -13,7 +13,7 @@ from .sweep import FEW, Point
 
 
 def sweep_by_pairs(points: Sequence[Point], path: Path) -> Path:
-    """Draw exact match by pairs, ours solid and the paper's dashed (its figure 1)."""
+    """Draw exact match by pairs: these checkpoints solid, the published ones dashed (figure 1 of the paper)."""
     with figure(path) as axis:
         by_pairs(axis, [point.pairs for point in points], _about(points))
         for label, mine in _curves(points):
@@ -24,7 +24,7 @@ def sweep_by_pairs(points: Sequence[Point], path: Path) -> Path:
 
 
 def _curves(points: Sequence[Point]) -> Iterator[tuple[str, list[tuple[Point, Result]]]]:
-    """Each checkpoint's results by pairs: after one step where that was measured, and after the chosen numbers."""
+    """Curves of each checkpoint by pairs: after one step if measured, and after the chosen numbers of steps."""
     for checkpoint in dict.fromkeys(point.checkpoint for point in points):
         mine = sorted((p for p in points if p.checkpoint == checkpoint), key=lambda p: p.pairs)
         kinds = {"1 step": lambda p: 1, f"<= {FEW} steps": lambda p: p.few, "best": lambda p: p.best}
@@ -35,7 +35,7 @@ def _curves(points: Sequence[Point]) -> Iterator[tuple[str, list[tuple[Point, Re
 
 
 def sweep_bits(points: Sequence[Point], path: Path) -> Path:
-    """Draw the bits of the pairs that are recalled, after the chosen numbers of steps, against those of the memory."""
+    """Draw the bits of the recalled pairs by number of pairs, beside the bits of the context and of the memory."""
     with figure(path) as axis:
         for label, mine in _curves(points):
             stored = [point.bits * result.exact_match for point, result in mine]
@@ -53,7 +53,7 @@ def sweep_bits(points: Sequence[Point], path: Path) -> Path:
 
 
 def sweep_heatmap(points: Sequence[Point], path: Path) -> Path:
-    """Draw steps trained with by steps read after, as a heat map for each number of pairs, the paper's rows beside."""
+    """Draw a heat map for each number of pairs: checkpoints by write steps, with the published rows."""
     pairs = list(dict.fromkeys(point.pairs for point in points))
     steps = [step for step in points[0].results if step]
     maps = [_map([point for point in points if point.pairs == count], count, steps) for count in pairs]
@@ -76,7 +76,7 @@ def sweep_heatmap(points: Sequence[Point], path: Path) -> Path:
 
 
 def _map(points: Sequence[Point], pairs: int, steps: Sequence[int]) -> dict[str, list[float]]:
-    """Rows of a heat map at one number of pairs, percent by step, with the paper's; NaN where nothing is known."""
+    """Rows of a heat map in percent by step, with the published ones; NaN where there is no value."""
     rows = {f"{p.checkpoint} (K={p.trained_steps})": [100 * p.results[s].exact_match for s in steps] for p in points}
     for (of_pairs, trained), values in BY_STEPS.items():
         if of_pairs == pairs:

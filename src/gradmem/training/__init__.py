@@ -1,4 +1,4 @@
-"""Meta-training: recipes, one step of it, and the loop."""
+"""Meta-training: recipes, the training loop, and what it is made of."""
 
 from .recipe import Recipe, Stage
 

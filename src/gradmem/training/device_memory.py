@@ -1,4 +1,4 @@
-"""What memory there is, and what was used of it: of an accelerator, or of this process."""
+"""Free and used memory: of an accelerator, or of this machine and process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated: of the device, or of the machine and the container we are in."""
+    """Bytes that can still be allocated: on the device, or on this machine within the limit of its container."""
     if device.type != "cpu":
-        # What PyTorch has freed it keeps for itself: the device calls it taken.
+        # PyTorch keeps memory that it has freed, and the device counts that as used.
         kept = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
         return int(torch.accelerator.get_memory_info(device)[0]) + int(kept)
     free = int(psutil.virtual_memory().available)
@@ -27,13 +27,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> int:
-    """Start measuring peak memory anew, and return the bytes in use now."""
+    """Restart the measurement of peak memory; return the bytes in use now."""
     gc.collect()
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
         return int(torch.accelerator.memory_allocated(device))
     try:
-        # What was freed goes back to the system first: otherwise a trial would be measured in the last one's memory.
+        # Return freed memory to the system first: otherwise a trial would reuse that of the one before, uncounted.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
@@ -42,7 +42,7 @@ def forget_peak(device: torch.device) -> int:
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes in use since `forget_peak`; on systems without /proc, since the process began."""
+    """Largest number of bytes in use since `forget_peak`; on systems without /proc, since the process started."""
     if device.type != "cpu":
         return int(torch.accelerator.max_memory_allocated(device))
     try:

@@ -1,4 +1,4 @@
-"""Optimizers for meta-training."""
+"""Optimizers for meta-training: Muon for the matrices in the blocks, AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .recipe import Recipe
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, with one Newton-Schulz iteration for all matrices of a shape: a few launches and not hundreds.
+    """PyTorch's Muon, but all matrices of one shape are orthogonalized together: far fewer kernel launches on a GPU.
 
     Options, states and updates are those of `torch.optim.Muon`, up to the rounding of bfloat16.
     """
@@ -36,7 +36,7 @@ class Muon(torch.optim.Muon):
         return loss
 
     def _step_together(self, group: dict[str, Any], alike: list[Tensor]) -> None:
-        """Take a step of parameters of one shape."""
+        """Take a step for parameters of one shape."""
         rate, momentum, (rows, columns) = float(group["lr"]), group["momentum"], alike[0].shape
         grads = [parameter.grad for parameter in alike if parameter.grad is not None]
         states = [self.state[parameter] for parameter in alike]
@@ -59,17 +59,17 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalized(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Newton-Schulz iterations in bfloat16, which bring the singular values of matrices near 1.
+    """Bring the singular values of matrices near 1, by Newton-Schulz iterations in bfloat16.
 
     Parameters
     ----------
     matrices : Tensor, shape (count, rows, columns)
     coefficients : tuple of float
-        Of x, x^3 and x^5 in each iteration.
+        Coefficients of x, x^3 and x^5 in each iteration.
     steps : int
-        Iterations.
+        Number of iterations.
     eps : float
-        Least norm to divide by.
+        Smallest norm to divide by.
 
     Returns
     -------
@@ -86,14 +86,17 @@ def orthogonalized(matrices: Tensor, coefficients: tuple[float, float, float], s
 
 
 def build_optimizers(method: Method, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else that is trained."""
+    """Build the optimizers of a recipe: Muon for the matrices in the blocks if it says so, AdamW for the rest.
+
+    The list is empty if nothing is trained.
+    """
     matrices = [p for p in _block_matrices(method) if p.requires_grad] if recipe.optimizer == "muon" else []
     inner = [] if recipe.inner_adamw_lr is None else [p for p in method.inner_parameters() if p.requires_grad]
     chosen = {id(p) for p in [*matrices, *inner]}
     rest = [p for p in method.parameters() if p.requires_grad and id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        # On a CPU a launch costs nothing, and larger matrices are faster one by one.
+        # On a CPU there are no launches to save, and one matrix at a time is faster.
         muon = torch.optim.Muon if matrices[0].device.type == "cpu" else Muon
         optimizers.append(muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=0.0))
     if rest or inner:
@@ -115,9 +118,9 @@ def build_optimizers(method: Method, recipe: Recipe) -> list[torch.optim.Optimiz
 
 
 def _block_matrices(method: Method) -> list[nn.Parameter]:
-    """2-d weights of the backbone that are neither embeddings nor the output layer (nor adapters).
+    """2-d weights of the backbone without embeddings, output layer and adapters.
 
-    Weights only: other tables, as the decay rates of Mamba, multiply no vector.
+    Other 2-d parameters, such as the decay rates of Mamba, are not matrices that multiply a vector.
     """
     body = method.backbone.body
     outside = {id(method.backbone.head.weight)}

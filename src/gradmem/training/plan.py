@@ -1,4 +1,4 @@
-"""How to run the training steps of a stage: measured on a few contexts before the stage begins."""
+"""Choosing how a stage computes its training steps, by measuring a few of them before the stage begins."""
 
 from __future__ import annotations
 
@@ -23,36 +23,35 @@ from .recipe import Precision, Recipe, Stage
 from .step import MetaStep, outer_loss
 
 MICRO_TOKENS = 3072
-"""Context tokens of the largest micro-batch on a CPU: enough for full speed; more only cost memory and page faults."""
+"""Context tokens of the largest micro-batch on a CPU; larger ones are not faster and need more memory."""
 SHARE = 0.8
-"""Part of the free memory that a step may take."""
+"""Fraction of the free memory that a step may use."""
 PROBED = 2
-"""Contexts whose meta-gradient is compared in two precisions."""
+"""Contexts for comparing the meta-gradient in two precisions."""
 WORTH = 0.95
-"""What takes more memory must take at most this part of the time."""
+"""A strategy that needs more memory must run in at most this fraction of the time."""
 
 AUTO: Sequence[Strategy] = ("unroll", "recompute")
-"""Strategies to choose from where a recipe leaves it. Whether compiling pays on a CPU the user knows."""
+"""Strategies that `auto` chooses from. On a CPU, `compile` is left to the user."""
 COMPILING_PAYS = 1200.0
-"""Seconds that the rest of a stage must take on a GPU before compiled write steps, which take a minute or two to
-compile, are tried as well."""
+"""Seconds that a stage must take on a GPU before `auto` also tries `compile`, which needs a minute or two to start."""
 
 Run = Callable[[Strategy, int], None]
 
 
 @dataclass
 class Trial:
-    """One way to run a training step, as measured.
+    """One way to compute a training step, and what it took.
 
     Attributes
     ----------
     strategy : {"unroll", "recompute", "compile"}
     micro_batch_size : int
-        Contexts at a time.
+        Contexts of one pass.
     seconds : float
-        Of a whole optimiser step; on a CPU processor time, divided by the number of threads.
+        Time of a whole optimizer step; on a CPU processor time, divided by the number of threads.
     bytes : int
-        Peak memory beyond what was in use before.
+        Peak memory, beyond what was in use before.
     """
 
     strategy: Strategy
@@ -63,11 +62,12 @@ class Trial:
 
 @dataclass
 class Plan:
-    """The trials of a stage, the chosen one among them, and the bytes that a step may take."""
+    """The trials of a stage, and the one that was chosen."""
 
     trials: list[Trial]
     chosen: Trial
     budget: int
+    """Bytes that a step may use."""
 
 
 def make_plan(
@@ -80,30 +80,31 @@ def make_plan(
     micro_batch_size: int | None = None,
     processes: int = 1,
 ) -> Plan:
-    """Measure steps and choose the fastest that fits.
+    """Measure training steps and choose the fastest way that fits into memory.
 
     Parameters
     ----------
     run : callable
-        `run(strategy, contexts)` runs forward and backward passes of that many contexts.
+        `run(strategy, contexts)` runs a forward and a backward pass of that many contexts.
     contexts : int
-        Contexts of this process in a step.
+        Contexts of this process in an optimizer step.
     tokens : int
         Tokens of the longest context.
+    device : torch.device
     strategies : sequence of {"unroll", "recompute", "compile"}
-        Those to choose from.
+        Strategies to choose from.
     micro_batch_size : int, optional
-        Contexts at a time, where that is settled.
+        Contexts of one pass. Default: measured too.
     processes : int
-        Processes of the run, which share the memory on a CPU; elsewhere each has a device of its own.
+        Processes of the run. On a CPU they share the memory; elsewhere each has a device to itself.
 
     Raises
     ------
     GradmemError
-        When nothing fits.
+        If nothing fits into memory.
     """
     budget = int(SHARE * free_memory(device)) // (processes if device.type == "cpu" else 1)
-    run("recompute", 1)  # libraries and threads start
+    run("recompute", 1)  # so that no trial pays for starting libraries and threads
     probes = {strategy: _measure(run, strategy, 1, contexts, device) for strategy in strategies}
     most = contexts if device.type != "cpu" else min(contexts, max(1, MICRO_TOKENS // tokens))
     trials = []
@@ -119,12 +120,12 @@ def make_plan(
         fits = budget // max(least.bytes, 1)
         need = gigabytes(least.bytes * (micro_batch_size or 1))
         raise GradmemError(
-            f"{micro_batch_size or 1} contexts of {tokens} tokens at a time take about {need} with '{least.strategy}', "
+            f"{micro_batch_size or 1} contexts of {tokens} tokens at a time need about {need} with '{least.strategy}', "
             f"and {gigabytes(budget)} may be used: "
             + (
                 f"`micro_batch_size: {fits}` fits"
                 if fits
-                else "shorten them, or take a smaller backbone or fewer processes"
+                else "use shorter contexts, a smaller backbone or fewer processes"
             )
         )
     flattest = min(trials, key=lambda trial: (trial.strategy != "recompute", trial.seconds))
@@ -136,7 +137,7 @@ def make_plan(
 def stage_precision(
     recipe: Recipe, stage: Stage, method: Method, tasks: Sequence[Task], device: torch.device
 ) -> tuple[Precision, str]:
-    """The precision of a stage and the reason for it; see `choose_precision`. Changes nothing."""
+    """The precision of a stage and the reason for it; see `choose_precision`. Weights and gradients do not change."""
     task, steps, weight = _longest(recipe, tasks, 1)[1], max(stage.write_steps), recipe.weight_of(stage)
 
     def gradient(precision: Precision) -> Tensor:
@@ -156,13 +157,13 @@ def stage_precision(
 
 
 def _longest(recipe: Recipe, tasks: Sequence[Task], contexts: int) -> tuple[int, Task]:
-    """The task with the longest contexts, and their tokens."""
+    """The length of the longest context in tokens, and its task."""
     lengths = [task.batch("train", 0, contexts, recipe.seed).context.ids.shape[1] for task in tasks]
     return max(zip(lengths, tasks, strict=True), key=lambda pair: pair[0])
 
 
 def plan_recipe(recipe: Recipe) -> Iterator[tuple[Stage, Plan]]:
-    """Measure every stage of a recipe, without training anything."""
+    """Measure all stages of a recipe without training."""
     device = device_named(recipe.device)
     model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method).to(device)
     for stage in recipe.stages:
@@ -181,9 +182,21 @@ def plan_stage(
     precision: Precision,
     processes: int = 1,
 ) -> Plan:
-    """Measure and choose for the longest contexts and the most write steps of a stage, as far as the recipe leaves it.
+    """Choose strategy and micro-batch size for the longest contexts and the most write steps of a stage.
 
-    Weights, gradients and random numbers are afterwards as they were before.
+    Only what the recipe leaves open is measured. Weights, gradients and random numbers do not change.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    stage : Stage
+    method : Method
+    tasks : sequence of Task
+        The tasks of the stage.
+    device : torch.device
+    precision : {"fp32", "tf32", "bf16"}
+    processes : int
+        Processes of the run.
     """
     share = stage.batch_size // processes
     tokens, task = _longest(recipe, tasks, share)
@@ -191,7 +204,7 @@ def plan_stage(
     strategies: Sequence[Strategy] = AUTO if recipe.strategy == "auto" else [recipe.strategy]
     one_by_one = method.chunk is not None and method.chunks == "sequential"
     if steps <= 1 and recipe.strategy == "auto" and not one_by_one:
-        strategies = ["recompute"]  # which keeps the last step: the same
+        strategies = ["recompute"]  # with one step it is the same as unroll
 
     def run(strategy: Strategy, contexts: int) -> None:
         method.strategy = strategy
@@ -221,7 +234,7 @@ def plan_stage(
 
 
 def _halves(contexts: int, most: int) -> list[int]:
-    """The largest part when contexts are split evenly into parts of up to `most`, and of up to half as many."""
+    """Sizes of the largest part when contexts are split evenly into parts of at most `most`, or half of `most`."""
     return sorted({-(-contexts // -(-contexts // size)) for size in (most, most // 2) if size})
 
 
@@ -236,7 +249,7 @@ def _measure(run: Run, strategy: Strategy, size: int, contexts: int, device: tor
 
 
 def clock(device: torch.device) -> float:
-    """Seconds. On a CPU those of this process's threads, so that other work on the machine does not count."""
+    """Seconds; on a CPU the processor time of each thread, which other work on the machine does not change."""
     if device.type == "cpu":
         return time.process_time() / torch.get_num_threads()
     torch.accelerator.synchronize(device)
@@ -244,5 +257,5 @@ def clock(device: torch.device) -> float:
 
 
 def gigabytes(size: int) -> str:
-    """A size for people."""
+    """Format a number of bytes for people."""
     return f"{size / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""The precision that a stage of training computes in: given, or chosen by what is measured here."""
+"""The precision of a training stage: given by the recipe, or chosen by measuring on this machine."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from torch import Tensor
 from .recipe import Precision
 
 MOST_ERROR = 0.05
-"""Largest relative error of a meta-gradient in bf16 with which `auto` takes it."""
+"""Largest relative error of the meta-gradient with which `auto` chooses bf16."""
 
 Gradient = Callable[[Precision], Tensor]
-"""The meta-gradient of a few contexts in a precision, flattened."""
+"""Computes the meta-gradient of a few contexts in a precision, as one vector."""
 
 
 def choose_precision(wanted: Precision, device: torch.device, gradient: Gradient) -> tuple[Precision, str]:
-    """Choose where a recipe says `auto`; otherwise take its word.
+    """Choose the precision if a recipe says `auto`.
 
     Parameters
     ----------
     wanted : {"auto", "fp32", "tf32", "bf16"}
     device : torch.device
     gradient : callable
-        Called where bf16 is faster: the meta-gradient of a few contexts in the precision that it is given.
+        Computes the meta-gradient of a few contexts in a given precision; called only if bf16 is faster.
 
     Returns
     -------
     precision : {"fp32", "tf32", "bf16"}
     reason : str
-        For people; empty where the recipe was taken at its word.
+        Why, for people; empty if the recipe says which precision.
     """
     if wanted != "auto":
         return wanted, ""
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
-            return "tf32", "this GPU has tensor cores for it, and the meta-gradient keeps its direction"
+            return "tf32", "this GPU has tensor cores for it"
         return "fp32", "this GPU has no tensor cores for TF32"
     if device.type != "cpu":
-        return "fp32", "nothing else was measured on this device"
+        return "fp32", "no other precision has been tested on this device"
     if _product_seconds(torch.bfloat16) >= _product_seconds(torch.float32):
         return "fp32", "bf16 is slower on this processor"
     exact, low = gradient("fp32"), gradient("bf16")
     error = float((low - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
-    # Not a number compares as false.
+    # If the error is not a number, this is false.
     if error <= MOST_ERROR:
-        return "bf16", f"faster here, and the meta-gradient is {error:.1%} off"
-    return "fp32", f"in bf16 the meta-gradient is {error:.1%} off; at most {MOST_ERROR:.0%} may be"
+        return "bf16", f"faster here, with a relative error of {error:.1%} in the meta-gradient"
+    return "fp32", f"bf16 has a relative error of {error:.1%} in the meta-gradient, and {MOST_ERROR:.0%} is allowed"
 
 
 @contextmanager
 def matmul_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Let float32 products on a GPU use TF32 (ten bits of mantissa) for the duration, or keep them exact."""
+    """Within the block, compute float32 products on a GPU in TF32 (ten bits of mantissa), or exactly."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -65,7 +65,7 @@ def matmul_precision(precision: Precision, device: torch.device) -> Iterator[Non
 
 
 def _product_seconds(dtype: torch.dtype, size: int = 256, repeats: int = 10) -> float:
-    """The least time of a product of two square matrices on one thread; several disturb each other."""
+    """The shortest time of a product of two square matrices, on one thread."""
     matrix, threads, times = torch.ones(size, size, dtype=dtype), torch.get_num_threads(), []
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What a training run is, as typed data: one source for YAML files, the command line and Python."""
+"""Recipes: training runs as typed data, with the same fields in YAML files, on the command line and in Python."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ class Stage:
     """One stage of the curriculum."""
 
     max_steps: int
-    """Optimiser steps after which the stage ends (its decay included)."""
+    """Optimizer steps after which the stage ends, decay included."""
     write_steps: list[int] = field(default_factory=list)
-    """Numbers of write steps K, of which one is drawn anew for every optimiser step; by default the method's
-    own number."""
+    """Numbers of write steps K; one of them is drawn for each optimizer step. Default: the method's own number."""
     tasks: list[dict[str, Any]] = field(default_factory=lambda: [{}])
-    """Task options that differ from the recipe's, as `{pairs: 4}`; one entry is drawn anew for every step."""
+    """Task options that differ from the recipe's, such as `{pairs: 4}`; one entry is drawn for each optimizer step."""
     batch_size: int = 32
-    """Contexts in a batch, over all processes."""
+    """Contexts of an optimizer step, over all processes."""
     lr_scale: float = 1.0
     """Factor on all learning rates."""
     until_exact_match: float | None = None
-    """Exact match on fresh training samples, mean over the last 10 steps, that ends the stage."""
+    """Exact match that ends the stage early: on training batches, which are always new, mean over 10 steps."""
     warmup_steps: int = 30
     """Steps over which the learning rates rise from zero."""
     decay_steps: int = 0
-    """Steps at the end over which the learning rates fall linearly to zero."""
+    """Steps at the end of the stage over which the learning rates fall linearly to zero."""
     write_loss_weight: float | None = None
-    """Weight of the write loss in the outer loss; by default the recipe's."""
+    """Weight of the write loss in the outer loss. Default: the recipe's."""
 
     def __post_init__(self) -> None:
         if self.max_steps < 1 or self.batch_size < 1 or min(self.write_steps, default=0) < 0:
-            raise GradmemError("a stage needs max_steps >= 1, batch_size >= 1 and write_steps like [3, 4, 5]")
+            raise GradmemError(
+                "a stage needs max_steps and batch_size of at least 1, and write_steps such as [3, 4, 5]"
+            )
         if not self.tasks:
-            raise GradmemError("a stage's `tasks` is a list like [{pairs: 4}], or is left out")
+            raise GradmemError("a stage's tasks must be a list such as [{pairs: 4}], or be left out")
         if self.until_exact_match is not None and not 0 < self.until_exact_match <= 1:
             raise GradmemError(
                 f"a stage's until_exact_match must be above 0 and at most 1, not {self.until_exact_match}"
@@ -60,60 +61,62 @@ class Recipe:
     """A training run from beginning to end."""
 
     task: dict[str, Any]
-    """Task `name` and its options."""
+    """The task: its `name` and its options."""
     backbone: dict[str, Any]
-    """`pretrained: NAME`, or `model_type` and fields of its Hugging Face config for random weights."""
+    """The language model: `pretrained: NAME`, or `model_type` and fields of its Hugging Face config for random
+    weights."""
     method: dict[str, Any]
-    """Method `name` and its options."""
+    """The method: its `name` and its options."""
     stages: list[Stage]
     """The curriculum, one stage after the other."""
     init_from: str | None = None
-    """Checkpoint to start from; weights of equal name and shape are taken over."""
+    """Checkpoint to start from: name, directory or hub name. Weights of the same name and shape are copied."""
     seed: int = 0
-    """Seed of weights, samples and draws of K."""
+    """Seed of random weights, of samples, and of the tasks and K of each step."""
     precision: Precision = "auto"
-    """Precision of matrix products; weights, sums and softmax stay float32. auto: tf32 on CUDA; on a CPU bf16 where it
-    is faster and its meta-gradient agrees with that of fp32 to 5 %, else fp32. Chosen at each stage."""
+    """Precision of matrix products; weights, sums and softmax stay float32. auto chooses at each stage: on CUDA tf32;
+    on a CPU bf16 if it is faster and its meta-gradient differs from that of fp32 by at most 5 %, otherwise fp32."""
     device: str = "auto"
-    """cpu, the name of an accelerator (cuda, mps, xpu), or auto: the accelerator where there is one."""
+    """cpu, the name of an accelerator (cuda, mps, xpu), or auto: the accelerator if there is one, otherwise cpu."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """Optimiser of the blocks' matrices; everything else takes AdamW."""
+    """Optimizer of the matrices in the model's blocks; AdamW trains everything else."""
     muon_lr: float = 0.01
     """Learning rate of Muon."""
     adamw_lr: float = 1e-3
     """Learning rate of AdamW."""
     inner_adamw_lr: float | None = None
-    """Learning rate of AdamW for learned inner learning rates and momentum; by default adamw_lr."""
+    """Learning rate of AdamW for learned inner learning rates and momentum. Default: adamw_lr."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     """Betas of AdamW."""
     clip_norm: float = 1.0
-    """Largest norm of the meta-gradient."""
+    """Largest norm of the meta-gradient; a longer one is scaled down to it."""
     write_loss_weight: float = 0.0
-    """Weight of the method's write loss in the outer loss, where a stage has none of its own; GradMem's is that of the
-    last write step. It helps to bind the first pairs; later it costs answers, as keys are stored for it too."""
+    """Weight of the write loss in the outer loss, for stages without their own; GradMem's write loss is that of the
+    last write step. It helps a model to learn its first pairs; later it lowers exact match, because the memory then
+    stores the keys as well."""
     strategy: Literal["auto", "unroll", "recompute", "compile"] = "auto"
-    """Keep the graph of every write step, or of one at a time; auto: the fastest of the two that fits, measured at each
-    stage. compile: every write step as compiled code, in 0.6 of the time on a CPU, after a minute or two for every
-    length of context; for long stages of contexts of one length, and needs a C++ compiler. On CUDA, auto tries it too
-    where a stage takes more than twenty minutes."""
+    """How to differentiate through the write steps. unroll keeps the graph of all steps, recompute that of one step
+    at a time; auto measures both at each stage and takes the fastest that fits into memory. compile runs compiled write
+    steps: in 0.6 of the time on a CPU, after a minute or two of compiling for each length of context, so it suits long
+    stages with contexts of one length; it needs a C++ compiler. On CUDA, auto also tries it if a stage takes more than
+    twenty minutes."""
     micro_batch_size: int = 0
-    """Contexts of one forward and backward pass, of which the gradients add up; 0: measured at each stage."""
+    """Contexts of one forward and backward pass; gradients of a batch add up. 0: measured at each stage."""
     max_minutes: float | None = None
-    """Minutes of training steps after which the run ends where it is: by a clock on the wall, over all resumed parts,
-    validation not counted. The learning rates fall to zero in the last part of it, `cooldown`."""
+    """Wall-clock minutes after which the run ends, wherever it is; all resumed parts count, validation does not. The
+    learning rates fall to zero in the last part of this time, see `cooldown`."""
     cooldown: float = 0.15
-    """Part of `max_minutes` at its end in which the learning rates fall to zero: a constant rate hides what was
-    learned."""
+    """Fraction of `max_minutes`, at its end, over which the learning rates fall linearly to zero."""
     save_every: int = 50
-    """Optimiser steps between resumable states."""
+    """Optimizer steps between the states that a run can resume from."""
     valid_samples: int = 128
-    """Validation contexts at the end of every stage."""
+    """Contexts to validate on at the end of each stage."""
 
     def __post_init__(self) -> None:
         if self.max_minutes is not None and self.max_minutes <= 0:
-            raise GradmemError(f"max_minutes is a time above 0, not {self.max_minutes}")
+            raise GradmemError(f"max_minutes must be above 0, not {self.max_minutes}")
         if not 0 < self.cooldown <= 1:
-            raise GradmemError(f"cooldown is a part of max_minutes, above 0 and at most 1, not {self.cooldown}")
+            raise GradmemError(f"cooldown is a fraction of max_minutes: above 0 and at most 1, not {self.cooldown}")
         if not self.stages:
             raise GradmemError("a recipe needs at least one stage")
         for part in ("task", "method"):
@@ -126,12 +129,12 @@ class Recipe:
             self.stages = [replace(stage, write_steps=stage.write_steps or own) for stage in self.stages]
 
     def weight_of(self, stage: Stage) -> float:
-        """Weight of the write loss in a stage's outer loss."""
+        """Weight of the write loss in the outer loss of a stage."""
         return self.write_loss_weight if stage.write_loss_weight is None else stage.write_loss_weight
 
 
 IDENTITY = {"name", "model_type", "pretrained"}
-"""What says which task, method or backbone it is, beside its options."""
+"""Fields that say which task, method or backbone it is; all others are its options."""
 
 
 def recipe_names() -> list[str]:
@@ -161,22 +164,23 @@ def recipe_path(name: str) -> Path:
 
 
 def recipe_values(name: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read the fields of a recipe, a packaged one by name or any by path, as plain data.
+    """Read the fields of a recipe as plain data.
 
-    A recipe that says `extends: OTHER` has the fields of the other where it has none of its own; the other is a
-    packaged one, or a path from the directory of the recipe. A task, backbone or method that does not say which it is
-    (`name`, `model_type`, `pretrained`) is the other's with some options changed.
+    A recipe with `extends: OTHER` takes the fields that it does not have from the other recipe, which is given by name,
+    or as a path relative to this recipe's directory. If its task, backbone or method does not say which one it is
+    (`name`, `model_type`, `pretrained`), it is the other recipe's with some options changed.
 
     Parameters
     ----------
     name : str
+        Name, or path of a YAML file.
     extending : tuple of Path
-        Recipes that extend this one.
+        Recipes that extend this one, to find circles.
 
     Raises
     ------
     GradmemError
-        When the file cannot be read, has a field that no recipe has, or extends itself.
+        If the file cannot be read, has an unknown field, or extends itself.
     """
     path = recipe_path(name)
     try:
@@ -184,7 +188,7 @@ def recipe_values(name: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise GradmemError(f"cannot read the recipe {path}: {error}") from error
     if any(text != visible(text) for text in _texts(values)):
-        raise GradmemError(f"cannot read the recipe {path}: there are control characters in its text")
+        raise GradmemError(f"cannot read the recipe {path}: it contains control characters")
     if path in extending:
         raise GradmemError(f"{path} extends itself")
     if isinstance(values, dict) and "extends" in values:
@@ -193,13 +197,14 @@ def recipe_values(name: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]
         values = _extended(recipe_values(other, (*extending, path)), values)
     known = {field.name for field in fields(Recipe)}
     if not isinstance(values, dict) or not set(values) <= known:
-        extra = sorted(set(values) - known) if isinstance(values, dict) else []
-        raise GradmemError(f"{path} is no recipe: unknown {extra}; known: {', '.join(sorted(known))}")
+        extra = sorted(map(str, set(values) - known)) if isinstance(values, dict) else []
+        wrong = f"unknown field {', '.join(extra)}" if extra else "it must be a mapping of fields"
+        raise GradmemError(f"{path} is not a recipe: {wrong}; known fields: {', '.join(sorted(known))}")
     return values
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All text in plain data, in which YAML may have one thing in many places."""
+    """All strings in plain data, each object once: YAML aliases can put one object into many places."""
     waiting, seen = [value], set()
     while waiting:
         one = waiting.pop()
@@ -221,15 +226,22 @@ def _extended(other: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_recipe(name: str, **changes: Any) -> Recipe:
-    """Read a recipe, a packaged one by name or any by path, with some fields changed.
+    """Read a recipe by name or by path, with some fields changed.
+
+    Parameters
+    ----------
+    name : str
+        Name, or path of a YAML file.
+    **changes
+        Fields of `Recipe` to use instead of the file's.
 
     Raises
     ------
     GradmemError
-        When the file cannot be read or is no recipe.
+        If the file cannot be read or is not a recipe.
     """
     values = {**recipe_values(name), **changes}
     try:
         return Recipe(**{**values, "stages": [Stage(**stage) for stage in values.get("stages", [])]})
     except TypeError as error:
-        raise GradmemError(f"{name} is no recipe: {error}") from error
+        raise GradmemError(f"{name} is not a recipe: {error}") from error

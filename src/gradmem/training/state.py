@@ -78,7 +78,7 @@ def save_state(
     optimizers: list[torch.optim.Optimizer],
     progress: dict[str, Any],
 ) -> None:
-    """Save under a temporary name, then rename: a state that is there is complete. Older states go."""
+    """Save a state, whole or not at all, and delete older ones."""
     target, temporary = directory / f"step-{step:08d}", directory / "incomplete.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -95,7 +95,7 @@ def save_state(
 
 
 def replace(temporary: Path, target: Path) -> None:
-    """Put a finished directory in the place of another."""
+    """Replace a directory with a finished one."""
     old = target.with_name(target.name + ".old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -105,19 +105,19 @@ def replace(temporary: Path, target: Path) -> None:
 
 
 def states(directory: Path) -> list[Path]:
-    """Complete states, oldest first."""
+    """Directories of the complete states, oldest first."""
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if PATTERN.fullmatch(path.name))
 
 
 def load_state(path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Load a state in place and return its progress.
+    """Load weights and optimizers of a state in place, and return its progress.
 
     Raises
     ------
     GradmemError
-        When the state does not fit the recipe or cannot be read.
+        If the state does not fit the recipe or cannot be read.
     """
     try:
         load_model(module, str(path / "weights.safetensors"))
@@ -129,14 +129,15 @@ def load_state(path: Path, module: nn.Module, optimizers: list[torch.optim.Optim
 
 
 def take_weights(module: nn.Module, other: nn.Module) -> list[str]:
-    """Warm start: take over every weight of another module that has the same name and shape.
+    """Copy the weights of another module that have the same name and shape.
 
-    A layer takes its own weights over with and without adapters; adapters that only the other has are left behind.
+    Only one of the two modules may have LoRA adapters: the weights of adapted layers are copied too, and adapters that
+    only the other module has are ignored.
 
     Returns
     -------
     list of str
-        Names of the weights that stay as they were.
+        Names of the weights that were not copied.
     """
     theirs = {_unadapted(name): weight for name, weight in other.state_dict().items()}
     kept = []
@@ -151,12 +152,12 @@ def take_weights(module: nn.Module, other: nn.Module) -> list[str]:
 
 
 def _unadapted(name: str) -> str:
-    """The name that a weight has where its layer has no LoRA adapters (peft's naming)."""
+    """The name of a weight without LoRA adapters; peft inserts `base_layer` into it."""
     return name.replace(".base_layer.", ".")
 
 
 def _flatten(optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:
-    """Tensors of the optimisers under names `optimizer.parameter.entry`, and their settings as plain data."""
+    """Tensors of the optimizers, named `optimizer.parameter.entry`, and their settings as plain data."""
     tensors, settings = {}, []
     for index, optimizer in enumerate(optimizers):
         state = optimizer.state_dict()

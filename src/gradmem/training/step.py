@@ -13,12 +13,12 @@ from .recipe import Precision
 
 
 def outer_loss(loss: Tensor, write_loss: Tensor, weight: float) -> Tensor:
-    """Read loss plus weighted write loss; with a weight of zero the write loss is not differentiated at all."""
+    """Read loss plus weighted write loss; with a weight of zero the write loss is not differentiated."""
     return loss + weight * write_loss if weight else loss
 
 
 class MetaStep(nn.Module):
-    """Write a batch and read its targets; a module, so that data parallelism can wrap it."""
+    """Write the contexts of a batch and read their targets; a module, so that data parallelism can wrap it."""
 
     def __init__(self, method: Method, precision: Precision = "fp32") -> None:
         super().__init__()
@@ -27,11 +27,28 @@ class MetaStep(nn.Module):
     def forward(
         self, batch: Batch, steps: int, scored: Tensor, reconstruct: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return read loss summed over target tokens, the write loss, and exact match by query.
+        """Write and read a batch.
 
-        A write loss that takes a pass of its own is left out, and zero, without `reconstruct`.
+        Parameters
+        ----------
+        batch : Batch
+        steps : int
+            Write steps.
+        scored : Tensor, bool, shape of `batch.labels`
+            The positions that count for exact match, see `Task.scored`.
+        reconstruct : bool
+            Compute the write loss even if that takes a pass of its own; otherwise such a write loss is zero.
+
+        Returns
+        -------
+        loss : Tensor
+            Read loss, summed over the target tokens.
+        write_loss : Tensor
+            Scalar, see `Method.write_loss`.
+        correct : Tensor, bool, shape (queries,)
+            Exact match of each query.
         """
-        # Not Accelerate's own autocast: its precision is one for the life of the process.
+        # Not Accelerate's autocast, which has one precision for the life of the process.
         low = torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.precision == "bf16")
         with low, self.method.backbone.trained():
             written = self.method.write(batch.context, steps)
