@@ -302,8 +302,8 @@ def calibrate(
         Options of the task that differ from the checkpoint's, each by its own name: --pairs 8.
     """
     directory = output or Path(checkpoint)
-    if not directory.is_dir():
-        raise GradmemError(f"'{directory}' is not a directory, to save abstain.safetensors in: give one with -o")
+    if output is None and not directory.is_dir():
+        raise GradmemError(f"'{checkpoint}' is not a directory, to save abstain.safetensors in: give one with -o")
     from ..evaluation.calibrate import calibrate as fit
     from .evaluation_tables import calibration_table
 

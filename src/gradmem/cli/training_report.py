@@ -16,7 +16,7 @@ from rich.progress import (
 from ..training.progress import Report
 from ..training.recipe import Stage
 from ..training.state import RunState
-from .console import Console
+from .console import notes
 
 EVERY = 25
 """Steps between the lines that show progress where no terminal could show a bar."""
@@ -32,7 +32,7 @@ class ConsoleReport(Report):
     """
 
     def __init__(self, stages: int) -> None:
-        self.console, self.stages = Console(stderr=True), stages
+        self.stages = stages
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -40,8 +40,8 @@ class ConsoleReport(Report):
             TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
+            console=notes,
+            disable=not notes.is_terminal,
         )
         self.task = self.bar.add_task("", total=1, numbers="")
 
@@ -67,7 +67,7 @@ class ConsoleReport(Report):
         match = sum(state.recent) / len(state.recent)
         numbers = f"loss {row['loss']:.3f} EM {match:.1%} {state.step / state.seconds:.2f} steps/s"
         self.bar.update(self.task, completed=state.stage_step, numbers=numbers)
-        if not self.console.is_terminal and state.stage_step % EVERY == 0:
+        if not notes.is_terminal and state.stage_step % EVERY == 0:
             self.say(f"step {state.stage_step} {numbers} lr x{row['lr_scale']:.3g}")
 
     def end(self, state: RunState) -> None:
@@ -77,4 +77,4 @@ class ConsoleReport(Report):
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(f"{self.title}: {text}", highlight=False)
+        notes.print(f"{self.title}: {text}", highlight=False, soft_wrap=True)
