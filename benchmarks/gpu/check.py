@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmem import ROOT, Batch, MemoryModel, load
+from gradmem import MemoryModel, load
+from gradmem.batch import Batch
 from gradmem.evaluation import evaluate
 from gradmem.ops.attention import attention
 from gradmem.tasks.kv import KV
 from gradmem.training.step import MetaStep
 
+from . import ROOT
 from .common import Row, device, products
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -29,7 +31,8 @@ def parity(fixtures: Path | None) -> list[Row]:
         return [{"skipped": "no --fixtures"}]
     given = {"GRADMEM_TEST_DEVICE": device().type, "GRADMEM_PARITY_DIR": str(fixtures.resolve())}
     given["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "tests/test_parity.py"]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
+    command = [sys.executable, "-m", "pytest", *options, "tests/methods/test_parity.py"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | given, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
