@@ -174,7 +174,7 @@ def evaluate(
     """
     steps = sorted({model.method.write_steps} if steps is None else set(steps))
     if not steps or steps[0] < 0:
-        raise GradmemError(f"give at least one number of steps, and none below 0: {steps}")
+        raise GradmemError(f"steps must be one or more numbers of at least 0, not {steps}")
     swapped_steps = steps[-1] if swapped_steps is None else swapped_steps
     if swapped_steps not in steps:
         raise GradmemError(f"swapped_steps is {swapped_steps}, and must be one of the steps {steps}")
