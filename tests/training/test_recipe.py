@@ -80,3 +80,19 @@ def test_a_recipe_extends_another(tmp_path: Path) -> None:
     mine.write_text("extends: kv-33\n")
     with pytest.raises(GradmemError, match="kv-32"):
         load_recipe(str(mine))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("patience: 3", "a recipe has no field patience; fields of a recipe: adamw_lr, "),
+        ("stages: [{max_steps: 3, lr: 0.5}]", "a stage has no field lr; fields of a stage: batch_size, .* lr_scale, "),
+        ("stages: [3]", "a stage must be a mapping of fields"),
+        ("- 3", "a recipe must be a mapping of fields"),
+    ],
+)
+def test_unknown_fields_are_refused_with_the_known_ones(text: str, told: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text)
+    with pytest.raises(GradmemError, match=f"mine.yaml is not a recipe: {told}"):
+        load_recipe(str(mine))

@@ -195,12 +195,20 @@ def recipe_values(name: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]
         other = str(values.pop("extends"))
         other = other if other in recipe_names() else str(path.parent / other)
         values = _extended(recipe_values(other, (*extending, path)), values)
-    known = {field.name for field in fields(Recipe)}
-    if not isinstance(values, dict) or not set(values) <= known:
-        extra = sorted(map(str, set(values) - known)) if isinstance(values, dict) else []
-        wrong = f"unknown field {', '.join(extra)}" if extra else "it must be a mapping of fields"
-        raise GradmemError(f"{path} is not a recipe: {wrong}; known fields: {', '.join(sorted(known))}")
-    return values
+    _check_fields(path, values, Recipe)
+    stages = values.get("stages")
+    for stage in stages if isinstance(stages, list) else []:
+        _check_fields(path, stage, Stage)
+    return dict(values)
+
+
+def _check_fields(path: Path, values: Any, kind: type[Recipe] | type[Stage]) -> None:
+    """Refuse what is not a mapping of fields of a recipe or a stage."""
+    known, what = {field.name for field in fields(kind)}, kind.__name__.lower()
+    extra = sorted(map(str, set(values) - known)) if isinstance(values, dict) else []
+    if extra or not isinstance(values, dict):
+        wrong = f"a {what} has no field {', '.join(extra)}" if extra else f"a {what} must be a mapping of fields"
+        raise GradmemError(f"{path} is not a recipe: {wrong}; fields of a {what}: {', '.join(sorted(known))}")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -60,7 +60,7 @@ class RunState:
         """
         if set(progress) != {field.name for field in fields(cls)}:
             raise GradmemError(
-                f"cannot resume from {path}: another version of gradmem saved it; start anew with another --output"
+                f"cannot resume from {path}: another version of gradmem saved it; start again with another --output"
             )
         return cls(**progress)
 
@@ -124,7 +124,7 @@ def load_state(path: Path, module: nn.Module, optimizers: list[torch.optim.Optim
         progress = json.loads((path / "progress.json").read_text())
         _restore(optimizers, load_file(path / "optimizers.safetensors"), progress.pop("optimizers"))
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        raise GradmemError(f"cannot resume from {path}: {error}; start anew with another --output") from error
+        raise GradmemError(f"cannot resume from {path}: {error}; start again with another --output") from error
     return progress
 
 
