@@ -212,7 +212,7 @@ def check(method: GradMem) -> None:
             same(backbone.head(hidden[place, 1 : lengths[row] + 1]), wanted[row], what)
 
     embeds = torch.cat([own[0], backbone.embed(torch.tensor(queries[0]))])[None]
-    with backbone.second_order():
+    with backbone.double_backward():
         same(backbone.head(backbone.hidden(embeds))[0, len(own[0]) :], wanted[0], "as WRITE computes")
     for row in range(3):
         reads(one[row].select(torch.tensor([0])), [row], "alone")

@@ -66,7 +66,8 @@ class Setting:
         self.method.to(device()).train()
         self.batch = self.batch.to(device())
         backbone = self.method.backbone
-        say(f"    {self.name}: attention {backbone.second_order_attention}, {len(backbone.closed_forms)} closed forms")
+        attention, forms = backbone.double_backward_attention, len(backbone.closed_forms)
+        say(f"    {self.name}: attention {attention}, {forms} closed forms")
         return self
 
     def ours(self, strategy: Any, precision: Any) -> Callable[[], None]:
@@ -88,7 +89,7 @@ class Setting:
         def run() -> None:
             method.zero_grad()
             token = _one_sequence_a_row.set(True)  # as ours: the search for packed sequences would wait for the device
-            with method.backbone.plain():
+            with method.backbone.eager_attention():
                 loss, _ = naive.meta_loss(
                     model,
                     method.write_head or model.get_output_embeddings(),

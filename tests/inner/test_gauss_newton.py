@@ -18,7 +18,7 @@ from gradmem.errors import GradmemError
 from gradmem.evaluation.measurement import evaluate
 from gradmem.evaluation.report import table
 from gradmem.inner import descend, gauss_newton
-from gradmem.inner.gauss_newton import DAMPING, ITERATIONS, PART
+from gradmem.inner.gauss_newton import DAMPING, ITERATIONS, STEP_FRACTION
 from gradmem.memory import Memory
 from gradmem.methods import GradMem
 from gradmem.model import MemoryModel
@@ -54,7 +54,7 @@ def dense_step(outputs: Tensor, jacobian: Tensor, targets: Tensor) -> Tensor:
                 image = image - (image @ vector) * vector
         basis.append(image / image.norm())
     space = torch.stack(basis, 1)
-    return PART * space @ torch.linalg.solve(space.T @ damped @ space, space.T @ gradient)
+    return STEP_FRACTION * space @ torch.linalg.solve(space.T @ damped @ space, space.T @ gradient)
 
 
 def logits_of(method: GradMem, context: Tensor, options: dict[str, Any], written: dict[str, Tensor]) -> Tensor:
@@ -154,8 +154,8 @@ def test_a_sample_without_slope_rests() -> None:
     first = next(descend(lambda t: t["x"].sum(1), start, lambda *_: None, lambda _: {}, 0))
     *_, last = gauss_newton([first], parts, 3)
     assert not last.tensors["x"][1].any()
-    # x - PART * x / (1 + DAMPING), thrice
-    torch.testing.assert_close(last.tensors["x"][0], start["x"][0] * (1 - PART / (1 + DAMPING)) ** 3)
+    # x - STEP_FRACTION * x / (1 + DAMPING), thrice
+    torch.testing.assert_close(last.tensors["x"][0], start["x"][0] * (1 - STEP_FRACTION / (1 + DAMPING)) ** 3)
 
 
 def test_chosen_for_a_checkpoint_and_shown(tiny: MemoryModel, tmp_path: Path) -> None:

@@ -392,8 +392,8 @@ def test_meta_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for name in ("eager", NAME):
         method = make_gradmem(kind)
-        assert method.backbone.second_order_attention == NAME
-        method.backbone.second_order_attention = name
+        assert method.backbone.double_backward_attention == NAME
+        method.backbone.double_backward_attention = name
         written = method.write(batch.context)
         logits = method.read_targets(written.memory, batch)
         loss = F.cross_entropy(logits, batch.labels[batch.labels != -100]) + 0.5 * written.losses[-1].mean()

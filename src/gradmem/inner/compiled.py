@@ -62,7 +62,7 @@ def compiled_gradient(
         # On a GPU gradients are computed in threads of their own, which tracing need not reach.
         with torch.autograd.set_multithreading_enabled(False):
             traced = make_fx(losses_and_gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        graphs[key] = torch.compile(_folded(_attached(traced)), dynamic=False, fullgraph=True)
+        graphs[key] = torch.compile(_fold_constants(_drop_detach(traced)), dynamic=False, fullgraph=True)
     try:
         with torch.autocast(kind, enabled=False):  # whose conversions are in the graph
             losses, *grads = graphs[key](*inputs)
@@ -72,7 +72,7 @@ def compiled_gradient(
     return losses, grads
 
 
-def _attached(traced: GraphModule) -> GraphModule:
+def _drop_detach(traced: GraphModule) -> GraphModule:
     """The graph without the cuts that autograd notes where it kept a result: its gradient passes through them."""
     for node in list(traced.graph.nodes):
         if node.target is torch.ops.aten.detach.default:
@@ -82,7 +82,7 @@ def _attached(traced: GraphModule) -> GraphModule:
     return traced
 
 
-def _folded(traced: GraphModule) -> GraphModule:
+def _fold_constants(traced: GraphModule) -> GraphModule:
     """The graph with what no input and no weight changes as constants.
 
     TorchInductor would work out masks and rotary angles anew for every element of every pass that reads them.

@@ -23,7 +23,7 @@ ITERATIONS = 5
 """Conjugate gradients of a step; these three constants were chosen on key-value pairs (docs/results.md)."""
 DAMPING = 0.1
 """Added to the curvature, as a part of that along the gradient."""
-PART = 0.7
+STEP_FRACTION = 0.7
 """Of the solution that a step goes; the whole of it overshoots."""
 
 
@@ -54,7 +54,7 @@ def gauss_newton(
         active = torch.ones_like(losses, dtype=torch.bool) if until is None else losses > until
         if until is not None and not bool(active.any()):
             return
-        moved = _flat(now.tensors) - PART * active[:, None] * solution
+        moved = _flat(now.tensors) - STEP_FRACTION * active[:, None] * solution
         now = Step(_shaped(moved, now.tensors), [*now.losses, losses], now.taken + active.long())
         yield now
 

@@ -89,7 +89,7 @@ def descend(
     more : bool
         Whether other descents go on from where this one ends: "recompute" then keeps no step's graph.
     until : float, optional
-        A sample whose loss is at most this takes no further step; see also `of_unfinished`.
+        A sample whose loss is at most this takes no further step; see also `skip_finished`.
     """
     training, graphs = torch.is_grad_enabled(), {} if graphs is None else graphs
     if order == "none" or not training:
@@ -122,7 +122,7 @@ def descend(
         yield now
 
 
-def of_unfinished(loss: Loss, until: float) -> Loss:
+def skip_finished(loss: Loss, until: float) -> Loss:
     """The same loss for `descend`, not computed again for samples that have reached `until`: they cost no more time.
 
     For one descent without gradients. All that `loss` knows of single samples must come through `given`, of shapes

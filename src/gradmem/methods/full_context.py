@@ -105,7 +105,7 @@ class FullContext(OnePassMethod):
         embeds = self.backbone.embed(packed.flatten(1))
         start = memory.tensors["start"].to(rows.device, non_blocking=True)[:, None]
         start = start + torch.arange(length, device=rows.device).repeat(most)
-        hidden = self.backbone.hidden(embeds, prefix.cache, _apart(prefix, most, length, embeds.dtype), start)
+        hidden = self.backbone.hidden(embeds, prefix.cache, _block_mask(prefix, most, length, embeds.dtype), start)
         mine = torch.cat([prefix.last[rows, None], hidden.unflatten(1, (most, length))[rows, place]], dim=1)
         return self.backbone.head(mine[:, :-1].flatten(0, 1)[batch.targets])
 
@@ -166,7 +166,7 @@ def _forms(memory: Memory) -> dict[str, tuple[bool, int, torch.Size]]:
     return {name: (t.is_floating_point(), t.ndim, t.shape[2:]) for name, t in memory.tensors.items()}
 
 
-def _apart(prefix: Prefix, queries: int, length: int, dtype: torch.dtype) -> Tensor:
+def _block_mask(prefix: Prefix, queries: int, length: int, dtype: torch.dtype) -> Tensor:
     """Mask to add, so that queries see the prefix and themselves: (batch, 1, query tokens, prefix and query tokens)."""
     before = prefix.seen
     causal = torch.ones(length, length, dtype=torch.bool, device=before.device).tril()

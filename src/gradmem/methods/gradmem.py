@@ -18,7 +18,7 @@ from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.compiled import Graphs
 from ..inner.gauss_newton import Losses, Outputs, gauss_newton
-from ..inner.meta_gradient import Order, descend, of_unfinished
+from ..inner.meta_gradient import Order, descend, skip_finished
 from ..inner.objective import joint_losses, sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, heavy_ball
 from ..memory import Memory
@@ -152,15 +152,15 @@ class GradMem(ChunkedMethod):
         self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
     ) -> Iterator[Written]:
         """Yield the memory before the first write step and after every step; see `ChunkedMethod.trajectory_from`."""
-        yield from self._walk(context, None, start, steps, until, more)
+        yield from self._descend(context, None, start, steps, until, more)
 
     def joint_trajectory(
         self, chunks: Tokens, rows: Tensor, start: Tensors, steps: int, until: float | None
     ) -> Iterator[Written]:
         """Descend the mean loss of all chunks of a memory; see `ChunkedMethod.joint_trajectory`."""
-        yield from self._walk(chunks, rows, start, steps, until)
+        yield from self._descend(chunks, rows, start, steps, until)
 
-    def _walk(
+    def _descend(
         self,
         context: Tokens,
         rows: Tensor | None,
@@ -173,10 +173,10 @@ class GradMem(ChunkedMethod):
         embeds = self._embed_context(context)
         training = torch.is_grad_enabled()
         descents = steps if self.gauss_newton_after is None else min(steps, self.gauss_newton_after)
-        computing = self._computing(training and self.order == "second")
+        forward_context = self._forward_context(training and self.order == "second")
 
         def losses_of(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-            with computing():
+            with forward_context():
                 return self._losses(tensors, Tokens(ids, mask), embeds)
 
         def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -187,7 +187,7 @@ class GradMem(ChunkedMethod):
             return joint_losses(losses, mask, rows, len(start["memory"]))
 
         walk = descend(
-            loss if until is None or training or rows is not None else of_unfinished(loss, until),
+            loss if until is None or training or rows is not None else skip_finished(loss, until),
             start,
             self.update if self.momentum is None else heavy_ball(self._momentum),
             self._rates,
@@ -203,13 +203,15 @@ class GradMem(ChunkedMethod):
             until=until,
         )
         if descents < steps:
-            parts = self._curved(context, rows, embeds, len(start["memory"]))
+            parts = self._gauss_newton_parts(context, rows, embeds, len(start["memory"]))
             walk = gauss_newton(walk, parts, steps - descents, until)
         for step in walk:
             losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(start["memory"]))
             yield Written(Memory(step.tensors), losses, step.taken)
 
-    def _curved(self, context: Tokens, rows: Tensor | None, embeds: Tensor, batch: int) -> list[tuple[Outputs, Losses]]:
+    def _gauss_newton_parts(
+        self, context: Tokens, rows: Tensor | None, embeds: Tensor, batch: int
+    ) -> list[tuple[Outputs, Losses]]:
         """The write loss, of some contexts or chunks at a time, as `gauss_newton` takes it."""
         rows = torch.arange(batch, device=embeds.device) if rows is None else rows
         tokens = rows.new_zeros(batch).index_add(0, rows, context.lengths)
@@ -217,7 +219,7 @@ class GradMem(ChunkedMethod):
         def part(some: slice) -> tuple[Outputs, Losses]:
             def outputs(tensors: Tensors) -> Tensor:
                 own = {name: tensor[rows[some]] for name, tensor in tensors.items()}
-                with self.backbone.second_order(), self._writing():
+                with self.backbone.double_backward(), self._writing():
                     return self._hidden(own, embeds[some])
 
             def losses(hidden: Tensor) -> Tensor:
@@ -229,11 +231,11 @@ class GradMem(ChunkedMethod):
         size = max(1, self.backbone.tokens_at_once // context.ids.shape[1])
         return [part(slice(i, i + size)) for i in range(0, len(rows), size)]
 
-    def _computing(self, second: bool) -> Callable[[], AbstractContextManager[None]]:
+    def _forward_context(self, second: bool) -> Callable[[], AbstractContextManager[None]]:
         """How the backbone is to compute the write loss, whose gradient is of second order or not."""
         if not second:
-            return self.backbone.trained
-        return self.backbone.plain if self.strategy == "compile" else self.backbone.second_order
+            return self.backbone.training_attention
+        return self.backbone.eager_attention if self.strategy == "compile" else self.backbone.double_backward
 
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
         """Read contexts back with the adapters of WRITE; see `Method.reconstruct`."""

@@ -34,7 +34,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import GradmemError
 from .dtypes import no_autocast, product_dtype, work_dtype
-from .room import room
+from .workspace import elements_at_once
 
 NAME = "gradmem"
 """Name of the implementation in transformers."""
@@ -212,7 +212,8 @@ class _Tiles:
         self.slots: dict[int, Tensor] = {}
         cpu = query.device.type == "cpu"
         rows = TILE_ROWS if cpu else TILE_ROWS_ELSEWHERE
-        size = TILE_BYTES * torch.get_num_threads() if cpu else 4 * room(query.device, TILE_BYTES, TILE_SHARE)
+        size = TILE_BYTES * torch.get_num_threads()
+        size = size if cpu else 4 * elements_at_once(query.device, TILE_BYTES, TILE_SHARE)
         # Bytes of one position in one key head. Where all samples and heads fit, tiles grow taller.
         line = self.groups * self.keys * query.element_size()
         tall = max(rows // self.groups, size // max(1, line * self.batch * self.heads))

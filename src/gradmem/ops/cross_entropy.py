@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .dtypes import no_autocast, product_dtype, work_dtype
 from .head import Head, ScaledHead
-from .room import room
+from .workspace import elements_at_once
 
 CHUNK = 2**24
 """Logits to compute at once on a CPU. Where all fit, they are kept: computing them again would only cost time."""
@@ -53,7 +53,7 @@ def cross_entropy(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     """
     layer, scale, cap = (head.layer, head.scale, head.cap) if isinstance(head, ScaledHead) else (head, 1.0, None)
     # Adapted or quantised layers have a forward of their own.
-    at_once = room(hidden.device, CHUNK, CHUNK_SHARE)
+    at_once = elements_at_once(hidden.device, CHUNK, CHUNK_SHARE)
     if type(layer) is not nn.Linear or ids.numel() * layer.out_features <= at_once:
         logits = head(hidden)
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -71,7 +71,7 @@ def cross_entropy(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
 
 def _chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Logits and targets of some rows at a time; the logits are the caller's to overwrite."""
-    size = max(1, room(rows.device, CHUNK, CHUNK_SHARE) // weight.shape[0])
+    size = max(1, elements_at_once(rows.device, CHUNK, CHUNK_SHARE) // weight.shape[0])
     for start in range(0, len(rows), size):
         some = slice(start, start + size)
         logits = (rows[some] @ weight.T).to(work_dtype(rows))

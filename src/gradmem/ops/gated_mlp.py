@@ -15,7 +15,7 @@ from torch import Tensor, nn
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
-def looks_like(module: nn.Module) -> bool:
+def matches(module: nn.Module) -> bool:
     """Whether it may be `down_proj(silu(gate_proj(x)) * up_proj(x))`, by its parts."""
     return all(isinstance(getattr(module, part, None), nn.Module) for part in PARTS)
 

@@ -21,12 +21,12 @@ def closed_forms(model: nn.Module) -> dict[nn.Module, Forward]:
         module: form.forward
         for module in model.modules()
         for form in FORMS
-        if form.looks_like(module) and _agrees(module, form.forward)
+        if form.matches(module) and _agrees(module, form.forward)
     }
 
 
 @contextmanager
-def replaced(forms: dict[nn.Module, Forward]) -> Iterator[None]:
+def patched(forms: dict[nn.Module, Forward]) -> Iterator[None]:
     """Let these modules compute with our forms."""
     # Some libraries have set a forward on the instance too.
     before = {module: vars(module).get("forward") for module in forms}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .dtypes import work_dtype
 
 
-def looks_like(module: nn.Module) -> bool:
+def matches(module: nn.Module) -> bool:
     """Whether it may be `weight * x / rms(x)`, by its name and parts."""
     return (
         type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight") and hasattr(module, "variance_epsilon")

@@ -15,7 +15,7 @@ from ...errors import GradmemError, require
 from ...inner.optimizers import Tensors
 from ...memory import LENGTHS, Memory
 from ...prefix import Prefix
-from .chunks import Chunks, apart, chunk_counts, numbered, pack, padded
+from .chunks import Chunks, apart, chunk_counts, pack, pad_rows, ragged_index
 from .method import Mode, Written
 from .prefix_method import PrefixMethod, pads_last
 
@@ -126,9 +126,9 @@ class ChunkedMethod(PrefixMethod):
         if self.chunk is None:
             yield from self.trajectory_from(context, self._start(len(context)), steps, until)
         elif self.chunks == "independent":
-            yield from self._apart(context, steps, until)
+            yield from self._independent(context, steps, until)
         else:
-            yield from self._into(self._start(len(context)), context, steps, until)
+            yield from self._same_vectors(self._start(len(context)), context, steps, until)
 
     def at_steps(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
         """Yield the memory after each of these numbers of steps on each chunk; see `Method.at_steps`.
@@ -153,7 +153,7 @@ class ChunkedMethod(PrefixMethod):
             raise GradmemError("chunks of this memory have vectors of their own: append with `chunks: independent`")
         like = self._start(1)
         start = {name: tensor.to(like[name]) for name, tensor in apart(memory).tensors.items()}
-        yield from self._into(start, context, steps, until)
+        yield from self._same_vectors(start, context, steps, until)
 
     def merge(self, memory: Memory, more: Memory) -> Memory:
         """Put together a memory and what `extend` wrote; see `Method.merge`."""
@@ -161,7 +161,7 @@ class ChunkedMethod(PrefixMethod):
             return more
         counts, added = chunk_counts(memory), chunk_counts(more)
         self._check_chunks(counts + added)
-        order = torch.cat([numbered(counts)[0], numbered(added)[0]]).argsort(stable=True)
+        order = torch.cat([ragged_index(counts)[0], ragged_index(added)[0]]).argsort(stable=True)
         new = apart(more).tensors
         old = apart(memory).tensors
         tensors = {name: torch.cat([old[name], new[name]])[order.to(new[name].device)] for name in old}
@@ -178,7 +178,7 @@ class ChunkedMethod(PrefixMethod):
     def _cut(self, context: Tokens) -> Chunks:
         return Chunks.cut(context, self.chunk or context.ids.shape[1], self.may_end(context.values.ids))
 
-    def _apart(self, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
+    def _independent(self, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
         """Write independent chunks, step by step together."""
         chunks = self._cut(context)
         self._check_chunks(chunks.counts)
@@ -193,18 +193,18 @@ class ChunkedMethod(PrefixMethod):
             parts = [_Part(*part) for part in zip(tokens, chunks.rows.split(size), states, strict=True)]
             yield Written(pack(tensors, chunks.counts), *_summed(parts, len(context)))
 
-    def _into(self, start: Tensors, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
+    def _same_vectors(self, start: Tensors, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
         """Write chunks into vectors that stay as many: after each other, or joint."""
         if self.chunks == "sequential":
-            yield from self._one_by_one(context, start, steps, until)
+            yield from self._sequential(context, start, steps, until)
         else:
             chunks = self._cut(context)
             yield from self.joint_trajectory(chunks.tokens, chunks.rows, start, steps, until)
 
-    def _one_by_one(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
+    def _sequential(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
         """Write sequential chunks: all contexts' first ones, then the second ones of those that have one, and so on."""
         chunks, done = self._cut(context), list[_Part]()
-        last, of_context = int(chunks.counts.max()) - 1, numbered(chunks.counts)
+        last, of_context = int(chunks.counts.max()) - 1, ragged_index(chunks.counts)
         for turn in range(last + 1):
             mine = (of_context[1] == turn).nonzero()[:, 0]
             tokens, rows = chunks.tokens[mine], of_context[0][mine].to(chunks.rows.device, non_blocking=True)
@@ -232,7 +232,7 @@ class ChunkedMethod(PrefixMethod):
         if LENGTHS not in memory.tensors:
             return super().prefix(memory)
         counts = chunk_counts(memory)
-        embeds = padded(self._project("read", apart(memory).tensors), counts).flatten(1, 2)
+        embeds = pad_rows(self._project("read", apart(memory).tensors), counts).flatten(1, 2)
         real = torch.arange(embeds.shape[1]) < counts[:, None] * self.n_mem
         if self.control:
             start, end = (self.control[f"read_{side}"].expand(len(memory), -1, -1) for side in ("start", "end"))
@@ -248,7 +248,7 @@ class ChunkedMethod(PrefixMethod):
             return super().token_losses(memory, context)
         chunks = self._cut(context)
         if LENGTHS in memory.tensors:
-            own = {n: t[chunks.rows, chunks.places] for n, t in memory.tensors.items() if n != LENGTHS}
+            own = {n: t[chunks.rows, chunks.chunk_index] for n, t in memory.tensors.items() if n != LENGTHS}
         else:
             own = {n: t[chunks.rows] for n, t in memory.tensors.items()}
         losses = super().token_losses(Memory(own), chunks.tokens)

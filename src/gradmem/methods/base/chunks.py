@@ -20,7 +20,7 @@ class Chunks:
     Attributes
     ----------
     tokens : Tokens, shape (chunks, length)
-    rows, places, begins : Tensor, int64, shape (chunks,)
+    rows, chunk_index, begins : Tensor, int64, shape (chunks,)
         The context of each chunk, which of its chunks it is, and where it begins.
     counts : Tensor, int64, shape (contexts,)
         Chunks of each context, on the CPU: shapes depend on them.
@@ -28,7 +28,7 @@ class Chunks:
 
     tokens: Tokens
     rows: Tensor
-    places: Tensor
+    chunk_index: Tensor
     begins: Tensor
     counts: Tensor
 
@@ -49,13 +49,13 @@ class Chunks:
             for ends, real in zip(may_end.tolist(), context.lengths.tolist(), strict=True)
         ]
         counts = torch.tensor([len(own) for own in spans])
-        rows, places = numbered(counts)
+        rows, chunk_index = ragged_index(counts)
         bounds = torch.tensor([span for own in spans for span in own])
         at = bounds[:, :1] + torch.arange(int((bounds[:, 1] - bounds[:, 0]).max()))
         ids = context.ids[rows[:, None].to(context.ids.device), at.clamp_max(length - 1).to(context.ids.device)]
         tokens = Tokens(ids, (at < bounds[:, 1:]).to(ids.device)).to(device)
-        rows, places, begins = (tensor.to(device, non_blocking=True) for tensor in (rows, places, bounds[:, 0]))
-        return cls(tokens, rows, places, begins, counts)
+        rows, chunk_index, begins = torch.stack([rows, chunk_index, bounds[:, 0]]).to(device, non_blocking=True)
+        return cls(tokens, rows, chunk_index, begins, counts)
 
     def rejoined(self, values: Tensor, context: Tokens) -> Tensor:
         """Put values of the chunks' tokens (chunks, length) where they stand in the contexts; zero at pads."""
@@ -63,8 +63,8 @@ class Chunks:
         length = context.ids.shape[1]
         at = self.begins[:, None] + torch.arange(real.shape[1], device=real.device)
         # Pads add zeros: to leave them out would wait for a device to count them.
-        places = (self.rows[:, None] * length + at.clamp_max(length - 1)).flatten()
-        every = values.new_zeros(context.ids.numel()).index_add(0, places, values.masked_fill(~real, 0).flatten())
+        index = (self.rows[:, None] * length + at.clamp_max(length - 1)).flatten()
+        every = values.new_zeros(context.ids.numel()).index_add(0, index, values.masked_fill(~real, 0).flatten())
         return every.view(context.ids.shape)
 
 
@@ -81,24 +81,24 @@ def _spans(ends: list[int], length: int, size: int) -> list[tuple[int, int]]:
     return spans
 
 
-def numbered(counts: Tensor) -> tuple[Tensor, Tensor]:
+def ragged_index(counts: Tensor) -> tuple[Tensor, Tensor]:
     """For things of which each row has so many: the row of each, and its number in the row."""
     rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     return rows, torch.arange(len(rows), device=counts.device) - (counts.cumsum(0) - counts)[rows]
 
 
 def _index(counts: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`numbered` of counts on the CPU, on the device of what they count."""
-    rows, places = numbered(counts)
-    return rows.to(like.device, non_blocking=True), places.to(like.device, non_blocking=True)
+    """`ragged_index` of counts on the CPU, on the device of what they count."""
+    rows, chunk_index = ragged_index(counts)
+    return rows.to(like.device, non_blocking=True), chunk_index.to(like.device, non_blocking=True)
 
 
 def pack(tensors: Tensors, counts: Tensor) -> Memory:
     """Chunks' tensors (chunks, ...) as a memory with so many chunks in each row."""
-    return Memory({**{name: padded(tensor, counts) for name, tensor in tensors.items()}, LENGTHS: counts})
+    return Memory({**{name: pad_rows(tensor, counts) for name, tensor in tensors.items()}, LENGTHS: counts})
 
 
-def padded(tensor: Tensor, counts: Tensor) -> Tensor:
+def pad_rows(tensor: Tensor, counts: Tensor) -> Tensor:
     """What is of each chunk (chunks, ...) as rows (batch, most chunks, ...), padded with zeros."""
     rows = tensor.new_zeros(len(counts), int(counts.max()), *tensor.shape[1:])
     return rows.index_put(_index(counts, tensor), tensor)

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 
-def room(device: torch.device, on_cpu: int, share: int) -> int:
+def elements_at_once(device: torch.device, on_cpu: int, share: int) -> int:
     """Float32 numbers to have at once.
 
     Parameters
