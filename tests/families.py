@@ -158,7 +158,9 @@ def made(kind: str, **fields: Any) -> GradMem:
     GradmemError
         When it is refused.
     """
-    return GradMem(Backbone(tiny_model(kind, **fields)), n_mem=3, write_steps=1, chunk=4, chunks="independent").eval()
+    return GradMem(
+        Backbone(tiny_model(kind, **fields)), n_mem=3, write_steps=1, chunk_size=4, chunk_mode="independent"
+    ).eval()
 
 
 class Told(RowStreamer):

@@ -46,7 +46,7 @@ class Setting:
     @classmethod
     def pairs(cls, pairs: int, write_steps: int, contexts: int) -> Setting:
         """The paper's model and one query for each context, all written whole."""
-        method = load("kv-96", {"chunk": None}).method
+        method = load("kv-96", {"chunk_size": None}).method
         assert isinstance(method, GradMem)
         batch = KV(pairs=pairs, queries=1).batch("train", 0, contexts)
         return cls(f"N{pairs}-K{write_steps}-B{contexts}", method, batch, write_steps)._there()

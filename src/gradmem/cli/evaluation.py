@@ -86,8 +86,8 @@ def measure(
     task
         Options of the task that differ from the checkpoint's, each by its own name: --data DIR --tasks qa1,qa4.
     method
-        How to write, where not as in training: --method.chunk 113 --method.chunks independent, and, with GradMem,
-        --method.gauss_newton_after 1: Gauss-Newton steps after the first, each at the cost of some seven others.
+        How to write, where not as in training: --method.chunk_size 113 --method.chunk_mode independent, and, with
+        GradMem, --method.gauss_newton_after 1: Gauss-Newton steps after the first; each costs some seven others.
     """
     from ..evaluation.measurement import Result, evaluate
     from ..evaluation.report import save_json, steps_figure, table

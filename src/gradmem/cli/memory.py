@@ -46,7 +46,7 @@ def write(
     name: str | None = None,
     tags: str = "",
     method: str | None = None,
-    chunk: int | None = None,
+    chunk_size: int | None = None,
     steps: int | None = None,
     until: float | None = None,
     max_steps: int | None = None,
@@ -77,9 +77,9 @@ def write(
     method
         Method for a plain language model, one that needs no training. Default: cram, which recites the text and does
         not answer questions about it.
-    chunk
-        Tokens of each chunk of the text. GradMem and RMT write all chunks into one memory (see --chunks), other methods
-        write each into its own. Default: as in training, or the longest context of the model.
+    chunk_size
+        Most tokens of a chunk of the text. GradMem and RMT write all chunks into one memory (see --chunk_mode), other
+        methods write each into its own. Default: as in training, or the longest context of the model.
     steps
         Number of write steps. Default: as many as the checkpoint was trained for.
     until
@@ -91,7 +91,7 @@ def write(
     device
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     options
-        Options of the method, such as --n_mem 32 --inner_lr 0.03. The method of a checkpoint takes only --chunks
+        Options of the method, such as --n_mem 32 --inner_lr 0.03. The method of a checkpoint takes only --chunk_mode
         sequential, independent or joint.
     """
     if not store and (name is not None or tags):
@@ -100,9 +100,9 @@ def write(
     text = read_text(file)
     model = gradmem.load(checkpoint, given or None).to(device_named(device))
     _freeze_objects()
-    if chunk is not None and model.method.joins:
-        model.configure({"chunk": chunk})
-    texts = [text] if model.method.chunk is not None else model.chunks(text, chunk)
+    if chunk_size is not None and model.method.joins:
+        model.configure({"chunk_size": chunk_size})
+    texts = [text] if model.method.chunk_size is not None else model.chunks(text, chunk_size)
     settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps}
     entry = None
     with Interruptible() as stopped:

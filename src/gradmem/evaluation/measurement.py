@@ -48,7 +48,7 @@ class Result:
     label, source : str
         What the task calls itself, and where its contexts come from: "generated", or their data.
     method : dict
-        Options of the method that were chosen anew, as `{"chunk": 113}`.
+        Options of the method that were chosen anew, as `{"chunk_size": 113}`.
     metrics : dict of float
         The task's other metrics, averaged as exact match is; their controls are `unwritten_NAME`, `swapped_NAME`.
     intervals : dict of tuple

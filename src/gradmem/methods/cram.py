@@ -67,7 +67,7 @@ class Cram(GradMem):
                 n_mem=n_mem,
                 write_steps=write_steps,
                 inner_lr=inner_lr,
-                settle=0.0,
+                extra_step_decay=0.0,
                 inner_optimizer="adam",
                 order="none",
                 freeze_backbone=True,

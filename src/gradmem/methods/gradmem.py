@@ -45,9 +45,9 @@ class GradMem(ChunkedMethod):
     learn_momentum : bool
         Descend with momentum, and meta-learn it for each of the `write_steps`, starting from none, and the inner
         learning rates for each of them too. Needs `learn_inner_lr` and `inner_optimizer: sgd`.
-    settle : float
+    extra_step_decay : float
         How fast the inner learning rate falls beyond `write_steps`: the j-th step after them takes the rate divided by
-        1 + settle * j. With 0, the paper's constant rate, a memory overshoots after more steps than were trained.
+        1 + extra_step_decay * j. With 0, the paper's constant rate, a memory overshoots after more steps than trained.
         Momentum falls likewise.
     gauss_newton_after : int, optional
         Take so many steps of this descent, and Gauss-Newton steps after them: each costs several times as much, and
@@ -76,12 +76,12 @@ class GradMem(ChunkedMethod):
         adapters.
     freeze_embeddings : bool
         Leave the token embeddings as they are, and the output layer where it shares their weights.
-    chunk : int, optional
+    chunk_size : int, optional
         Most tokens of a chunk of a longer context; by default every context is written whole.
-    chunks : {"sequential", "independent", "joint"}
+    chunk_mode : {"sequential", "independent", "joint"}
         Write each chunk from the memory that the one before it left; each from M0 into vectors of its own, which READ
         sees together; or all into the same vectors, each step down the mean loss of all their tokens. Each takes all
-        `write_steps`; `settle` and `last_k` count those of a chunk.
+        `write_steps`; `extra_step_decay` and `last_k` count those of a chunk.
     """
 
     modes = get_args(Mode)
@@ -96,7 +96,7 @@ class GradMem(ChunkedMethod):
         inner_lr: float = 1.0,
         learn_inner_lr: bool = False,
         learn_momentum: bool = False,
-        settle: float = 0.5,
+        extra_step_decay: float = 0.5,
         gauss_newton_after: int | None = None,
         inner_optimizer: Literal["sgd", "adam"] = "sgd",
         clip_value: float | None = None,
@@ -111,12 +111,12 @@ class GradMem(ChunkedMethod):
         read_lora: int = 0,
         freeze_backbone: bool = False,
         freeze_embeddings: bool = False,
-        chunk: int | None = None,
-        chunks: Mode = "sequential",
+        chunk_size: int | None = None,
+        chunk_mode: Mode = "sequential",
     ) -> None:
-        super().__init__(backbone, n_mem, write_steps, n_ctrl, chunk, chunks)
+        super().__init__(backbone, n_mem, write_steps, n_ctrl, chunk_size, chunk_mode)
         require("inner_lr", inner_lr, inner_lr > 0, "positive")
-        require("settle", settle, settle >= 0, "at least 0")
+        require("extra_step_decay", extra_step_decay, extra_step_decay >= 0, "at least 0")
         require("inner_optimizer", inner_optimizer, inner_optimizer in OPTIMIZERS, "sgd or adam")
         fits = not learn_momentum or (learn_inner_lr and inner_optimizer == "sgd" and write_steps > 0)
         require("learn_momentum", learn_momentum, fits, "used with learn_inner_lr, sgd and at least one write step")
@@ -127,7 +127,7 @@ class GradMem(ChunkedMethod):
         require("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "positive")
         require("write_lora", write_lora, write_lora >= 0, "at least 0")
         require("read_lora", read_lora, read_lora >= 0, "at least 0")
-        self.inner_lr, self.settle = inner_lr, settle
+        self.inner_lr, self.extra_step_decay = inner_lr, extra_step_decay
         self.gauss_newton_after = gauss_newton_after
         self.update = OPTIMIZERS[inner_optimizer]
         self.clip_value, self.clip_norm = clip_value, clip_norm
@@ -275,7 +275,7 @@ class GradMem(ChunkedMethod):
         return tensors
 
     def _settling(self, step: int) -> float:
-        return 1 / (1 + self.settle * max(0, step + 1 - self.write_steps))
+        return 1 / (1 + self.extra_step_decay * max(0, step + 1 - self.write_steps))
 
     def _rates(self, step: int) -> Rates:
         factor, rate = self._settling(step), self.inner_lr

@@ -45,9 +45,9 @@ class RMT(ChunkedMethod):
     reconstruction : bool
         Learn to reconstruct the context from the memory: the write loss is that of passes 2 to K + 1, averaged over
         tokens, then over passes. It counts as the trainer weights it (`inner_loss_weight`).
-    chunk : int, optional
+    chunk_size : int, optional
         Most tokens of a segment; by default a context is one.
-    chunks : {"sequential", "independent"}
+    chunk_mode : {"sequential", "independent"}
         Write a segment from the memory that the one before it left, as in the original RMT; or each into vectors of
         its own, which READ sees together.
     """
@@ -63,10 +63,10 @@ class RMT(ChunkedMethod):
         residual: bool = False,
         write_head: Head = "none",
         reconstruction: bool = False,
-        chunk: int | None = None,
-        chunks: Literal["sequential", "independent"] = "sequential",
+        chunk_size: int | None = None,
+        chunk_mode: Literal["sequential", "independent"] = "sequential",
     ) -> None:
-        super().__init__(backbone, n_mem, write_steps, n_ctrl, chunk, chunks)
+        super().__init__(backbone, n_mem, write_steps, n_ctrl, chunk_size, chunk_mode)
         require("projection", projection, projection in ("none", "proj", "proj_rw"), "none, proj or proj_rw")
         self.reconstruction = reconstruction
         self.proj = None if projection == "none" else self._new_projection(identity=False)

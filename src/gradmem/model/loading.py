@@ -30,7 +30,7 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
         For a plain language model also a GGUF file, or the short name of a model that comes as a Python package.
     method : dict, optional
         For a plain language model: `name` and options of a method that needs no training, by default `cram`. For a
-        checkpoint: `chunk` and `chunks`, where contexts are to be cut in another way than in training, and
+        checkpoint: `chunk_size` and `chunk_mode`, where contexts are to be cut in another way than in training, and
         `gauss_newton_after`, where GradMem is to go on by other steps.
 
     Raises

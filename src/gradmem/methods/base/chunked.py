@@ -36,19 +36,19 @@ class ChunkedMethod(PrefixMethod):
     backbone : Backbone
     n_mem, write_steps, n_ctrl : int
         As for `PrefixMethod`; the steps are those on each chunk.
-    chunk : int, optional
+    chunk_size : int, optional
         Most tokens of a chunk; by default a context is written whole.
-    chunks : {"sequential", "independent", "joint"}
+    chunk_mode : {"sequential", "independent", "joint"}
     """
 
     joins = True
     modes: Sequence[Mode] = ("sequential", "independent")
 
     def __init__(
-        self, backbone: Backbone, n_mem: int, write_steps: int, n_ctrl: int, chunk: int | None, chunks: Mode
+        self, backbone: Backbone, n_mem: int, write_steps: int, n_ctrl: int, chunk_size: int | None, chunk_mode: Mode
     ) -> None:
         super().__init__(backbone, n_mem, write_steps, n_ctrl)
-        self.chunk_by(chunk, chunks)
+        self.chunk_by(chunk_size, chunk_mode)
 
     def trajectory_from(
         self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
@@ -83,12 +83,12 @@ class ChunkedMethod(PrefixMethod):
         """
         raise NotImplementedError
 
-    def chunk_by(self, chunk: int | None, chunks: Mode | None = None) -> None:
+    def chunk_by(self, chunk_size: int | None, chunk_mode: Mode | None = None) -> None:
         """Choose how contexts are cut from now on; see `Method.chunk_by`."""
-        good = chunk is None or (isinstance(chunk, int) and 1 <= chunk <= self.max_chunk)
-        require("chunk", chunk, good, f"from 1 to {self.max_chunk} tokens, or none")
-        require("chunks", chunks, chunks is None or chunks in self.modes, " or ".join(self.modes))
-        self.chunk, self.chunks = chunk, self.chunks if chunks is None else chunks
+        good = chunk_size is None or (isinstance(chunk_size, int) and 1 <= chunk_size <= self.max_chunk)
+        require("chunk_size", chunk_size, good, f"from 1 to {self.max_chunk} tokens, or none")
+        require("chunk_mode", chunk_mode, chunk_mode is None or chunk_mode in self.modes, " or ".join(self.modes))
+        self.chunk_size, self.chunk_mode = chunk_size, self.chunk_mode if chunk_mode is None else chunk_mode
 
     @property
     def max_chunk(self) -> int:
@@ -103,14 +103,14 @@ class ChunkedMethod(PrefixMethod):
     @property
     def max_context(self) -> int:
         """Longest context in tokens: a chunk, as many as there may be, or any in sequential chunks."""
-        if self.chunk is None:
+        if self.chunk_size is None:
             return self.max_chunk
-        return self.chunk * self.max_chunks if self.chunks == "independent" else 2**31 - 1
+        return self.chunk_size * self.max_chunks if self.chunk_mode == "independent" else 2**31 - 1
 
     @property
     def max_query(self) -> int:
         """Longest query and answer in tokens: what the backbone's positions leave beside the largest memory."""
-        grows = self.chunk is not None and self.chunks == "independent"
+        grows = self.chunk_size is not None and self.chunk_mode == "independent"
         return super().max_query - (self.n_mem * (self.max_chunks - 1) if grows else 0)
 
     # WRITE
@@ -123,9 +123,9 @@ class ChunkedMethod(PrefixMethod):
         of all chunks that took the step, and a sample has taken as many steps as the chunk with most.
         """
         self._check_write(context, steps)
-        if self.chunk is None:
+        if self.chunk_size is None:
             yield from self.trajectory_from(context, self._start(len(context)), steps, until)
-        elif self.chunks == "independent":
+        elif self.chunk_mode == "independent":
             yield from self._independent(context, steps, until)
         else:
             yield from self._same_vectors(self._start(len(context)), context, steps, until)
@@ -135,7 +135,7 @@ class ChunkedMethod(PrefixMethod):
 
         What sequential chunks start from depends on the number of steps, so each number is written anew.
         """
-        if self.chunk is None or self.chunks != "sequential":
+        if self.chunk_size is None or self.chunk_mode != "sequential":
             yield from super().at_steps(context, steps)
         else:
             yield from ((number, self.write(context, number)) for number in sorted(set(steps)))
@@ -145,19 +145,19 @@ class ChunkedMethod(PrefixMethod):
 
         Joint chunks are joint among themselves, and come after those that were written before.
         """
-        if self.chunks == "independent":
+        if self.chunk_mode == "independent":
             yield from self.trajectory(context, steps, until=until)
             return
         self._check_write(context, steps)
         if self.vectors(memory) > len(memory) * self.n_mem:
-            raise GradmemError("chunks of this memory have vectors of their own: append with `chunks: independent`")
+            raise GradmemError("chunks of this memory have vectors of their own: append with `chunk_mode: independent`")
         like = self._start(1)
         start = {name: tensor.to(like[name]) for name, tensor in apart(memory).tensors.items()}
         yield from self._same_vectors(start, context, steps, until)
 
     def merge(self, memory: Memory, more: Memory) -> Memory:
         """Put together a memory and what `extend` wrote; see `Method.merge`."""
-        if self.chunks != "independent":
+        if self.chunk_mode != "independent":
             return more
         counts, added = chunk_counts(memory), chunk_counts(more)
         self._check_chunks(counts + added)
@@ -169,14 +169,14 @@ class ChunkedMethod(PrefixMethod):
 
     def chunk_lengths(self, context: Tokens) -> list[list[int]]:
         """Tokens of each chunk of each context; none for contexts that are written whole."""
-        if self.chunk is None:
+        if self.chunk_size is None:
             return super().chunk_lengths(context)
         chunks = self._cut(context)
         lengths = iter(chunks.tokens.lengths.tolist())
         return [[next(lengths) for _ in range(count)] for count in chunks.counts.tolist()]
 
     def _cut(self, context: Tokens) -> Chunks:
-        return Chunks.cut(context, self.chunk or context.ids.shape[1], self.may_end(context.values.ids))
+        return Chunks.cut(context, self.chunk_size or context.ids.shape[1], self.may_end(context.values.ids))
 
     def _independent(self, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
         """Write independent chunks, step by step together."""
@@ -195,7 +195,7 @@ class ChunkedMethod(PrefixMethod):
 
     def _same_vectors(self, start: Tensors, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
         """Write chunks into vectors that stay as many: after each other, or joint."""
-        if self.chunks == "sequential":
+        if self.chunk_mode == "sequential":
             yield from self._sequential(context, start, steps, until)
         else:
             chunks = self._cut(context)
@@ -221,8 +221,8 @@ class ChunkedMethod(PrefixMethod):
         most = int(counts.max())
         if most > self.max_chunks:
             raise GradmemError(
-                f"a context has {most} chunks; the limit is {self.max_chunks}: take longer chunks (`chunk`) or "
-                "`chunks: sequential`"
+                f"a context has {most} chunks; the limit is {self.max_chunks}: take longer chunks (`chunk_size`) or "
+                "`chunk_mode: sequential`"
             )
 
     # READ and receipts
@@ -244,7 +244,7 @@ class ChunkedMethod(PrefixMethod):
 
         Of a memory with vectors for each chunk, the first of its chunks are those of the context.
         """
-        if self.chunk is None and LENGTHS not in memory.tensors:
+        if self.chunk_size is None and LENGTHS not in memory.tensors:
             return super().token_losses(memory, context)
         chunks = self._cut(context)
         if LENGTHS in memory.tensors:

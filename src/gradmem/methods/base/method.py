@@ -89,9 +89,9 @@ class Method(nn.Module, ABC):
     """Whether it can write the chunks of a context into one memory; where not, each takes a memory of its own."""
     caution: str = ""
     """What its memories are not good for, for whoever might expect it."""
-    chunk: int | None = None
+    chunk_size: int | None = None
     """Most tokens of a chunk; None where contexts are written whole. Set it by `chunk_by`."""
-    chunks: Mode = "sequential"
+    chunk_mode: Mode = "sequential"
     """Whether each chunk is written from the memory that the one before it left, gets vectors of its own, or takes
     every step together with the others."""
     may_end: Callable[[Tensor], Tensor] = staticmethod(anywhere)
@@ -164,7 +164,7 @@ class Method(nn.Module, ABC):
     @property
     def too_long_advice(self) -> str:
         """What to do with longer contexts, for the end of an error message."""
-        return ": write them in chunks (option `chunk`)" if self.joins and self.chunk is None else ""
+        return ": write them in chunks (option `chunk_size`)" if self.joins and self.chunk_size is None else ""
 
     @property
     def max_chunk(self) -> int:
@@ -208,14 +208,14 @@ class Method(nn.Module, ABC):
 
     # Chunks: what only methods that write several into one memory (`joins`) have more to say about
 
-    def chunk_by(self, chunk: int | None, chunks: Mode | None = None) -> None:
+    def chunk_by(self, chunk_size: int | None, chunk_mode: Mode | None = None) -> None:
         """Choose how contexts are cut from now on; memories written before are read as ever.
 
         Parameters
         ----------
-        chunk : int or None
+        chunk_size : int or None
             Most tokens of a chunk; None to write contexts whole.
-        chunks : {"sequential", "independent", "joint"}, optional
+        chunk_mode : {"sequential", "independent", "joint"}, optional
             By default as before.
 
         Raises
