@@ -57,8 +57,6 @@ METHODS: dict[str, tuple[type[Method], str, dict[str, Any]]] = {
     "rmt independent": (RMT, "llama", {"n_mem": 3, "chunk_size": 3, "chunk_mode": "independent", "n_ctrl": 1}),
     "armt": (ARMT, "llama", {"n_mem": 2, "d_mem": 4, "segment_length": 3, "reconstruction": True}),
     "full_context": (FullContext, "llama", {}),
-    "full_context last": (FullContext, "llama", {"budget": 3}),
-    "full_context keys": (FullContext, "llama", {"budget": 3, "keep": "lowest-key-norm"}),
     "mean_pool": (MeanPool, "llama", {"n_mem": 3}),
     "mamba": (Mamba, "mamba", {"config": MAMBA, "reconstruction": True}),
 }

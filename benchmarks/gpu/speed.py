@@ -94,7 +94,7 @@ class Setting:
                     model,
                     method.write_head or model.get_output_embeddings(),
                     method.initial_memory,
-                    method.inner_lr,
+                    method.options.inner_lr,
                     self.write_steps,
                     batch.context.ids,
                     batch.queries.ids,

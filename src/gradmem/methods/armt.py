@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.objective import token_losses
+from ..inner.optimizers import Tensors
 from ..memory import Memory
 from ..ops.dtypes import no_autocast
 from ..prefix import Prefix
 from .base.one_pass import OnePassMethod
+from .base.options import Options, keywords_of
+from .base.state_prefix import StatePrefix
 
 State = list[tuple[Tensor, Tensor]]
-"""What the memory of each layer holds: A (batch, features, d) and z (batch, features)."""
+"""The memory of each layer: A (batch, features, d) and z (batch, features)."""
 EPSILON = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARMTOptions(Options):
+    """Options of `armt`."""
+
+    n_mem: int = 1
+    """Number of memory tokens, M."""
+    d_mem: int = 64
+    """Width of the memory's keys and queries."""
+    nu: int = 3
+    """Degree of the DPFP features, of which there are 2 * nu * d_mem."""
+    correction: bool = True
+    """Count in z only what is new in a key (gamma in the paper)."""
+    segment_length: int | None = None
+    """Most tokens of a segment; by default every context is one segment."""
+    leak_pads: bool = False
+    """Treat pads as the published experiments did: memory tokens attend to the pads of their segment, are numbered
+    after them, and also write if a segment is all pads. By default pads change nothing. No recipe uses it; comparison
+    with the published code needs it."""
+    reconstruction: bool = False
+    """Also learn to reconstruct the context from the memory; the recipe's `write_loss_weight` weights it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_mem", "d_mem", "nu"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
 
 
 class ARMT(OnePassMethod):
@@ -36,53 +66,25 @@ class ARMT(OnePassMethod):
     ----------
     backbone : Backbone
         Its attention must take masks, as eager and SDPA attention do.
-    n_mem : int
-        Memory tokens M.
-    d_mem : int
-        Width of keys and queries of the memory.
-    nu : int
-        Degree of the DPFP features, of which there are 2 * nu * d_mem.
-    correction : bool
-        Count in z only what is new in a key (gamma in the paper).
-    segment_length : int, optional
-        Longer contexts are written in segments of this many tokens; by default every context is one segment.
-    leak_pads : bool
-        Treat pads as the published experiments did: memory tokens attend to the pads of their segment, are numbered
-        after them, and also write where a segment is all pads. By default a row is written as it is alone.
-    reconstruction : bool
-        Learn to reconstruct the context from the memory as well, as the trainer weights it (`inner_loss_weight`).
+    **options
+        The fields of `ARMTOptions`.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        n_mem: int = 1,
-        d_mem: int = 64,
-        nu: int = 3,
-        correction: bool = True,
-        segment_length: int | None = None,
-        leak_pads: bool = False,
-        reconstruction: bool = False,
-    ) -> None:
+    @keywords_of(ARMTOptions)
+    def __init__(self, backbone: Backbone, **options: Any) -> None:
+        own = ARMTOptions(**options)
         super().__init__(backbone)
         if backbone.windows or not backbone.takes_masks:
             kind = backbone.model.config.model_type
             reason = f"has {backbone.windows[0]}" if backbone.windows else "takes none"
-            raise GradmemError(f"armt needs masks of what each position sees, and '{kind}' {reason}: take a llama")
-        self.reconstruction = reconstruction
-        require("n_mem", n_mem, n_mem >= 1, "at least 1")
-        require("d_mem", d_mem, d_mem >= 1, "at least 1")
-        require("nu", nu, nu >= 1, "at least 1")
-        most = backbone.max_positions - n_mem
-        require("segment_length", segment_length, segment_length is None or 1 <= segment_length <= most, f"1 to {most}")
-        self.segment_length, self.leak_pads = segment_length, leak_pads
+            raise GradmemError(f"armt needs attention masks, and '{kind}' {reason}: use a llama backbone")
+        most, length = backbone.max_positions - own.n_mem, own.segment_length
+        require("segment_length", length, length is None or 1 <= length <= most, f"1 to {most}")
+        self.options, self.reconstruction = own, own.reconstruction
         like = backbone.model.get_input_embeddings().weight
-        start = 0.02 * torch.randn(n_mem, backbone.width, dtype=like.dtype, device=like.device)
+        start = 0.02 * torch.randn(own.n_mem, backbone.width, dtype=like.dtype, device=like.device)
         self.memory_tokens = nn.Parameter(start)
-        self.associative: Any = nn.ModuleList(
-            _AssociativeLayer(backbone.width, d_mem, nu, correction).to(like) for _ in self.blocks
-        )
+        self.associative: Any = nn.ModuleList(_AssociativeLayer(backbone.width, own).to(like) for _ in self.blocks)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -107,7 +109,7 @@ class ARMT(OnePassMethod):
     @property
     def max_context(self) -> int:
         """Longest context in tokens: any in segments, else what the backbone's positions leave."""
-        return 2**31 - 1 if self.segment_length else self.backbone.max_positions - self.n_mem
+        return 2**31 - 1 if self.options.segment_length else self.backbone.max_positions - self.n_mem
 
     @property
     def max_query(self) -> int:
@@ -135,7 +137,7 @@ class ARMT(OnePassMethod):
         mask, positions = self._mask(tokens.mask, embeds.dtype), self._positions(tokens)
         with self.reading(state), self._watching() as outputs:
             hidden = self.backbone.hidden(embeds, mask=mask, positions=positions)
-        writes = tokens.mask.any(1) | self.leak_pads
+        writes = tokens.mask.any(1) | self.options.leak_pads
         olds = [None] * len(outputs) if state is None else state
         written = [
             layer.write(output[:, -self.n_mem :], old, writes)
@@ -146,9 +148,9 @@ class ARMT(OnePassMethod):
     def prefix(self, memory: Memory) -> Prefix:
         """Nothing stands before a query, so nothing predicts its first token: that hidden state is zeros."""
         like = self.memory_tokens
-        state = _unpack(memory, like.dtype)
+        state = {name: tensor.to(like.dtype) for name, tensor in memory.tensors.items()}
         last = like.new_zeros(len(memory), self.backbone.width)
-        return _StatePrefix(self, state, last, self.backbone.new_cache())
+        return StatePrefix(state, last, self.backbone.new_cache(), lambda state: self.reading(_unpack(state)))
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Loss of each context token when the context is read from the memory, shape (batch, length), nats.
@@ -175,7 +177,7 @@ class ARMT(OnePassMethod):
 
     def segments(self, context: Tokens) -> list[Tokens]:
         """Split contexts into the segments that they are written in."""
-        length = self.segment_length or context.ids.shape[1]
+        length = self.options.segment_length or context.ids.shape[1]
         return [Tokens(*part) for part in zip(context.ids.split(length, 1), context.mask.split(length, 1), strict=True)]
 
     def _unwritten(self, batch: int) -> Memory:
@@ -210,8 +212,8 @@ class ARMT(OnePassMethod):
         keys = torch.cat([real, memory], dim=1)[:, None]
         size = keys.shape[2]
         seen = keys & torch.ones(size, size, dtype=torch.bool, device=real.device).tril()
-        seen[:, length:] = True if self.leak_pads else keys
-        if not self.leak_pads:
+        seen[:, length:] = True if self.options.leak_pads else keys
+        if not self.options.leak_pads:
             # A pad that saw nothing would be NaN.
             seen |= torch.eye(size, dtype=torch.bool, device=real.device)
         added = torch.zeros(seen.shape, dtype=dtype, device=real.device).masked_fill(~seen, torch.finfo(dtype).min)
@@ -224,7 +226,7 @@ class ARMT(OnePassMethod):
         """
         batch, length = tokens.ids.shape
         ids = torch.arange(length + self.n_mem, device=tokens.ids.device).repeat(batch, 1)
-        if not self.leak_pads:
+        if not self.options.leak_pads:
             ids[:, length:] += (tokens.lengths - length)[:, None]
         return ids
 
@@ -232,11 +234,11 @@ class ARMT(OnePassMethod):
 class _AssociativeLayer(nn.Module):
     """The associative memory of one layer, paper section 2."""
 
-    def __init__(self, d: int, d_mem: int, nu: int, correction: bool) -> None:
+    def __init__(self, d: int, options: ARMTOptions) -> None:
         super().__init__()
-        self.nu, self.correction = nu, correction
-        self.query = nn.Linear(d, d_mem, bias=False)
-        self.key = nn.Linear(d, d_mem, bias=False)
+        self.nu, self.correction = options.nu, options.correction
+        self.query = nn.Linear(d, options.d_mem, bias=False)
+        self.key = nn.Linear(d, options.d_mem, bias=False)
         self.value = nn.Linear(d, d, bias=False)
         self.strength = nn.Linear(d, 1)
         # Reading begins as doing nothing.
@@ -277,35 +279,6 @@ class _AssociativeLayer(nn.Module):
             return torch.where(writes[:, None, None], new_a, a), torch.where(writes[:, None], new_z, z)
 
 
-class _StatePrefix(Prefix):
-    """A prefix without positions, whose state the layers read."""
-
-    def __init__(self, method: ARMT, state: State, last: Tensor, cache: Cache) -> None:
-        super().__init__(last, cache)
-        self.method, self.state = method, state
-
-    def select(self, rows: Tensor) -> Prefix:
-        """Rows of the prefix, in any order and any number of times; the original stays as it is."""
-        chosen = super().select(rows)
-        return _StatePrefix(self.method, [(a[rows], z[rows]) for a, z in self.state], chosen.last, chosen.cache)
-
-    def join(self, others: Sequence[Prefix]) -> Prefix:
-        """Rows of this prefix and of others; see `Prefix.join`."""
-        joined = super().join(others)
-        layers = zip(*(part.state for part in [self, *others]), strict=True)  # type: ignore[attr-defined]
-        state = [(torch.cat([a for a, _ in same]), torch.cat([z for _, z in same])) for same in layers]
-        return _StatePrefix(self.method, state, joined.last, joined.cache)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the state."""
-        return super().nbytes + sum(tensor.nbytes for own in self.state for tensor in own)
-
-    def active(self) -> AbstractContextManager[Any]:
-        """Context in which every layer reads from the state."""
-        return self.method.reading(self.state)
-
-
 def _reader(layer: _AssociativeLayer, state: tuple[Tensor, Tensor]) -> Callable[..., Any]:
     """Pre-hook of a decoder layer that reads into the hidden states it is given."""
 
@@ -323,6 +296,5 @@ def _pack(state: State) -> Memory:
     return Memory({f"layers.{i}.{name}": own[j] for i, own in enumerate(state) for j, name in enumerate("Az")})
 
 
-def _unpack(memory: Memory, dtype: torch.dtype) -> State:
-    found = {name: tensor.to(dtype) for name, tensor in memory.tensors.items()}
-    return [(found[f"layers.{i}.A"], found[f"layers.{i}.z"]) for i in range(len(found) // 2)]
+def _unpack(state: Tensors) -> State:
+    return [(state[f"layers.{i}.A"], state[f"layers.{i}.z"]) for i in range(len(state) // 2)]

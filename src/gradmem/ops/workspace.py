@@ -1,4 +1,4 @@
-"""How much to compute at once: a constant on a CPU, where more leaves the cache; a share of the memory elsewhere."""
+"""The size of work memory: a constant on a CPU, so that it fits the cache; a share of the memory on other devices."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 
 def elements_at_once(device: torch.device, on_cpu: int, share: int) -> int:
-    """Float32 numbers to have at once.
+    """Return how many float32 numbers to hold at once.
 
     Parameters
     ----------
     device : torch.device
     on_cpu : int
-        How many on a CPU.
+        The number on a CPU, and the least on any device.
     share : int
-        On another device: one in `share` of those that its whole memory holds, if that is more.
+        On other devices: one in `share` of the numbers that the whole memory holds.
     """
     return on_cpu if device.type == "cpu" else max(on_cpu, _numbers(device) // share)
 
