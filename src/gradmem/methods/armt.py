@@ -56,11 +56,11 @@ class ARMTOptions(Options):
 
 
 class ARMT(OnePassMethod):
-    """Memory that learned tokens write into an associative matrix of every layer, and every position reads from.
+    """An associative matrix in every layer, which learned memory tokens write and every position reads.
 
-    WRITE runs the context once, in one segment or several, each followed by the M memory tokens, whose hidden states
-    each layer stores by the delta rule. READ adds to what enters each layer what its matrix holds for it. Only the
-    matrices pass from one segment to the next.
+    WRITE runs the context once, in one segment or several. Each segment is followed by M memory tokens, whose hidden
+    states each layer stores in its matrix by the delta rule. READ adds to the input of each layer what its matrix
+    returns for it. Only the matrices pass from one segment to the next.
 
     Parameters
     ----------
@@ -93,13 +93,13 @@ class ARMT(OnePassMethod):
         Raises
         ------
         GradmemError
-            When it keeps them in no list.
+            If the backbone does not keep them in a list.
         """
         config = self.backbone.model.config
         for module in self.backbone.body.modules():
             if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
                 return module
-        raise GradmemError(f"'{config.model_type}' has no list of layers for associative memory: take another backbone")
+        raise GradmemError(f"'{config.model_type}' has no list of layers for associative memory: use another backbone")
 
     @property
     def n_mem(self) -> int:
@@ -108,27 +108,27 @@ class ARMT(OnePassMethod):
 
     @property
     def max_context(self) -> int:
-        """Longest context in tokens: any in segments, else what the backbone's positions leave."""
+        """Longest context in tokens: no limit in segments, else the backbone's positions less the memory tokens."""
         return 2**31 - 1 if self.options.segment_length else self.backbone.max_positions - self.n_mem
 
     @property
     def max_query(self) -> int:
-        """Longest query and answer in tokens."""
+        """Most tokens of a query with its answer."""
         return self.backbone.max_positions
 
     def write_segment(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
-        """Run one segment and its memory tokens: read the state in every layer, then write to it.
+        """Run one segment and its memory tokens; every layer reads its state, then writes to it.
 
         Parameters
         ----------
         tokens : Tokens, shape (batch, length)
         state : list of (A, z), or None
-            What earlier segments wrote; None for the first, which reads nothing.
+            The state after earlier segments; None for the first segment.
 
         Returns
         -------
         hidden : Tensor, shape (batch, length, d)
-            After the final norm, memory tokens dropped.
+            After the final norm, without the memory tokens.
         state : list of (A, z)
             A (batch, features, d) and z (batch, features) of every layer.
         """
@@ -146,16 +146,17 @@ class ARMT(OnePassMethod):
         return hidden[:, : -self.n_mem], written
 
     def prefix(self, memory: Memory) -> Prefix:
-        """Nothing stands before a query, so nothing predicts its first token: that hidden state is zeros."""
+        """Build a prefix without positions. Nothing predicts the first token of a query: its hidden state is zero."""
         like = self.memory_tokens
         state = {name: tensor.to(like.dtype) for name, tensor in memory.tensors.items()}
         last = like.new_zeros(len(memory), self.backbone.width)
         return StatePrefix(state, last, self.backbone.new_cache(), lambda state: self.reading(_unpack(state)))
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
-        """Loss of each context token when the context is read from the memory, shape (batch, length), nats.
+        """Compute the loss of each context token given the memory: shape (batch, length), in nats.
 
-        Segment by segment, as it was written. The first token has nothing before it: its loss is that of guessing.
+        The context is read in the segments in which it was written. Nothing predicts the first token: it has the loss
+        of a uniform guess.
         """
         prefix = self.prefix(memory)
         with prefix.active():
@@ -169,14 +170,14 @@ class ARMT(OnePassMethod):
 
     @contextmanager
     def reading(self, state: State | None) -> Iterator[None]:
-        """Context in which every layer reads from its state; None reads nothing."""
+        """Let every layer read from its state within a context; with None, none reads."""
         with ExitStack() as stack:
             for block, layer, own in zip(self.blocks, self.associative, state or [], strict=False):
                 stack.enter_context(block.register_forward_pre_hook(_reader(layer, own), with_kwargs=True))
             yield
 
     def segments(self, context: Tokens) -> list[Tokens]:
-        """Split contexts into the segments that they are written in."""
+        """Split contexts into segments."""
         length = self.options.segment_length or context.ids.shape[1]
         return [Tokens(*part) for part in zip(context.ids.split(length, 1), context.mask.split(length, 1), strict=True)]
 
@@ -192,7 +193,7 @@ class ARMT(OnePassMethod):
 
     @contextmanager
     def _watching(self) -> Iterator[list[Tensor]]:
-        """Context that collects the outputs of the layers, each (batch, length, d)."""
+        """Collect the outputs of the layers within a context, each (batch, length, d)."""
         outputs: list[Tensor] = []
 
         def keep(block: nn.Module, inputs: Any, output: Any) -> None:
@@ -204,9 +205,9 @@ class ARMT(OnePassMethod):
             yield outputs
 
     def _mask(self, real: Tensor, dtype: torch.dtype) -> Tensor:
-        """What each position of a segment attends to, as numbers to add: (batch, 1, length + M, length + M).
+        """Build the additive attention mask of a segment: (batch, 1, length + M, length + M).
 
-        Tokens see real tokens up to themselves, and no memory token; memory tokens see all tokens and one another.
+        A token sees real tokens up to itself and no memory token; a memory token sees all tokens and all memory tokens.
         """
         length, memory = real.shape[1], real.new_ones(len(real), self.n_mem)
         keys = torch.cat([real, memory], dim=1)[:, None]
@@ -214,15 +215,15 @@ class ARMT(OnePassMethod):
         seen = keys & torch.ones(size, size, dtype=torch.bool, device=real.device).tril()
         seen[:, length:] = True if self.options.leak_pads else keys
         if not self.options.leak_pads:
-            # A pad that saw nothing would be NaN.
+            # The softmax of a pad that sees nothing would be NaN.
             seen |= torch.eye(size, dtype=torch.bool, device=real.device)
         added = torch.zeros(seen.shape, dtype=dtype, device=real.device).masked_fill(~seen, torch.finfo(dtype).min)
         return added[:, None]
 
     def _positions(self, tokens: Tokens) -> Tensor:
-        """Position ids of a segment, shape (batch, length + M): memory tokens follow the last token.
+        """Number the positions of a segment: shape (batch, length + M), memory tokens after the last token.
 
-        They begin anew in every segment, which relative positions (RoPE) cannot tell from counting on.
+        Numbers start again in every segment; to relative positions (RoPE) this makes no difference.
         """
         batch, length = tokens.ids.shape
         ids = torch.arange(length + self.n_mem, device=tokens.ids.device).repeat(batch, 1)
@@ -241,29 +242,29 @@ class _AssociativeLayer(nn.Module):
         self.key = nn.Linear(d, options.d_mem, bias=False)
         self.value = nn.Linear(d, d, bias=False)
         self.strength = nn.Linear(d, 1)
-        # Reading begins as doing nothing.
+        # At first, reading adds nothing.
         nn.init.zeros_(self.value.weight)
 
     def empty(self, batch: int) -> tuple[Tensor, Tensor]:
-        """State that holds nothing."""
+        """Return an empty state."""
         features, d = 2 * self.nu * self.key.out_features, self.key.in_features
         like = self.value.weight
         return like.new_zeros(batch, features, d), like.new_zeros(batch, features)
 
     def features(self, vectors: Tensor) -> Tensor:
-        """DPFP features of unit length: (..., d_mem) -> (..., 2 * nu * d_mem)."""
+        """Compute DPFP features of unit length: (..., d_mem) -> (..., 2 * nu * d_mem)."""
         r = torch.cat([vectors.relu(), (-vectors).relu()], dim=-1)
         return F.normalize(torch.cat([r * r.roll(j, -1) for j in range(1, self.nu + 1)], dim=-1), dim=-1)
 
     def read(self, hidden: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
-        """Add to hidden states (batch, length, d) what the state holds for them."""
+        """Add to hidden states (batch, length, d) what the state returns for them."""
         a, z = state
         with no_autocast(hidden):
             q = self.features(self.query(hidden.to(a.dtype)))
             return hidden + (q @ a / (q @ z[..., None] + EPSILON)).to(hidden.dtype)
 
     def write(self, rows: Tensor, state: tuple[Tensor, Tensor] | None, writes: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the memory tokens' hidden states (batch, M, d), all at once, where `writes` (batch,)."""
+        """Store the hidden states of memory tokens (batch, M, d) in the rows for which `writes` (batch,) is true."""
         with no_autocast(rows):
             rows = rows.to(self.value.weight.dtype)
             k, v, b = self.features(self.key(rows)), self.value(rows), self.strength(rows).sigmoid()
@@ -280,7 +281,7 @@ class _AssociativeLayer(nn.Module):
 
 
 def _reader(layer: _AssociativeLayer, state: tuple[Tensor, Tensor]) -> Callable[..., Any]:
-    """Pre-hook of a decoder layer that reads into the hidden states it is given."""
+    """Build a pre-hook of a decoder layer that adds to its input what the state returns."""
 
     def hook(
         block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]

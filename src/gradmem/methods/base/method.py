@@ -360,7 +360,7 @@ class Method(nn.Module, ABC):
     def _refuse_until(self, until: float | None) -> None:
         """Raise `GradmemError` if `until` is given, for methods without a write loss."""
         if until is not None:
-            raise GradmemError("this method has no write loss, so it cannot take `until`: give a number of `steps`")
+            raise GradmemError("`until` needs a write loss, and this method has none: give a number of `steps`")
 
     def _compare(self, memory: Memory, own: Memory, what: str) -> None:
         """Raise `GradmemError` unless a memory has the names and shapes of one that this method wrote."""
