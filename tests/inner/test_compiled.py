@@ -113,4 +113,4 @@ def test_without_a_compiler_it_says_what_to_do() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT / "tests", capture_output=True, text=True
     )
-    assert "take another `strategy`, as unroll" in ran.stderr.splitlines()[-1]
+    assert "set `strategy: unroll`" in ran.stderr.splitlines()[-1]

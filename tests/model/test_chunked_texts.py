@@ -165,7 +165,7 @@ def test_long_memories_leave_less_room() -> None:
     assert memory.ask("h7", max_new_tokens=20) is not None
     with pytest.raises(GradmemError, match=r"the query has 5 tokens; the limit of 'unnamed' is 3"):
         memory.ask("h7", max_new_tokens=60 - 8 * model.method.max_chunks - 3)
-    with pytest.raises(GradmemError, match=f"the limit is {model.method.max_chunks}: take longer chunks"):
+    with pytest.raises(GradmemError, match=f"the limit is {model.method.max_chunks}: raise `chunk_size`"):
         model.append(memory, LAST, may_forget=True)
 
 
@@ -211,13 +211,13 @@ def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         pool.append(pool.write(TEXT), MORE)
     with pytest.raises(GradmemError, match="chunk_mode must be sequential or independent, not 'joint'"):
         make_method(RMT, chunk_size=4, chunk_mode="joint")
-    with pytest.raises(GradmemError, match="whole, at once"):
+    with pytest.raises(GradmemError, match="writes a context whole: write all text at once"):
         make_method(MeanPool).chunk_by(3)
     apart = model.write(TEXT)
     model.configure({"chunk_size": 15, "chunk_mode": "independent"})
     apart = model.append(apart, MORE, may_forget=True)
     model.configure({"chunk_mode": "sequential"})
-    with pytest.raises(GradmemError, match="vectors of their own: append with"):
+    with pytest.raises(GradmemError, match="has vectors of its own: append with"):
         model.append(apart, LAST, may_forget=True)
     bad = {**apart.tensors, "lengths": apart.tensors["lengths"] + 1}
     with pytest.raises(GradmemError, match="chunks a row"):
