@@ -22,8 +22,9 @@ from ..errors import GradmemError, Missing
 from ..files import write_bytes
 from ..interruption import Interruptible
 from ..model.packaged import checkpoint_names
+from ..plugins import names as plugin_names
 from ..receipts import Receipt, written_texts
-from ..training.recipe import recipe_names
+from ..training.recipe import recipe_groups
 from ..visible import shown_on
 from .console import console, dumps, notes, progress_bar, read_stdin, read_text
 from .memory_tables import (
@@ -320,6 +321,9 @@ def _open(memory: Path, checkpoint: str | None) -> gradmem.Memory:
 
 
 def show_list() -> None:
-    """List the checkpoints and recipes in the package."""
+    """List checkpoints, recipes, methods and tasks: those of gradmem, and those of installed plug-ins."""
     _print_line("checkpoints: " + (", ".join(checkpoint_names()) or "none"))
-    _print_line("recipes: " + (", ".join(recipe_names()) or "none"))
+    for group, recipes in recipe_groups().items():
+        _print_line(f"recipes ({group}): {', '.join(recipes)}")
+    for group in ("methods", "tasks"):
+        _print_line(f"{group}: {', '.join(plugin_names(f'gradmem.{group}'))}")
