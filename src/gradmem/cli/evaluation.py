@@ -15,7 +15,7 @@ import gradmem
 from ..choices import Precision, Split
 from ..device import device_named
 from ..errors import GradmemError
-from ..model.packaged import checkpoint_names
+from ..model.packaged import DOWNLOADABLE, checkpoint_names
 from ..training.recipe import load_recipe, recipe_names
 from .console import console, progress_bar
 from .training import train
@@ -63,7 +63,7 @@ def measure(
     Parameters
     ----------
     checkpoint
-        Name of a packaged checkpoint, directory, or hub name.
+        Name of a checkpoint, directory, or hub name.
     pairs
         Numbers of pairs, as 32,64; default: the checkpoint's own.
     steps
@@ -141,7 +141,7 @@ def sweep(
     Parameters
     ----------
     checkpoints
-        Names of packaged checkpoints, directories, or hub names.
+        Names of checkpoints, directories, or hub names.
     pairs
         Numbers of pairs, as 4,8,16; default: each checkpoint's own.
     steps
@@ -254,7 +254,7 @@ def _system(name: str, output: Path, device: str) -> tuple[gradmem.MemoryModel, 
     """Load a checkpoint, that of a run, or what a recipe trains."""
     from ..experiments.compare import Training
 
-    run, packaged = Path(name), name in checkpoint_names()
+    run, packaged = Path(name), name in {*checkpoint_names(), *DOWNLOADABLE}
     if not packaged and (name in recipe_names() or name.endswith((".yaml", ".yml"))):
         run = output / run.stem
         train(replace(load_recipe(name), device=device), run)
@@ -280,7 +280,7 @@ def calibrate(
     Parameters
     ----------
     checkpoint
-        Name of a packaged checkpoint, directory, or hub name; abstain.safetensors is saved in a directory.
+        Name of a checkpoint, directory, or hub name; abstain.safetensors is saved in a directory.
     samples
         Validation contexts to fit on; a fourth as many test contexts are measured on.
     seed

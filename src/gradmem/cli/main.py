@@ -22,6 +22,7 @@ from ..visible import visible
 from . import evaluation, memory, serving, training
 from .console import use_utf8
 from .demo import demo
+from .download import download
 from .launch import launch
 from .parsers import (
     HelpFormatter,
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "serve": serving.serve,
     "demo": demo,
     "list": memory.show_list,
+    "download": download,
 }
 GROUPS = {
     "store": ("gradmem.cli.store:COMMANDS", "Manage stored memories (GRADMEM_STORE: file or PostgreSQL URL)."),

@@ -21,7 +21,7 @@ from ..device import device_named
 from ..errors import GradmemError, Missing
 from ..files import write_bytes
 from ..interruption import Interruptible
-from ..model.packaged import checkpoint_names
+from ..model.packaged import DOWNLOADABLE, checkpoint_names
 from ..plugins import names as plugin_names
 from ..receipts import Receipt, written_texts
 from ..training.recipe import recipe_groups
@@ -64,7 +64,7 @@ def write(
     Parameters
     ----------
     checkpoint
-        Name of a packaged checkpoint, directory or hub name of a checkpoint, or of a plain language model.
+        Name of a checkpoint, directory or hub name of a checkpoint, or of a plain language model.
     file
         Text to write; - for standard input.
     output
@@ -190,7 +190,7 @@ def ask(
     queries
         Queries. Default: the lines of standard input, answered as JSON lines.
     checkpoint
-        Checkpoint that wrote the memory. Not needed for a packaged checkpoint.
+        Checkpoint that wrote the memory. Not needed for those that `gradmem list` shows.
     jsonl
         Print JSON lines for queries given as arguments too.
     abstain
@@ -247,7 +247,7 @@ def restore(
     memory
         Memory file, or id or name of a stored memory.
     checkpoint
-        Checkpoint that wrote the memory. Not needed for a packaged checkpoint.
+        Checkpoint that wrote the memory. Not needed for those that `gradmem list` shows.
     output
         File for the text (short: -o). Default: standard output.
     context
@@ -283,7 +283,7 @@ def inspect(memory: Path, checkpoint: str | None = None, context: Path | None = 
     memory
         Memory file.
     checkpoint
-        Checkpoint that wrote the memory, for --context. Not needed for a packaged checkpoint.
+        Checkpoint that wrote the memory, for --context. Not needed for those that `gradmem list` shows.
     context
         File of the original text, to show which of its tokens were lost. The memory file holds no text.
     json
@@ -322,7 +322,10 @@ def _open(memory: Path, checkpoint: str | None) -> gradmem.Memory:
 
 def show_list() -> None:
     """List checkpoints, recipes, methods and tasks: those of gradmem, and those of installed plug-ins."""
-    _print_line("checkpoints: " + (", ".join(checkpoint_names()) or "none"))
+    here = checkpoint_names()
+    _print_line("checkpoints: " + (", ".join(here) or "none"))
+    if absent := sorted(DOWNLOADABLE.keys() - here):
+        _print_line(f"checkpoints to download: {', '.join(absent)}")
     for group, recipes in recipe_groups().items():
         _print_line(f"recipes ({group}): {', '.join(recipes)}")
     for group in ("methods", "tasks"):
