@@ -37,6 +37,15 @@ from .writing import Progress, as_texts, measure_again, write_texts
 FORMAT = 2
 FILES = [CONFIG, WEIGHTS, ABSTAIN, "tokenizer*.json", "special_tokens_map.json"]
 """Files of a checkpoint."""
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+A model that writes texts into a memory and answers from the memory alone, as a checkpoint of gradmem:
+`gradmem.load(DIRECTORY).write(text).ask(query)`. Say here what it was trained on, and how well it answers beside its
+controls (`gradmem eval DIRECTORY`).
+"""
+"""The `README.md` of a checkpoint that has none; Jinja puts the data of the hub in."""
 HERE = "."
 """In a checkpoint's config: the directory of the checkpoint itself."""
 NAMED: set[str] = set()
@@ -51,7 +60,9 @@ def _silent(steps: Iterable[Any], title: str = "", total: int | None = None) -> 
     return steps
 
 
-class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-time-training"]):
+class MemoryModel(
+    ModelHubMixin, library_name="gradmem", tags=["memory", "test-time-training"], model_card_template=MODEL_CARD
+):
     """A method with the task it was trained on; saves, loads and travels as a checkpoint.
 
     Parameters
