@@ -11,12 +11,12 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from .. import __version__
 from ..errors import GradmemError
 from ..visible import visible
 from . import evaluation, memory, serving, training
@@ -134,7 +134,7 @@ def _run(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="gradmem",
         description="Memory for language models: write once, ask many.",
-        version=__version__,
+        version=version("gradmem"),
         exit_on_error=False,
         formatter_class=HelpFormatter,  # subcommands take it over
     )
