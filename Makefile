@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo serve test test-system load lint audit bench clean
+.PHONY: demo serve test quick test-system load lint audit bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/gradmem demo $(if $(PAIRS),--pairs "$(PAIRS)")
@@ -14,6 +14,11 @@ serve: $(INSTALLED)
 # One process a core and one thread each: threads of several processes wait for one another.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# While you edit: the first case of every test that is fast (tests/quick.py).
+quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m quick -n 2 --dist worksteal \
+		-p no:schemathesis -p no:hypothesispytest $(ARGS)
 
 test-system: $(INSTALLED)
 	$(BIN)/python -m pytest tests/system $(ARGS)

@@ -149,7 +149,7 @@ class NaiveStep:
             self.plain,
             method.write_head or self.plain.get_output_embeddings(),
             method.initial_memory,
-            method.inner_lr,
+            method.options.inner_lr,
             self.steps,
             batch.context.ids,
             batch.queries.ids,

@@ -14,8 +14,13 @@ import standin  # noqa: F401 - makes its device known before anything is differe
 from babi_solver import SMALL
 from gradmem.model import MemoryModel
 from helpers import tiny_model
+from quick import mark_quick
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_quick(items)
 
 
 @pytest.fixture(autouse=True)

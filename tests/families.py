@@ -158,7 +158,9 @@ def made(kind: str, **fields: Any) -> GradMem:
     GradmemError
         When it is refused.
     """
-    return GradMem(Backbone(tiny_model(kind, **fields)), n_mem=3, write_steps=1, chunk=4, chunks="independent").eval()
+    return GradMem(
+        Backbone(tiny_model(kind, **fields)), n_mem=3, write_steps=1, chunk_size=4, chunk_mode="independent"
+    ).eval()
 
 
 class Told(RowStreamer):
@@ -212,7 +214,7 @@ def check(method: GradMem) -> None:
             same(backbone.head(hidden[place, 1 : lengths[row] + 1]), wanted[row], what)
 
     embeds = torch.cat([own[0], backbone.embed(torch.tensor(queries[0]))])[None]
-    with backbone.second_order():
+    with backbone.double_backward():
         same(backbone.head(backbone.hidden(embeds))[0, len(own[0]) :], wanted[0], "as WRITE computes")
     for row in range(3):
         reads(one[row].select(torch.tensor([0])), [row], "alone")

@@ -1,4 +1,4 @@
-"""GradMem, slow and obvious: METHOD.md line by line, one sample and one step at a time.
+"""GradMem, slow and obvious: section 3 of arXiv 2603.13875 line by line, one sample and one step at a time.
 
 Every forward pass is the whole model on the whole unpadded input. Only the parameters come from the method
 under test: no line of `gradmem.inner` or `gradmem.methods` runs here.

@@ -34,7 +34,7 @@ from helpers import assert_same_gradients, distance, make_batch, make_method, ti
 pytestmark = pytest.mark.skipif(bool(standin.MISSING), reason=standin.MISSING)
 
 LEARNED = {"learn_inner_lr": True, "learn_momentum": True, "write_steps": 3, "n_mem": 3, "inner_lr": 0.3}
-CHUNKED = {mode: {**LEARNED, "chunk": 4, "chunks": mode} for mode in ("joint", "sequential", "independent")}
+CHUNKED = {mode: {**LEARNED, "chunk_size": 4, "chunk_mode": mode} for mode in ("joint", "sequential", "independent")}
 MAMBA = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "residual_in_fp32": False}
 METHODS: dict[str, tuple[type[Method], str, dict[str, Any]]] = {
     "whole": (GradMem, "llama", LEARNED),
@@ -51,14 +51,12 @@ METHODS: dict[str, tuple[type[Method], str, dict[str, Any]]] = {
         | {"learn_momentum": False},
     ),
     "adapters": (GradMem, "llama", {"write_lora": 2, "read_lora": 2}),
-    "gauss_newton": (GradMem, "gpt2", {"gauss_newton_after": 1, "chunk": 4, "chunks": "joint"}),
+    "gauss_newton": (GradMem, "gpt2", {"gauss_newton_after": 1, "chunk_size": 4, "chunk_mode": "joint"}),
     "rmt": (RMT, "llama", {"n_mem": 3, "reconstruction": True, "residual": True}),
-    "rmt sequential": (RMT, "llama", {"n_mem": 3, "chunk": 3}),
-    "rmt independent": (RMT, "llama", {"n_mem": 3, "chunk": 3, "chunks": "independent", "n_ctrl": 1}),
+    "rmt sequential": (RMT, "llama", {"n_mem": 3, "chunk_size": 3}),
+    "rmt independent": (RMT, "llama", {"n_mem": 3, "chunk_size": 3, "chunk_mode": "independent", "n_ctrl": 1}),
     "armt": (ARMT, "llama", {"n_mem": 2, "d_mem": 4, "segment_length": 3, "reconstruction": True}),
     "full_context": (FullContext, "llama", {}),
-    "full_context last": (FullContext, "llama", {"budget": 3}),
-    "full_context keys": (FullContext, "llama", {"budget": 3, "keep": "lowest-key-norm"}),
     "mean_pool": (MeanPool, "llama", {"n_mem": 3}),
     "mamba": (Mamba, "mamba", {"config": MAMBA, "reconstruction": True}),
 }
@@ -160,7 +158,7 @@ def test_training_looks_at_numbers_once_a_step(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gradmem.training.trainer.Accelerator", _There)
-    method = {"name": "gradmem", "n_mem": 2, "write_steps": 2, "inner_lr": 0.3, "chunk": 8, "chunks": "joint"}
+    method = {"name": "gradmem", "n_mem": 2, "write_steps": 2, "inner_lr": 0.3, "chunk_size": 8, "chunk_mode": "joint"}
     stage = Stage(max_steps=3, write_steps=[1, 2], batch_size=4, warmup_steps=1, decay_steps=1)
     recipe = Recipe(
         {"name": "kv", "pairs": 2}, BACKBONE, method, [stage], save_every=2, valid_samples=4, strategy="unroll"
@@ -209,9 +207,9 @@ def test_each_stage_trains_on_its_own_samples(tmp_path: Path, monkeypatch: pytes
 
 SPECS: dict[str, dict[str, Any]] = {
     "gradmem": {"name": "gradmem", "n_mem": 8, "write_steps": 2, "inner_lr": 0.3},
-    "joint": {"name": "gradmem", "n_mem": 8, "write_steps": 2, "inner_lr": 0.3, "chunk": 9, "chunks": "joint"},
-    "independent": {"name": "gradmem", "n_mem": 2, "write_steps": 2, "inner_lr": 0.3, "chunk": 9}
-    | {"chunks": "independent"},
+    "joint": {"name": "gradmem", "n_mem": 8, "write_steps": 2, "inner_lr": 0.3, "chunk_size": 9, "chunk_mode": "joint"},
+    "independent": {"name": "gradmem", "n_mem": 2, "write_steps": 2, "inner_lr": 0.3, "chunk_size": 9}
+    | {"chunk_mode": "independent"},
     "armt": {"name": "armt", "n_mem": 2, "d_mem": 4},
     "full_context": {"name": "full_context"},
     "mamba": {"name": "mamba"},

@@ -127,9 +127,9 @@ def test_methods_that_need_more_than_that_refuse_windows() -> None:
     for kind in ("mistral", "gpt_neo"):
         with pytest.raises(GradmemError, match="needs full attention"):
             FullContext(Backbone(tiny_model(kind)))
-        with pytest.raises(GradmemError, match="needs masks"):
+        with pytest.raises(GradmemError, match="needs attention masks"):
             ARMT(Backbone(tiny_model(kind)))
-    with pytest.raises(GradmemError, match="needs masks"):
+    with pytest.raises(GradmemError, match="needs attention masks"):
         ARMT(Backbone(tiny_model("bloom")))
 
 

@@ -1,4 +1,4 @@
-"""The built wheel works outside the repository, with the checkpoint in it and nothing of the network."""
+"""The built wheel works outside the repository, with the checkpoints in it and nothing of the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ QUESTION = """
 import gradmem, pathlib
 assert "site" in gradmem.__file__, gradmem.__file__
 print(gradmem.load("kv-32").write("a7:Qz\\nk2:9f\\nzz:aa").ask("a7"))
+print(gradmem.checkpoint_names())
 """
+MOST_BYTES = 30 * 10**6
+"""Of a wheel: what people install before they have seen an answer."""
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +34,16 @@ def test_wheel_answers_a_query(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    cache = {"GRADMEM_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(site), **cache}
     done = subprocess.run(
         [sys.executable, "-c", QUESTION], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "Qz"
+    assert done.stdout.splitlines() == ["Qz", "['babi', 'kv-16', 'kv-32']"]
+
+
+def test_wheel_is_small(wheel: Path) -> None:
+    assert wheel.stat().st_size < MOST_BYTES
 
 
 def test_wheel_holds_the_package_only(wheel: Path) -> None:

@@ -86,7 +86,7 @@ def main() -> None:
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="texts, of which the middle is taken")
     command.add_argument("--model", default="smollm2-135m", help="directory, hub name or GGUF file")
     command.add_argument("--tokens", type=int, default=1024, metavar="N", help="tokens in all")
-    command.add_argument("--chunk", type=int, default=128, metavar="N", help="tokens of a chunk")
+    command.add_argument("--chunk-size", type=int, default=128, metavar="N", help="tokens of a chunk")
     command.add_argument("--n-mem", type=int, nargs="+", default=[2, 4, 8, 16], metavar="M", help="vectors a chunk")
     command.add_argument("--steps", type=int, default=300, metavar="K", help="most steps")
     command.add_argument("--until", type=float, default=0.05, metavar="LOSS", help="loss at which a chunk stops, nats")
@@ -95,7 +95,7 @@ def main() -> None:
     where = machine(options.threads, "fp32")
     try:
         model = MemoryModel.from_language_model(options.model, {"name": "cram"})
-        texts = read_chunks(model, options.files, options.tokens, options.chunk)
+        texts = read_chunks(model, options.files, options.tokens, options.chunk_size)
     except (gradmem.GradmemError, OSError, ValueError) as error:
         command.error(str(error))
     joined = "".join(texts).encode()
@@ -105,7 +105,7 @@ def main() -> None:
     print(f"key-value cache, float32: {sum(caches):,} bytes")
     jobs = [partial(job, options.model, texts, n, options.until, options.steps) for n in options.n_mem]
     rows = measure("cram", jobs)
-    report(f"{options.model}, chunks of {options.chunk} tokens, until {options.until}", rows, where, options.json)
+    report(f"{options.model}, chunks of {options.chunk_size} tokens, until {options.until}", rows, where, options.json)
 
 
 if __name__ == "__main__":

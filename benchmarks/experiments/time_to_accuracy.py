@@ -55,7 +55,7 @@ class TimedTrainer(Trainer):
         self.budget, self.curve = seconds, output / "curve.csv"
         if plain:
             backbone = self.model.method.backbone
-            backbone.second_order_attention, backbone.closed_forms = "eager", {}
+            backbone.double_backward_attention, backbone.closed_forms = "eager", {}
         rows = [row for row in read(self.curve) if row["step"] <= self.state.step]
         write(self.curve, rows)
         last = rows[-1] if rows else dict.fromkeys(FIELDS, 0.0)

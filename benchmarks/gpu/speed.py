@@ -46,7 +46,7 @@ class Setting:
     @classmethod
     def pairs(cls, pairs: int, write_steps: int, contexts: int) -> Setting:
         """The paper's model and one query for each context, all written whole."""
-        method = load("kv-96", {"chunk": None}).method
+        method = load("kv-96", {"chunk_size": None}).method
         assert isinstance(method, GradMem)
         batch = KV(pairs=pairs, queries=1).batch("train", 0, contexts)
         return cls(f"N{pairs}-K{write_steps}-B{contexts}", method, batch, write_steps)._there()
@@ -66,7 +66,8 @@ class Setting:
         self.method.to(device()).train()
         self.batch = self.batch.to(device())
         backbone = self.method.backbone
-        say(f"    {self.name}: attention {backbone.second_order_attention}, {len(backbone.closed_forms)} closed forms")
+        attention, forms = backbone.double_backward_attention, len(backbone.closed_forms)
+        say(f"    {self.name}: attention {attention}, {forms} closed forms")
         return self
 
     def ours(self, strategy: Any, precision: Any) -> Callable[[], None]:
@@ -88,12 +89,12 @@ class Setting:
         def run() -> None:
             method.zero_grad()
             token = _one_sequence_a_row.set(True)  # as ours: the search for packed sequences would wait for the device
-            with method.backbone.plain():
+            with method.backbone.eager_attention():
                 loss, _ = naive.meta_loss(
                     model,
                     method.write_head or model.get_output_embeddings(),
                     method.initial_memory,
-                    method.inner_lr,
+                    method.options.inner_lr,
                     self.write_steps,
                     batch.context.ids,
                     batch.queries.ids,

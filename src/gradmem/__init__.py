@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from .receipts import Receipt
     from .serving.client import Client
 
-__version__ = "0.1.0"
-
 # Without `open`: `from gradmem import *` must not hide Python's own.
 __all__ = [
     "Answer",

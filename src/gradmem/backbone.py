@@ -19,16 +19,16 @@ from .errors import GradmemError, refused
 from .language_model import built_model, loaded_model
 from .ops import attention
 from .ops.head import Head, ScaledHead
-from .ops.patching import closed_forms, replaced
-from .ops.room import room
+from .ops.patching import closed_forms, patched
+from .ops.workspace import elements_at_once
 from .prefix import Prefix
 from .pretrained import pretrained_place
 from .probing import FAILURES, check_reading, find_head, hides_pads, obeys_masks, other_layers
 from .untrusted import Stored
 
-SPARE = 0.95
+MIN_VOCABULARY_SHARE = 0.95
 """Smallest part of a pretrained model's embeddings that its tokenizer has tokens for."""
-ADDED = 4
+MAX_ADDED_TOKENS = 4
 """Most special tokens that a pretrained model's tokenizer may have got since, as one to pad with."""
 TOKENS_AT_ONCE = 4096
 """Context tokens to write at once on a CPU where no meta-gradient is wanted: more only cost memory and page faults."""
@@ -79,9 +79,9 @@ class Backbone(nn.Module):
         rows of one length are run at a time."""
         self._check()
         self.closed_forms = closed_forms(model)
-        self.second_order_attention = attention.NAME
-        if not self._second_order_agrees():
-            self.second_order_attention = "eager"
+        self.double_backward_attention = attention.NAME
+        if not self._double_backward_agrees():
+            self.double_backward_attention = "eager"
 
     def _check(self) -> None:
         """Run the model on a few vectors: what it does wrong would go unnoticed."""
@@ -101,7 +101,7 @@ class Backbone(nn.Module):
                 f"'{kind}' cannot serve as a backbone: it does not run on embeddings ({reason})"
             ) from error
 
-    def _second_order_agrees(self) -> bool:
+    def _double_backward_agrees(self) -> bool:
         """Whether the model computes the same with our attention; some have one of their own."""
         count = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(min(8, count), device=self.model.device)
@@ -109,7 +109,7 @@ class Backbone(nn.Module):
         with torch.no_grad(), self.without_dropout():
             wanted = self.hidden(probe)
             try:
-                with self.second_order():
+                with self.double_backward():
                     found = self.hidden(probe)
             except (GradmemError, *FAILURES):
                 return False
@@ -207,7 +207,7 @@ class Backbone(nn.Module):
         of_token = sum(sum(weights.shape) for weights in self.model.parameters() if weights.ndim == 2)
         device = self.model.device
         most = TOKENS_AT_ONCE if device.type == "cpu" else 2**62
-        return max(1, min(most, room(device, ACTIVATIONS, ACTIVATIONS_SHARE) // of_token))
+        return max(1, min(most, elements_at_once(device, ACTIVATIONS, ACTIVATIONS_SHARE) // of_token))
 
     @property
     def body(self) -> Any:
@@ -346,22 +346,22 @@ class Backbone(nn.Module):
             self.train(mode)
 
     @contextmanager
-    def second_order(self) -> Iterator[None]:
+    def double_backward(self) -> Iterator[None]:
         """Compute with what can be differentiated twice, which fused attention cannot, and keeps little for it."""
-        with self._attention(self.second_order_attention), replaced(self.closed_forms):
+        with self._attention(self.double_backward_attention), patched(self.closed_forms):
             yield
 
-    def plain(self) -> AbstractContextManager[None]:
+    def eager_attention(self) -> AbstractContextManager[None]:
         """Compute with the formulas as they are, which a compiler sees through best."""
         return self._attention("eager")
 
     @contextmanager
-    def trained(self) -> Iterator[None]:
+    def training_attention(self) -> Iterator[None]:
         """Compute with the attention that is fast with its gradient: PyTorch's is not for bfloat16 on a CPU."""
         config = self.model.config
         dropout = any(value for name, value in vars(config).items() if "att" in name and "drop" in name)
         low = self.model.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        fits = config._attn_implementation == "sdpa" and self.second_order_attention == attention.NAME
+        fits = config._attn_implementation == "sdpa" and self.double_backward_attention == attention.NAME
         with self._attention(attention.NAME) if low and fits and not dropout else nullcontext():
             yield
 
@@ -381,7 +381,7 @@ def _fit(model: PreTrainedModel, vocabulary: int, unspoken: int, name: str) -> N
     """Let the embeddings grow by a pad token or so; refuse a tokenizer that is not the model's."""
     known = model.get_input_embeddings().num_embeddings
     # Many models have a few more embeddings than tokens, for round sizes.
-    if not SPARE * known <= vocabulary <= known + min(unspoken, ADDED):
+    if not MIN_VOCABULARY_SHARE * known <= vocabulary <= known + min(unspoken, MAX_ADDED_TOKENS):
         raise GradmemError(
             f"the backbone '{name}' knows {known} tokens and the task's tokenizer has {vocabulary}: they do not belong "
             f"together; give the task `tokenizer: {name}`"

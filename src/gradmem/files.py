@@ -18,6 +18,12 @@ PRIVATE = 0o600
 """Mode of files that only their user reads."""
 
 
+def cache_directory() -> Path:
+    """Return the directory of what can be made again: `GRADMEM_CACHE`, or `gradmem` in the user's cache directory."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("GRADMEM_CACHE") or Path(base) / "gradmem")
+
+
 def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> Path:
     """Write a file under a temporary name beside it, then rename it into place; directories on its way are made.
 

@@ -8,8 +8,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from .data.cache import cache_directory, digest_files
+from .data.cache import digest_files
 from .errors import GradmemError, refused
+from .files import cache_directory
 from .language_model import check_complete
 from .untrusted import SPARE, within
 

@@ -64,7 +64,7 @@ def test_equals_naive() -> None:
 @compiles
 def test_a_graph_serves_other_contexts_and_other_weights() -> None:
     """Nothing of the first call stays in it: neither texts, nor which chunk is whose, nor weights."""
-    method = compiled(chunk=3, chunks="joint", write_steps=1)
+    method = compiled(chunk_size=3, chunk_mode="joint", write_steps=1)
     lengths = ([7, 5, 8], [8, 7, 4])  # three, two and three chunks; three, three and two
     for seed, some in enumerate(lengths):
         batch = make_batch(seed)
@@ -113,4 +113,4 @@ def test_without_a_compiler_it_says_what_to_do() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT / "tests", capture_output=True, text=True
     )
-    assert "take another `strategy`, as unroll" in ran.stderr.splitlines()[-1]
+    assert "set `strategy: unroll`" in ran.stderr.splitlines()[-1]

@@ -18,7 +18,7 @@ from gradmem.cli.evaluation_tables import results_table
 from gradmem.errors import GradmemError
 from gradmem.evaluation.measurement import evaluate
 from gradmem.inner import descend, gauss_newton
-from gradmem.inner.gauss_newton import DAMPING, ITERATIONS, PART
+from gradmem.inner.gauss_newton import DAMPING, ITERATIONS, STEP_FRACTION
 from gradmem.memory import Memory
 from gradmem.methods import GradMem
 from gradmem.model import MemoryModel
@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "controls": {"n_ctrl": 2, "write_head": "random"},
     "projection of its own": {"projection": "per_sample"},
-    "joint chunks": {"chunk": CHUNK, "chunks": "joint"},
+    "joint chunks": {"chunk_size": CHUNK, "chunk_mode": "joint"},
 }
 
 
@@ -54,14 +54,14 @@ def dense_step(outputs: Tensor, jacobian: Tensor, targets: Tensor) -> Tensor:
                 image = image - (image @ vector) * vector
         basis.append(image / image.norm())
     space = torch.stack(basis, 1)
-    return PART * space @ torch.linalg.solve(space.T @ damped @ space, space.T @ gradient)
+    return STEP_FRACTION * space @ torch.linalg.solve(space.T @ damped @ space, space.T @ gradient)
 
 
 def logits_of(method: GradMem, context: Tensor, options: dict[str, Any], written: dict[str, Tensor]) -> Tensor:
     """The logits that count for the write loss of one context, as the naive reference computes them."""
     own = {name: value for name, value in options.items() if not name.startswith("chunk")}
     reference = naive(method, **own)
-    chunks = context.split(CHUNK if "chunk" in options else len(context))
+    chunks = context.split(CHUNK if "chunk_size" in options else len(context))
     return torch.cat([reference.forward("write", written, chunk)[:-1] for chunk in chunks])
 
 
@@ -101,15 +101,15 @@ def test_parts_of_a_context_or_of_contexts_give_the_same(name: str, monkeypatch:
         wanted = method.write(context, 2)
         before = method._hidden
         method._hidden = lambda tensors, embeds: (sizes.append(len(embeds)), before(tensors, embeds))[1]
-        monkeypatch.setattr(Backbone, "tokens_at_once", 2 * (CHUNK if "chunk" in OPTIONS[name] else 8))
+        monkeypatch.setattr(Backbone, "tokens_at_once", 2 * (CHUNK if "chunk_size" in OPTIONS[name] else 8))
         got = method.write(context, 2)
-    assert set(sizes) == ({2} if "chunk" in OPTIONS[name] else {1, 2})
+    assert set(sizes) == ({2} if "chunk_size" in OPTIONS[name] else {1, 2})
     assert distance(got.losses, wanted.losses) < 1e-12
     assert distance(got.memory.tensors["memory"], wanted.memory.tensors["memory"]) < 1e-9
 
 
 def test_five_steps_store_more_than_five_of_descent() -> None:
-    context, method = random_tokens([12, 9]), make_gradmem(settle=0.0)
+    context, method = random_tokens([12, 9]), make_gradmem(extra_step_decay=0.0)
     with torch.no_grad():
         plain = method.token_losses(method.write(context, 5).memory, context).sum(1)
         method.gauss_newton_after = 1
@@ -154,8 +154,8 @@ def test_a_sample_without_slope_rests() -> None:
     first = next(descend(lambda t: t["x"].sum(1), start, lambda *_: None, lambda _: {}, 0))
     *_, last = gauss_newton([first], parts, 3)
     assert not last.tensors["x"][1].any()
-    # x - PART * x / (1 + DAMPING), thrice
-    torch.testing.assert_close(last.tensors["x"][0], start["x"][0] * (1 - PART / (1 + DAMPING)) ** 3)
+    # x - STEP_FRACTION * x / (1 + DAMPING), thrice
+    torch.testing.assert_close(last.tensors["x"][0], start["x"][0] * (1 - STEP_FRACTION / (1 + DAMPING)) ** 3)
 
 
 def test_chosen_for_a_checkpoint_and_shown(tiny: MemoryModel, tmp_path: Path) -> None:
@@ -171,11 +171,11 @@ def test_chosen_for_a_checkpoint_and_shown(tiny: MemoryModel, tmp_path: Path) ->
 def test_the_same_choices_have_the_same_hash_in_any_order(tmp_path: Path, tiny: MemoryModel) -> None:
     tiny.save_pretrained(tmp_path)
     one, other = gradmem.load(tmp_path), gradmem.load(tmp_path)
-    for options in ({"chunk": 15}, {"gauss_newton_after": 1}):
+    for options in ({"chunk_size": 15}, {"gauss_newton_after": 1}):
         one.configure(options)
-    for options in ({"gauss_newton_after": 1}, {"chunk": 15}):
+    for options in ({"gauss_newton_after": 1}, {"chunk_size": 15}):
         other.configure(options)
-    assert one.overrides == {"chunk": 15, "chunks": "sequential", "gauss_newton_after": 1}
+    assert one.overrides == {"chunk_size": 15, "chunk_mode": "sequential", "gauss_newton_after": 1}
     assert content_hash(one, [TEXT]) == content_hash(other, [TEXT])
 
 
@@ -183,5 +183,5 @@ def test_bad_uses_say_what_to_do(tiny: MemoryModel) -> None:
     with pytest.raises(GradmemError, match="gauss_newton_after must be"):
         make_gradmem().gauss_newton_after = -1
     pool = MemoryModel.from_spec(tiny.spec["task"], tiny.spec["backbone"], {"name": "mean_pool"})
-    with pytest.raises(GradmemError, match=r"a checkpoint takes `chunk`, `chunks`$"):
+    with pytest.raises(GradmemError, match=r"a checkpoint takes `chunk_size`, `chunk_mode`$"):
         pool.configure({"gauss_newton_after": 1})

@@ -87,7 +87,7 @@ def naive(method: GradMem, mode: str, **options: Any) -> NaiveChunks:
 
 
 def chunked(mode: str, kind: str = "gpt2", **options: Any) -> GradMem:
-    return make_gradmem(kind, chunk=SIZE, chunks=mode, **options)
+    return make_gradmem(kind, chunk_size=SIZE, chunk_mode=mode, **options)
 
 
 # --- The naive reference ----------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_rmt_is_segment_recurrence(kind: str) -> None:
     """Each segment is written from the memory of the one before it; gradients pass through all."""
     options = {"n_mem": 3, "write_steps": 2, "n_ctrl": 1, "projection": "proj_rw", "residual": True}
     options |= {"write_head": "none", "reconstruction": False}
-    method, batch = make_method(RMT, kind, **options, chunk=SIZE), make_batch()
+    method, batch = make_method(RMT, kind, **options, chunk_size=SIZE), make_batch()
     batch.labels[:, 0] = -100
 
     class At:
@@ -166,7 +166,7 @@ def test_rmt_is_segment_recurrence(kind: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_one_chunk_is_the_whole(mode: str) -> None:
     whole, batch = make_gradmem(n_ctrl=1), make_batch()
-    method = make_gradmem(n_ctrl=1, chunk=8, chunks=mode)
+    method = make_gradmem(n_ctrl=1, chunk_size=8, chunk_mode=mode)
     wanted, got = whole.write(batch.context), method.write(batch.context)
     assert distance(got.losses, wanted.losses) < TOLERANCE
     assert got.taken.tolist() == wanted.taken.tolist()
@@ -297,7 +297,7 @@ def test_recompute_keeps_one_chunk_whatever_their_number() -> None:
     """What the graph of WRITE holds on to grows with sequential chunks by memories only."""
     sizes = []
     for chunks in (1, 2, 6):
-        method, held = make_gradmem(chunk=6, chunks="sequential"), []
+        method, held = make_gradmem(chunk_size=6, chunk_mode="sequential"), []
 
         def pack(tensor: Tensor, held: list[weakref.ref[Tensor]] = held) -> Tensor:
             alive = tensor.view_as(tensor)

@@ -32,19 +32,14 @@ TOLERANCE = 1e-6
 BLOOM = {"hidden_size": 16, "n_layer": 2, "n_head": 2}
 
 
-def make_full(kind: str = "llama", *, config: dict[str, Any] | None = None, **options: Any) -> FullContext:
-    return make_method(FullContext, kind, config=BLOOM if kind == "bloom" else config, **options)
+def make_full(kind: str = "llama", *, config: dict[str, Any] | None = None) -> FullContext:
+    return make_method(FullContext, kind, config=BLOOM if kind == "bloom" else config)
 
 
-def whole(method: FullContext, ids: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Logits of one sequence in one forward pass, in which positions see only where `seen` (heads, length, length)."""
-    mask = None if seen is None else torch.where(seen, 0.0, -torch.inf).double()[None]
+def whole(method: FullContext, ids: Tensor) -> Tensor:
+    """Logits of one sequence in one forward pass."""
     model = method.backbone.model
-    return model.get_output_embeddings()(model.base_model(ids[None], attention_mask=mask).last_hidden_state)[0]
-
-
-def causal(length: int) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool).tril()
+    return model.get_output_embeddings()(model.base_model(ids[None]).last_hidden_state)[0]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "bloom"])
@@ -61,12 +56,10 @@ def test_write_and_read_equal_one_forward(kind: str) -> None:
     assert_same_gradients(gradients(got, method), gradients(wanted, method), 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [("bloom", {}), *((kind, options) for kind in KINDS for options in ({}, {"budget": 3}))]
-)
-def test_targets_of_queries_in_one_row(kind: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", [*KINDS, "bloom"])
+def test_targets_of_queries_in_one_row(kind: str) -> None:
     """As if each query were read alone, whichever context it asks; one is asked nothing."""
-    method, context, queries = make_full(kind, **options), random_tokens([7, 5, 8]), random_tokens([4, 6, 3, 2, 5], 1)
+    method, context, queries = make_full(kind), random_tokens([7, 5, 8]), random_tokens([4, 6, 3, 2, 5], 1)
     rows = torch.tensor([2, 0, 2, 0, 2])
     labels = queries.ids.masked_fill(~queries.mask, -100)
     labels[:, 0] = -100
@@ -81,64 +74,11 @@ def test_targets_of_queries_in_one_row(kind: str, options: dict[str, Any]) -> No
     assert_same_gradients(got, gradients(reference.square().sum(), method), 1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("budget", [1, 3, 6, 50])
-def test_budget_of_last_entries(kind: str, budget: int) -> None:
-    """As if query tokens could not see the tokens before; positions are those of the whole context."""
-    method, context, queries = make_full(kind, budget=budget), random_tokens([7, 5, 8]), random_tokens([4, 6, 3], 1)
-    memory = method.write(context).memory
-    assert memory.tensors["lengths"].tolist() == [min(budget, length) for length in (7, 5, 8)]
-    logits = method.read(memory, queries)
-    for row, length in enumerate((7, 5, 8)):
-        ids = torch.cat([real(context, row), real(queries, row)])
-        seen = causal(len(ids))
-        seen[length:, : max(0, length - budget)] = False
-        wanted = whole(method, ids, seen[None])[length:]
-        assert distance(logits[row, 1 : len(wanted) + 1], wanted) < TOLERANCE
-        assert budget >= length or distance(wanted, whole(method, ids)[length:]) > 0.01
-
-
-def test_budget_of_lowest_key_norms() -> None:
-    """In one layer, where each head's keys are those of the token embeddings alone."""
-    method = make_full("llama", config={"num_hidden_layers": 1}, budget=3, keep="lowest-key-norm")
-    # Equal tokens would have equal norms.
-    context = Tokens.from_lists([[3, 11, 7, 0, 19, 5, 14], [8, 2, 21, 13, 6], [9, 4]])
-    queries = random_tokens([4, 6, 3], 1)
-    logits = method.read(method.write(context).memory, queries)
-    layer = method.backbone.model.base_model.layers[0]
-    kept = set()
-    for row, length in enumerate((7, 5, 2)):
-        ids = torch.cat([real(context, row), real(queries, row)])
-        embeds = method.backbone.embed(ids[:length])
-        norms = layer.self_attn.k_proj(layer.input_layernorm(embeds)).unflatten(1, (2, 4)).norm(dim=-1).tolist()
-        seen = causal(len(ids)).repeat(4, 1, 1)
-        for head in range(4):
-            # Two heads share each head of keys.
-            lowest = sorted(range(length), key=lambda i: norms[i][head // 2])[:3]
-            kept.add(tuple(sorted(lowest)))
-            seen[head, length:, [i for i in range(length) if i not in lowest]] = False
-        wanted = whole(method, ids, seen)[length:]
-        assert distance(logits[row, 1 : len(wanted) + 1], wanted) < TOLERANCE
-    assert len(kept) > 3, "heads and rows should keep different entries"
-
-
-def test_equal_norms_keep_the_earliest_whatever_the_rounding() -> None:
-    """A token that comes again has the same norm, but for the rounding of its rotary position."""
-    config = {"num_hidden_layers": 1}
-    method = make_full("llama", config=config, budget=3, keep="lowest-key-norm").float()
-    everything = make_full("llama", config=config).float()
-    for token in range(20):
-        context = Tokens.from_lists([[token] * 12])
-        kept, whole_keys = (m.write(context).memory.tensors["keys"] for m in (method, everything))
-        assert distance(kept, whole_keys[:, :3]) < 1e-5, token
-
-
-def test_bytes_are_those_of_the_entries() -> None:
-    entry, numbers = 8 * 2 * 2 * 2 * 4, 2 * 8  # keys and values of 2 layers, 2 heads of width 4, float64
+def test_bytes_are_those_of_the_tokens() -> None:
+    of_token, length = 8 * 2 * 2 * 2 * 4, 8  # keys and values of 2 layers, 2 heads of width 4, float64
     context = random_tokens([7, 5])
-    for options, entries in (({}, 12), ({"budget": 3}, 6), ({"budget": 6, "keep": "lowest-key-norm"}, 11)):
-        assert make_full(**options).write(context).memory.nbytes == entries * entry + 2 * numbers
-    assert make_full().write(context, 0).memory.nbytes == 2 * numbers
+    assert make_full().write(context).memory.nbytes == 12 * of_token + 2 * length
+    assert make_full().write(context, 0).memory.nbytes == 2 * length
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bloom"])
@@ -152,13 +92,10 @@ def test_token_losses_continue_the_context(kind: str) -> None:
         assert losses[row, 0].item() == pytest.approx(math.log(VOCABULARY))
 
 
-@pytest.mark.parametrize("options", [{}, {"budget": 3}, {"budget": 3, "keep": "lowest-key-norm"}], ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "bloom"])
-def test_generate_is_greedy_reading(kind: str, options: dict[str, Any]) -> None:
-    """Rows and queries of different lengths; positions go on after what the budget dropped."""
-    if kind == "bloom" and options:
-        pytest.skip("bloom takes no positions")
-    method, context = make_full(kind, **options), make_batch().context
+def test_generate_is_greedy_reading(kind: str) -> None:
+    """Rows and queries of different lengths."""
+    method, context = make_full(kind), make_batch().context
     queries, rows = [[3, 1, 4, 1, 5], [9], [2, 6], [9]], [2, 0, 0, 1]
     memory = method.write(context).memory
     got = method.generate(memory, queries, torch.tensor(rows), max_new_tokens=6, do_sample=False)
@@ -188,17 +125,9 @@ def test_refused() -> None:
     windows = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(GradmemError, match="sliding_window"):
         make_full("mistral", config=windows | {"num_key_value_heads": 1, "sliding_window": 4})
-    with pytest.raises(GradmemError, match="leave out `budget`"):
-        make_full("bloom", budget=2)
-    with pytest.raises(GradmemError, match="budget must be at least 1"):
-        make_full(budget=0)
-    with pytest.raises(GradmemError, match="last or lowest-key-norm"):
-        make_full(keep="first")
     with pytest.raises(GradmemError, match="the limit is 20"):
         make_full().write(random_tokens([21]))
     memory = make_full().write(random_tokens([7, 5])).memory
-    with pytest.raises(GradmemError, match="budget"):
-        make_full(budget=6).check(memory, "it")
-    for name, change in (("lengths", 1), ("lengths", -6), ("start", -1), ("start", 20)):
+    for change in (1, -6):
         with pytest.raises(GradmemError, match="it holds"):
-            make_full().check(Memory({**memory.tensors, name: memory.tensors[name] + change}), "it")
+            make_full().check(Memory({**memory.tensors, "lengths": memory.tensors["lengths"] + change}), "it")

@@ -244,20 +244,20 @@ def test_the_number_of_steps_is_an_argument(options: dict) -> None:
     assert len(method.write(context).losses) == 5
 
 
-@pytest.mark.parametrize("settle", [0.0, 0.5])
-def test_steps_beyond_those_trained_get_smaller(settle: float) -> None:
-    method, context = make_gradmem(write_steps=2, inner_lr=0.3, settle=settle), make_batch().context
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_steps_beyond_those_trained_get_smaller(decay: float) -> None:
+    method, context = make_gradmem(write_steps=2, inner_lr=0.3, extra_step_decay=decay), make_batch().context
     states = [state.memory.tensors["memory"].detach() for state in method.trajectory(context, 5)]
     for step, (before, after) in enumerate(pairwise(states)):
         point = Memory({"memory": before.clone().requires_grad_()})
         loss = (method.token_losses(point, context).sum(1) / context.lengths).sum()
         (gradient,) = torch.autograd.grad(loss, point.tensors["memory"])
-        rate = 0.3 / [1, 1, 1 + settle, 1 + 2 * settle, 1 + 3 * settle][step]
+        rate = 0.3 / [1, 1, 1 + decay, 1 + 2 * decay, 1 + 3 * decay][step]
         assert distance(after, before - rate * gradient) < 1e-12
 
 
 def test_momentum_beyond_the_trained_steps_is_that_of_the_last_and_falls() -> None:
-    method = make_gradmem(write_steps=2, learn_inner_lr=True, learn_momentum=True, settle=0.5)
+    method = make_gradmem(write_steps=2, learn_inner_lr=True, learn_momentum=True, extra_step_decay=0.5)
     context = make_batch().context
     with torch.no_grad():
         method.momentum.copy_(torch.tensor([0.9, 0.6], dtype=torch.float64))
@@ -423,8 +423,18 @@ def test_a_random_write_head_is_no_copy() -> None:
     [
         {"n_mem": 0},
         {"write_steps": -1},
+        {"n_mem": 2.0},
+        {"n_mem": True},
+        {"write_steps": None},
         {"inner_lr": 0.0},
-        {"settle": -1.0},
+        {"inner_lr": "1e-3"},
+        {"inner_lr": float("nan")},
+        {"inner_lr": 1e-60},
+        {"learn_inner_lr": 1},
+        {"clip_value": 1e300},
+        {"clip_norm": 0.0},
+        {"extra_step_decay": float("inf")},
+        {"extra_step_decay": -1.0},
         {"gauss_newton_after": -1},
         {"inner_optimizer": "adamw"},
         {"learn_momentum": True},

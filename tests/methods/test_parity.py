@@ -1,4 +1,7 @@
-"""Agreement with the published implementation on the fixtures of METHOD.md."""
+"""Agreement with published implementations: fixtures of their inputs, weights, outputs and gradients.
+
+`GRADMEM_PARITY_DIR` names the directories of the fixtures, separated by colons.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ from gradmem.batch import Tokens
 from gradmem.methods import ARMT, RMT, GradMem, Method
 from helpers import SHARED
 
-DIRECTORY = Path(os.environ.get("GRADMEM_PARITY_DIR") or SHARED / "parity")
-FIXTURES = sorted(DIRECTORY.glob("*.safetensors")) if DIRECTORY.is_dir() else []
+DIRECTORIES = list(map(Path, (os.environ.get("GRADMEM_PARITY_DIR") or str(SHARED / "parity")).split(":")))
+FIXTURES = [path for directory in DIRECTORIES for path in sorted(directory.glob("*.safetensors"))]
 DEVICE = os.environ.get("GRADMEM_TEST_DEVICE") or "cpu"
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 PADS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -34,7 +37,7 @@ PREFIX_NAMES = {
     r"^proj\.": "mem_proj.",
     r"^read_proj\.": "read_mem_proj.",
     r"^norm\.": "mem_residual_ln.",
-    r"^backbone\.model\.": "model.",
+    r"^backbone\.model\.(.*?)(?:\.base_layer)?((?:\.lora_[AB])?)(?:\.write)?(\.\w+)$": r"model.\1\2\3",
 }
 ARMT_NAMES = {
     r"^memory_tokens": "memory",
@@ -61,6 +64,8 @@ class Case:
         Weight of the write loss in the outer loss.
     masks_pads : bool
         The published READ masks pads as keys: logits at pads differ from ours, and nothing depends on them.
+    write_loss : bool
+        The write loss is published as we define it; of chunks it is that of the last one alone.
     """
 
     method: Method
@@ -68,6 +73,7 @@ class Case:
     memory_outputs: Callable[[Tokens, Tokens], dict[str, Tensor]]
     write_weight: float = 0.0
     masks_pads: bool = True
+    write_loss: bool = True
 
     def theirs(self, name: str) -> str:
         """Our parameter name -> the fixture's."""
@@ -77,13 +83,13 @@ class Case:
         return name
 
 
-def prefix_case(method: Method, weight: float, masks_pads: bool) -> Case:
+def prefix_case(method: Method, weight: float, masks_pads: bool, write_loss: bool = True) -> Case:
     """Of a method whose memory is prefix vectors."""
 
     def memory_outputs(context: Tokens, queries: Tokens) -> dict[str, Tensor]:
         return {"memory": method.write(context).memory.tensors["memory"]}
 
-    return Case(method, PREFIX_NAMES, memory_outputs, weight, masks_pads)
+    return Case(method, PREFIX_NAMES, memory_outputs, weight, masks_pads, write_loss)
 
 
 def common(options: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +105,10 @@ def common(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def gradmem(options: dict[str, Any], backbone: Backbone) -> Case:
+    """Prefix memories; those of chunks in sequence too, and with adapters of WRITE."""
+    for name, ours in (("memory_backend", "prefix"), ("write_objective", "reconstruction"), ("parallel_chunks", False)):
+        if (theirs := options.pop(name, ours)) != ours:
+            pytest.skip(f"there is no {name} '{theirs}' yet")
     assert not options.pop("use_mem_residual", False)
     assert not options.pop("use_reconstruction_loss", False)
     options.pop("reconstruction_loss_weight", None)
@@ -111,8 +121,13 @@ def gradmem(options: dict[str, Any], backbone: Backbone) -> Case:
         last_k=options.pop("last_K_second_order", None),
         clip_value=options.pop("inner_clip_value", None) or None,
         clip_norm=options.pop("inner_clip_norm", None) or None,
+        chunk_size=options.pop("chunk_size", None),
+        write_lora=(rank := options.pop("write_lora_r", 0)) if options.pop("use_write_lora", False) else 0,
     )
-    return prefix_case(method, weight if added else 0.0, masks_pads=False)
+    for layer in method.adapters:
+        layer.scaling["write"] = options["write_lora_alpha"] / rank
+    options.pop("write_lora_alpha", None)
+    return prefix_case(method, weight if added else 0.0, masks_pads=False, write_loss=method.chunk_size is None)
 
 
 def rmt(options: dict[str, Any], backbone: Backbone) -> Case:
@@ -200,11 +215,11 @@ def build(metadata: dict[str, str], tensors: dict[str, Tensor]) -> Case:
     return case
 
 
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_parity(path: Path) -> None:
     metadata, tensors = load(path)
     if metadata["method"] not in BUILDERS:
-        pytest.skip(f"no published {metadata['method']} is built here")
+        pytest.skip(f"there is no method '{metadata['method']}' yet")
     case = build(metadata, tensors)
     method = case.method
     context, queries = (Tokens(ids, ids != 0) for ids in (tensors["input.context_ids"], tensors["input.query_ids"]))
@@ -219,8 +234,7 @@ def test_parity(path: Path) -> None:
     outputs = {
         "loss": loss,
         "target_loss": target_loss,
-        "inner_loss": write_loss,
-        "rec_loss": write_loss,
+        **({"inner_loss": write_loss, "rec_loss": write_loss} if case.write_loss else {}),
         **case.memory_outputs(context, queries),
     }
     # Row 0, which predicts the first query token, is published of GradMem only.
@@ -242,8 +256,9 @@ def test_parity(path: Path) -> None:
             assert difference(parameter.grad, wanted) < GRADIENT_TOLERANCE, name
 
 
-def test_parity_directory() -> None:
-    """The fixtures are there, or the reason they are not is said."""
-    if not DIRECTORY.is_dir():
-        pytest.skip(f"no parity fixtures at {DIRECTORY}")
-    assert any("gradmem" in path.stem for path in FIXTURES)
+@pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda directory: directory.name)
+def test_parity_directory(directory: Path) -> None:
+    """There are fixtures, unless the directory that is looked in by default is not there."""
+    if not directory.is_dir() and "GRADMEM_PARITY_DIR" not in os.environ:
+        pytest.skip(f"no parity fixtures at {directory}")
+    assert any(directory.glob("*.safetensors"))

@@ -57,7 +57,7 @@ def test_near_loss_is_the_receipt_of_the_pair_alone(tiny: MemoryModel) -> None:
 
 def test_near_loss_is_that_of_the_chunk_that_says_it() -> None:
     model = tiny_model(0)  # of its own: other tests share `tiny`
-    model.configure({"chunk": 15, "chunks": "independent"})
+    model.configure({"chunk_size": 15, "chunk_mode": "independent"})
     memory = model.write(["a0:bc\nd1:ef\ng2:hi", "a0:bc"])
     texts = ["!a0:bc!", "!g2:hi!"]
     claims = [model.task.encode(text) for text in texts]

@@ -36,7 +36,7 @@ QUERIES = ["a0", "f5", "h7"]
 def model(request: pytest.FixtureRequest) -> MemoryModel:
     """A model trained on whole contexts that is to write two pairs at a time."""
     made = tiny_model(0)
-    made.configure({"chunk": 15, "chunks": request.param})
+    made.configure({"chunk_size": 15, "chunk_mode": request.param})
     return made
 
 
@@ -56,7 +56,7 @@ def test_a_file_of_chunks(model: MemoryModel, tmp_path: Path) -> None:
     opened = plain.open(memory.save(tmp_path / "m"))
     assert opened.receipts == memory.receipts
     assert opened.ask([QUERIES, QUERIES]) == memory.ask([QUERIES, QUERIES])
-    if model.method.chunks == "independent":
+    if model.method.chunk_mode == "independent":
         assert opened.restore() == memory.restore()
         assert [len(ids) for ids in plain.reconstruct(opened)] == [29, 8]
     else:
@@ -73,7 +73,7 @@ def test_append(model: MemoryModel, tmp_path: Path) -> None:
     assert all(torch.equal(first.tensors[name], tensor) for name, tensor in before.items())
     ids = [model.task.encode(model.task.context_text("\n".join(PAIRS[i : i + 2]))) for i in (0, 2)]
     model.method.may_end = lambda tokens: tokens == model.task.encode("|")[0]
-    if model.method.chunks == "joint":
+    if model.method.chunk_mode == "joint":
         model.method.chunk_by(15, "sequential")
     with torch.no_grad():
         wanted = model.method.write(Tokens.from_lists([list(chain(*ids))])).memory
@@ -100,7 +100,7 @@ def test_receipts_of_appended_texts(model: MemoryModel, tmp_path: Path) -> None:
     (receipt,) = third.receipts
     assert [part.context_tokens for part in receipt.history] == [29, 22, 8]
     # Vectors of their own keep their losses, but READ sees more of them now; of the same vectors nobody knows.
-    since = {"answers": None, "measured": model.method.chunks == "independent", "earlier": []}
+    since = {"answers": None, "measured": model.method.chunk_mode == "independent", "earlier": []}
     assert receipt.earlier == [dataclasses.replace(one.receipts[0], **since) for one in (first, second)]
     assert (receipt.measured, len(receipt.answers)) == (True, 1)
     own = model.write(LAST).receipts[0]
@@ -114,7 +114,7 @@ def test_receipts_of_appended_texts(model: MemoryModel, tmp_path: Path) -> None:
         assert part.losses[:-1] == known.losses[:-1]
         assert part.measured
         assert part.answers == answer_losses(model, again, [text])[0]
-        if model.method.chunks == "independent":
+        if model.method.chunk_mode == "independent":
             assert dataclasses.replace(part, answers=None) == known
         else:
             with torch.no_grad():
@@ -123,7 +123,7 @@ def test_receipts_of_appended_texts(model: MemoryModel, tmp_path: Path) -> None:
             assert part.losses[-1] == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
             assert part.token_losses != known.token_losses
     shown = json.loads(json.dumps(receipt.to_dict()))["earlier"][0]
-    kept = first.receipts[0].lost if model.method.chunks == "independent" else None
+    kept = first.receipts[0].lost if model.method.chunk_mode == "independent" else None
     assert (shown["lost"], shown["at_risk"]) == (kept, None)
     with pytest.raises(GradmemError, match="`before` is not the text"):
         model.append(second, LAST, before=MORE + TEXT, may_forget=True)
@@ -134,7 +134,7 @@ def test_an_appended_text_is_read_back(tmp_path: Path, capsys: pytest.CaptureFix
     """In vectors of its own, beside what was there."""
     model = tiny_model(0)
     model.save_pretrained(tmp_path / "checkpoint")
-    model = gradmem.load(tmp_path / "checkpoint", {"chunk": 15, "chunks": "independent"})
+    model = gradmem.load(tmp_path / "checkpoint", {"chunk_size": 15, "chunk_mode": "independent"})
     memory = model.append(model.write(TEXT), MORE, may_forget=True)
     ids = model.reconstruct(memory)
     assert ids[0] == model.reconstruct(model.write(TEXT))[0]
@@ -157,7 +157,7 @@ def test_records_of_version_1() -> None:
 def test_long_memories_leave_less_room() -> None:
     """Appending stops where READ would have no positions left for a query."""
     model = tiny_model(0)
-    model.configure({"chunks": "independent"})
+    model.configure({"chunk_mode": "independent"})
     model.method.backbone.model.config.max_position_embeddings = 60
     memory = model.write(LAST)
     while len(memory.receipts[0].history) < model.method.max_chunks:
@@ -165,19 +165,21 @@ def test_long_memories_leave_less_room() -> None:
     assert memory.ask("h7", max_new_tokens=20) is not None
     with pytest.raises(GradmemError, match=r"the query has 5 tokens; the limit of 'unnamed' is 3"):
         memory.ask("h7", max_new_tokens=60 - 8 * model.method.max_chunks - 3)
-    with pytest.raises(GradmemError, match=f"the limit is {model.method.max_chunks}: take longer chunks"):
+    with pytest.raises(GradmemError, match=f"the limit is {model.method.max_chunks}: raise `chunk_size`"):
         model.append(memory, LAST, may_forget=True)
 
 
 # --- Refused ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"chunk": 0}, {"chunk": 38}, {"chunk": "x"}, {"chunks": "both"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"chunk_size": 0}, {"chunk_size": 38}, {"chunk_size": "x"}, {"chunk_mode": "both"}], ids=str
+)
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(GradmemError, match=f"{next(iter(options))} must be"):
         make_gradmem(**options)
     with pytest.raises(GradmemError, match="must be"):
-        make_gradmem().chunk_by(**{"chunk": None} | options)
+        make_gradmem().chunk_by(**{"chunk_size": None} | options)
 
 
 def test_too_many_chunks_are_refused() -> None:
@@ -204,18 +206,18 @@ def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         model.append(tiny_model(1).write(TEXT), MORE)
     pool = MemoryModel.from_spec(model.spec["task"], model.spec["backbone"], {"name": "mean_pool"})
     with pytest.raises(GradmemError, match="writes no chunks"):
-        pool.configure({"chunk": 4})
+        pool.configure({"chunk_size": 4})
     with pytest.raises(GradmemError, match="writes a memory once"):
         pool.append(pool.write(TEXT), MORE)
-    with pytest.raises(GradmemError, match="chunks must be sequential or independent, not 'joint'"):
-        make_method(RMT, chunk=4, chunks="joint")
-    with pytest.raises(GradmemError, match="whole, at once"):
+    with pytest.raises(GradmemError, match="chunk_mode must be sequential or independent, not 'joint'"):
+        make_method(RMT, chunk_size=4, chunk_mode="joint")
+    with pytest.raises(GradmemError, match="writes a context whole: write all text at once"):
         make_method(MeanPool).chunk_by(3)
     apart = model.write(TEXT)
-    model.configure({"chunk": 15, "chunks": "independent"})
+    model.configure({"chunk_size": 15, "chunk_mode": "independent"})
     apart = model.append(apart, MORE, may_forget=True)
-    model.configure({"chunks": "sequential"})
-    with pytest.raises(GradmemError, match="vectors of their own: append with"):
+    model.configure({"chunk_mode": "sequential"})
+    with pytest.raises(GradmemError, match="has vectors of its own: append with"):
         model.append(apart, LAST, may_forget=True)
     bad = {**apart.tensors, "lengths": apart.tensors["lengths"] + 1}
     with pytest.raises(GradmemError, match="chunks a row"):
@@ -230,11 +232,11 @@ def test_training(mode: str, tmp_path: Path) -> None:
     """Planned, trained for two steps, saved with its chunks, measured on longer contexts than in training."""
     made = recipe(2, strategy="auto", micro_batch_size=0)
     made.task["pairs"] = 4
-    made.method |= {"chunk": 10, "chunks": mode}
+    made.method |= {"chunk_size": 10, "chunk_mode": mode}
     assert plan(made)
     train(made, tmp_path / "run")
     model = gradmem.load(tmp_path / "run" / "checkpoint")
-    assert (model.method.chunk, model.method.chunks) == (10, mode)
+    assert (model.method.chunk_size, model.method.chunk_mode) == (10, mode)
     (result,) = evaluate(model, [2], samples=3, task={"pairs": 6, "alphabet": 12})
     assert result.n_mem == (8 if mode == "independent" else 2)
     assert result.metrics == {}
@@ -247,18 +249,18 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     tiny_model(0).save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "t.txt").write_text(TEXT)
     write = ["write", f"{tmp_path}/checkpoint", f"{tmp_path}/t.txt", "-o", f"{tmp_path}/m"]
-    assert main([*write, "--chunk", "15", "--chunks=independent"]) == 0
+    assert main([*write, "--chunk_size", "15", "--chunk_mode=independent"]) == 0
     assert Memory.load(tmp_path / "m").tensors["memory"].shape == (1, 2, 8, 16)
     assert main(["ask", f"{tmp_path}/m", "a0"]) == 0
-    assert main([*write, "--chunk=15"]) == 0
+    assert main([*write, "--chunk_size=15"]) == 0
     opened = Memory.load(tmp_path / "m")
     assert opened.tensors["memory"].shape == (1, 8, 16)
     assert opened.receipts[0].chunks == [14, 15]
     capsys.readouterr()
     measure = ["eval", f"{tmp_path}/checkpoint", "--pairs=6", "--samples=2", "--json", f"{tmp_path}/e.json"]
-    assert main([*measure, "--method.chunk", "15", "--method.chunks", "independent"]) == 0
+    assert main([*measure, "--method.chunk_size", "15", "--method.chunk_mode", "independent"]) == 0
     (row,) = json.loads((tmp_path / "e.json").read_text())
-    assert (row["method.chunk"], row["method.chunks"], row["n_mem"]) == (15, "independent", 24)
-    for wrong in (["--method.chunk", "0"], ["--method.n_mem", "3"], ["--method.chunk", "lots"]):
+    assert (row["method.chunk_size"], row["method.chunk_mode"], row["n_mem"]) == (15, "independent", 24)
+    for wrong in (["--method.chunk_size", "0"], ["--method.n_mem", "3"], ["--method.chunk_size", "lots"]):
         assert main([*measure, *wrong]) == 2
     assert "Traceback" not in capsys.readouterr().err

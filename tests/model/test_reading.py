@@ -54,7 +54,7 @@ def place(lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, and its memory of several chunks, written by the command line."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "t.txt").write_bytes(TEXT.encode())
-    arguments = ["--method=cram", *OPTIONS, "--until=0.05", "--chunk=6", "-o", f"{folder}/m"]
+    arguments = ["--method=cram", *OPTIONS, "--until=0.05", "--chunk_size=6", "-o", f"{folder}/m"]
     assert main(["write", str(lm), f"{folder}/t.txt", *arguments]) == 0
     return folder
 
@@ -232,7 +232,7 @@ def test_bad_input(place: Path, lm: Path, tmp_path: Path, capsys: pytest.Capture
         ("restore", f"{tmp_path}/none"): "no memory file",
         ("write", str(lm), f"{place}/t.txt", "--n_men", "3"): "did you mean 'n_mem'",
         ("write", str(lm), f"{place}/t.txt", "--method", "crem"): "did you mean 'cram'",
-        ("write", str(lm), f"{place}/t.txt", "--chunk", "2"): "one character takes",
+        ("write", str(lm), f"{place}/t.txt", "--chunk_size", "2"): "one character takes",
         ("write", "kv-32", f"{place}/t.txt", "--method", "cram"): "method of its own",
     }
     for arguments, message in cases.items():

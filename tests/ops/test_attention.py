@@ -14,6 +14,7 @@ from transformers import AttentionMaskInterface, AutoConfig, AutoModelForCausalL
 
 from gradmem.errors import GradmemError
 from gradmem.ops import attention as module
+from gradmem.ops import attention_tiles
 from gradmem.ops.attention import NAME, attention
 from helpers import COMMON, CONFIGS, KINDS, VOCABULARY, WIDE, distance, make_batch, make_gradmem
 from naive import attention as plain_attention
@@ -86,8 +87,8 @@ CASES: dict[str, tuple[int, int, int, int, Tensor | None, bool]] = {
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run on a single tile, on tiles of 4 rows and two samples, or on tiles of 4 rows and one head."""
     if request.param != "one_tile":
-        monkeypatch.setattr(module, "TILE_ROWS", 4)
-        monkeypatch.setattr(module, "TILE_BYTES", 4 * 11 * 8 * (4 if request.param == "tiles" else 1))
+        monkeypatch.setattr(attention_tiles, "TILE_ROWS", 4)
+        monkeypatch.setattr(attention_tiles, "TILE_BYTES", 4 * 11 * 8 * (4 if request.param == "tiles" else 1))
     return request.param
 
 
@@ -387,13 +388,13 @@ def test_generate_from_memory(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_meta_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """WRITE and READ with the gradient through both, against eager attention."""
-    monkeypatch.setattr(module, "TILE_ROWS", 4)
+    monkeypatch.setattr(attention_tiles, "TILE_ROWS", 4)
     batch = make_batch()
     results = []
     for name in ("eager", NAME):
         method = make_gradmem(kind)
-        assert method.backbone.second_order_attention == NAME
-        method.backbone.second_order_attention = name
+        assert method.backbone.double_backward_attention == NAME
+        method.backbone.double_backward_attention = name
         written = method.write(batch.context)
         logits = method.read_targets(written.memory, batch)
         loss = F.cross_entropy(logits, batch.labels[batch.labels != -100]) + 0.5 * written.losses[-1].mean()

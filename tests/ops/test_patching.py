@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 from gradmem.backbone import Backbone
 from gradmem.ops.attention import NAME
 from gradmem.ops.gated_mlp import gated
-from gradmem.ops.patching import closed_forms, replaced
+from gradmem.ops.patching import closed_forms, patched
 from gradmem.ops.rms_norm import rms_norm
 from helpers import COMMON, CONFIGS, KINDS, WIDE, distance
 
@@ -100,7 +100,7 @@ def test_models_compute_the_same(kind: str) -> None:
     built, ids = model(kind), torch.arange(12)[None]
     wanted, forms = built(ids).logits, closed_forms(built)
     assert len(forms) == (2 + 5 if kind in ("llama", "qwen2") else 0)
-    with replaced(forms):
+    with patched(forms):
         assert all("forward" in vars(module) for module in forms)
         assert distance(built(ids).logits, wanted) < 1e-5
     assert not any("forward" in vars(module) for module in forms)
@@ -110,7 +110,7 @@ def test_a_forward_of_the_instance_comes_back() -> None:
     built = model("llama")
     norm = built.model.norm
     norm.forward = own = lambda hidden: type(norm).forward(norm, hidden)
-    with replaced(closed_forms(built)):
+    with patched(closed_forms(built)):
         assert norm.forward is not own
     assert norm.forward is own
 
@@ -139,7 +139,7 @@ def test_experts_with_stacked_weights_are_left_alone() -> None:
 
 def test_a_model_with_attention_of_its_own_keeps_it() -> None:
     config = AutoConfig.for_model("llama", **COMMON | WIDE | {"num_attention_heads": 2})
-    assert Backbone(LlamaForCausalLM(config)).second_order_attention == NAME
+    assert Backbone(LlamaForCausalLM(config)).double_backward_attention == NAME
     built = LlamaForCausalLM(config)
     whole = type(built.model.layers[0].self_attn).forward
 
@@ -150,4 +150,4 @@ def test_a_model_with_attention_of_its_own_keeps_it() -> None:
 
     for layer in built.model.layers:
         layer.self_attn.forward = other.__get__(layer.self_attn)
-    assert Backbone(built).second_order_attention == "eager"
+    assert Backbone(built).double_backward_attention == "eager"

@@ -17,7 +17,7 @@ from helpers import text_model
 @pytest.mark.parametrize("own", [False, True])
 def test_names_of_special_tokens_are_text(own: bool, bytes_tokenizer: str) -> None:
     """In contexts, queries, answers and statements, also where a text is nothing but such a name."""
-    text, plain = Text(bytes_tokenizer if own else None, chunk=64), RawText(bytes_tokenizer)
+    text, plain = Text(bytes_tokenizer if own else None, chunk_size=64), RawText(bytes_tokenizer)
     squad = Squad(bytes_tokenizer)
     for task in (text, plain, squad):
         names = task.tokenizer.all_special_tokens

@@ -17,7 +17,7 @@ from helpers import TINY_GRADMEM, TINY_LLAMA, text_model
 
 
 def test_chunks_are_the_files(books: str, bytes_tokenizer: str) -> None:
-    task = Text(bytes_tokenizer, books, chunk=10)
+    task = Text(bytes_tokenizer, books, chunk_size=10)
     assert [task.size(split) for split in ("train", "valid", "test")] == [13, 1, 3]
     assert task.notes("train") == ["7 tokens at the ends of the training texts, too few for a chunk, are left out"]
     batch = task.batch("test", 0, 3)
@@ -31,7 +31,7 @@ def test_chunks_are_the_files(books: str, bytes_tokenizer: str) -> None:
 
 def test_near_loss_of_the_text_task_is_of_the_answer_alone() -> None:
     torch.manual_seed(0)
-    model = MemoryModel.from_spec({"name": "text", "chunk": 16}, TINY_LLAMA, TINY_GRADMEM)
+    model = MemoryModel.from_spec({"name": "text", "chunk_size": 16}, TINY_LLAMA, TINY_GRADMEM)
     memory = model.write("the north road")
     answer = model.answer(memory, "whatever", max_new_tokens=14)
     ids = model.task.encode(answer.text)
@@ -47,14 +47,14 @@ def test_every_byte_is_a_token_where_no_tokenizer_is_named(tmp_path: Path) -> No
     assert len(task.encode(text)) == len(text.encode())
     assert task.text(task.encode(text)) == text
     assert task.pad_id not in task.encode(text)
-    model = text_model({"name": "text", "chunk": 8})
+    model = text_model({"name": "text", "chunk_size": 8})
     model.save_pretrained(tmp_path)
     again = MemoryModel.from_pretrained(tmp_path)
     assert again.restore(again.write(text[:4], 1)) == model.restore(model.write(text[:4], 1))
 
 
 def test_text_metrics_by_hand(books: str, bytes_tokenizer: str) -> None:
-    task = Text(bytes_tokenizer, books, chunk=10)
+    task = Text(bytes_tokenizer, books, chunk_size=10)
     batch = task.batch("test", 0, 3)
     targets = batch.labels[:, 1:]
     logits = torch.randn(3, 10, len(task.tokenizer), generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def test_text_metrics_by_hand(books: str, bytes_tokenizer: str) -> None:
 def test_exact_chunks_are_the_same_read_and_generated(books: str, bytes_tokenizer: str) -> None:
     """A model that always says the same letter, on chunks of which one is nothing else."""
     (Path(books) / "test" / "0.txt").write_text("eeeeabcdefgh")
-    model = text_model({"name": "text", "tokenizer": bytes_tokenizer, "data": books, "chunk": 4})
+    model = text_model({"name": "text", "tokenizer": bytes_tokenizer, "data": books, "chunk_size": 4})
     letter = model.task.encode("e")[0]
     with torch.no_grad():
         model.method.backbone.head.weight.zero_()
@@ -93,7 +93,7 @@ def test_exact_chunks_are_the_same_read_and_generated(books: str, bytes_tokenize
 
 
 def test_bits_per_vector(books: str, bytes_tokenizer: str) -> None:
-    model = text_model({"name": "text", "tokenizer": bytes_tokenizer, "data": books, "chunk": 5})
+    model = text_model({"name": "text", "tokenizer": bytes_tokenizer, "data": books, "chunk_size": 5})
     before, after = evaluate(model, [0, 3])
     assert before.bits_per_vector == 0
     assert after.bits_per_vector == pytest.approx((before.metrics["bits"] - after.metrics["bits"]) / 2)
@@ -106,4 +106,4 @@ def test_text_needs_its_folders(bytes_tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.txt").write_text("short")
     with pytest.raises(GradmemError, match="no sample is left: 5 tokens"):
-        Text(bytes_tokenizer, str(tmp_path), chunk=10).size("train")
+        Text(bytes_tokenizer, str(tmp_path), chunk_size=10).size("train")

@@ -17,7 +17,7 @@ from gradmem.cli.main import main
 from gradmem.cli.training import plan_table, train
 from gradmem.model import MemoryModel
 from gradmem.model.build import build_task
-from gradmem.ops.room import room
+from gradmem.ops.workspace import elements_at_once
 from gradmem.training import plan
 from gradmem.training import precision as precision_module
 from gradmem.training import trainer as loop
@@ -303,9 +303,9 @@ def test_memory_that_is_kept_for_later_is_free(monkeypatch: pytest.MonkeyPatch) 
 def test_how_much_at_once_follows_the_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (0, 80 * GB))
     device = torch.device("cuda", 5)
-    assert room(CPU, 100, 8) == 100
-    assert room(device, 100, 8) == 80 * GB // 4 // 8
-    assert room(device, 10**12, 8) == 10**12  # never less than on a CPU
+    assert elements_at_once(CPU, 100, 8) == 100
+    assert elements_at_once(device, 100, 8) == 80 * GB // 4 // 8
+    assert elements_at_once(device, 10**12, 8) == 10**12  # never less than on a CPU
 
 
 def test_another_kind_of_device_is_planned_anew(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def demo(
     Parameters
     ----------
     checkpoint
-        Name of a packaged checkpoint, or directory.
+        Name of a checkpoint, or directory.
     story
         Checkpoint for the story; null for no story.
     pairs

@@ -16,7 +16,7 @@ from ..choices import Precision, Split
 from ..device import device_named
 from ..errors import GradmemError
 from ..files import save_csv, save_json
-from ..model.packaged import checkpoint_names
+from ..model.packaged import DOWNLOADABLE, checkpoint_names
 from ..training.recipe import load_recipe, recipe_names
 from .console import console, progress_bar
 from .training import train
@@ -64,7 +64,7 @@ def measure(
     Parameters
     ----------
     checkpoint
-        Name of a packaged checkpoint, directory, or hub name.
+        Name of a checkpoint, directory, or hub name.
     pairs
         Numbers of pairs, such as 32,64; default: the checkpoint's own.
     steps
@@ -87,8 +87,8 @@ def measure(
     task
         Options of the task that differ from the checkpoint's, each by its own name: --data DIR --tasks qa1,qa4.
     method
-        How to write, where not as in training: --method.chunk 113 --method.chunks independent, and, with GradMem,
-        --method.gauss_newton_after 1: Gauss-Newton steps after the first, each at the cost of some seven others.
+        How to write, where not as in training: --method.chunk_size 113 --method.chunk_mode independent, and, with
+        GradMem, --method.gauss_newton_after 1: Gauss-Newton steps after the first; each costs some seven others.
     """
     from ..evaluation.figures import steps_figure
     from ..evaluation.measurement import evaluate
@@ -144,7 +144,7 @@ def sweep(
     Parameters
     ----------
     checkpoints
-        Names of packaged checkpoints, directories, or hub names.
+        Names of checkpoints, directories, or hub names.
     pairs
         Numbers of pairs, such as 4,8,16; default: each checkpoint's own.
     steps
@@ -259,7 +259,7 @@ def _system(name: str, output: Path, device: str) -> tuple[gradmem.MemoryModel, 
     """Load a checkpoint, the checkpoint of a run, or one that a recipe trains first."""
     from ..experiments.compare import Training
 
-    run, packaged = Path(name), name in checkpoint_names()
+    run, packaged = Path(name), name in {*checkpoint_names(), *DOWNLOADABLE}
     if not packaged and (name in recipe_names() or name.endswith((".yaml", ".yml"))):
         run = output / run.stem
         train(replace(load_recipe(name), device=device), run)

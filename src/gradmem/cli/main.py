@@ -11,17 +11,18 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from .. import __version__
 from ..errors import GradmemError
 from ..visible import visible
 from . import evaluation, memory, serving, training
 from .console import use_utf8
 from .demo import demo
+from .download import download
 from .launch import launch
 from .parsers import (
     HelpFormatter,
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "serve": serving.serve,
     "demo": demo,
     "list": memory.show_list,
+    "download": download,
 }
 GROUPS = {
     "store": ("gradmem.cli.store:COMMANDS", "Manage stored memories (GRADMEM_STORE: file or PostgreSQL URL)."),
@@ -132,7 +134,7 @@ def _run(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="gradmem",
         description="Memory for language models: write once, ask many.",
-        version=__version__,
+        version=version("gradmem"),
         exit_on_error=False,
         formatter_class=HelpFormatter,  # subcommands take it over
     )

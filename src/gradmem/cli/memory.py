@@ -21,9 +21,10 @@ from ..device import device_named
 from ..errors import GradmemError, Missing
 from ..files import write_bytes
 from ..interruption import Interruptible
-from ..model.packaged import checkpoint_names
+from ..model.packaged import DOWNLOADABLE, checkpoint_names
+from ..plugins import names as plugin_names
 from ..receipts import Receipt, written_texts
-from ..training.recipe import recipe_names
+from ..training.recipe import recipe_groups
 from ..visible import shown_on
 from .console import console, dumps, notes, progress_bar, read_stdin, read_text
 from .memory_tables import (
@@ -46,7 +47,7 @@ def write(
     name: str | None = None,
     tags: str = "",
     method: str | None = None,
-    chunk: int | None = None,
+    chunk_size: int | None = None,
     steps: int | None = None,
     until: float | None = None,
     max_steps: int | None = None,
@@ -63,7 +64,7 @@ def write(
     Parameters
     ----------
     checkpoint
-        Name of a packaged checkpoint, directory or hub name of a checkpoint, or of a plain language model.
+        Name of a checkpoint, directory or hub name of a checkpoint, or of a plain language model.
     file
         Text to write; - for standard input.
     output
@@ -77,9 +78,9 @@ def write(
     method
         Method for a plain language model, one that needs no training. Default: cram, which recites the text and does
         not answer questions about it.
-    chunk
-        Tokens of each chunk of the text. GradMem and RMT write all chunks into one memory (see --chunks), other methods
-        write each into its own. Default: as in training, or the longest context of the model.
+    chunk_size
+        Most tokens of a chunk of the text. GradMem and RMT write all chunks into one memory (see --chunk_mode), other
+        methods write each into its own. Default: as in training, or the longest context of the model.
     steps
         Number of write steps. Default: as many as the checkpoint was trained for.
     until
@@ -91,7 +92,7 @@ def write(
     device
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     options
-        Options of the method, such as --n_mem 32 --inner_lr 0.03. The method of a checkpoint takes only --chunks
+        Options of the method, such as --n_mem 32 --inner_lr 0.03. The method of a checkpoint takes only --chunk_mode
         sequential, independent or joint.
     """
     if not store and (name is not None or tags):
@@ -100,9 +101,9 @@ def write(
     text = read_text(file)
     model = gradmem.load(checkpoint, given or None).to(device_named(device))
     _freeze_objects()
-    if chunk is not None and model.method.joins:
-        model.configure({"chunk": chunk})
-    texts = [text] if model.method.chunk is not None else model.chunks(text, chunk)
+    if chunk_size is not None and model.method.joins:
+        model.configure({"chunk_size": chunk_size})
+    texts = [text] if model.method.chunk_size is not None else model.chunks(text, chunk_size)
     settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps}
     entry = None
     with Interruptible() as stopped:
@@ -189,7 +190,7 @@ def ask(
     queries
         Queries. Default: the lines of standard input, answered as JSON lines.
     checkpoint
-        Checkpoint that wrote the memory. Not needed for a packaged checkpoint.
+        Checkpoint that wrote the memory. Not needed for those that `gradmem list` shows.
     jsonl
         Print JSON lines for queries given as arguments too.
     abstain
@@ -246,7 +247,7 @@ def restore(
     memory
         Memory file, or id or name of a stored memory.
     checkpoint
-        Checkpoint that wrote the memory. Not needed for a packaged checkpoint.
+        Checkpoint that wrote the memory. Not needed for those that `gradmem list` shows.
     output
         File for the text (short: -o). Default: standard output.
     context
@@ -282,7 +283,7 @@ def inspect(memory: Path, checkpoint: str | None = None, context: Path | None = 
     memory
         Memory file.
     checkpoint
-        Checkpoint that wrote the memory, for --context. Not needed for a packaged checkpoint.
+        Checkpoint that wrote the memory, for --context. Not needed for those that `gradmem list` shows.
     context
         File of the original text, to show which of its tokens were lost. The memory file holds no text.
     json
@@ -320,6 +321,12 @@ def _open(memory: Path, checkpoint: str | None) -> gradmem.Memory:
 
 
 def show_list() -> None:
-    """List the checkpoints and recipes in the package."""
-    _print_line("checkpoints: " + (", ".join(checkpoint_names()) or "none"))
-    _print_line("recipes: " + (", ".join(recipe_names()) or "none"))
+    """List checkpoints, recipes, methods and tasks: those of gradmem, and those of installed plug-ins."""
+    here = checkpoint_names()
+    _print_line("checkpoints: " + (", ".join(here) or "none"))
+    if absent := sorted(DOWNLOADABLE.keys() - here):
+        _print_line(f"checkpoints to download: {', '.join(absent)}")
+    for group, recipes in recipe_groups().items():
+        _print_line(f"recipes ({group}): {', '.join(recipes)}")
+    for group in ("methods", "tasks"):
+        _print_line(f"{group}: {', '.join(plugin_names(f'gradmem.{group}'))}")

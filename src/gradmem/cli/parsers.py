@@ -15,6 +15,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
 
+from ..plugins import names
 from ..training.recipe import Recipe, recipe_names, recipe_values
 from .evaluation import Ints
 
@@ -88,9 +89,10 @@ def command_parser(command: str, function: Callable[..., Any]) -> ArgumentParser
 
 def recipe_parser(function: Callable[..., Any], recipe: str | None) -> ArgumentParser:
     """Build the parser of a function of a recipe. The values of the named recipe are the defaults of its fields."""
-    description = f"{summary(function)} Recipes in the package: {', '.join(recipe_names())}."
-    parser = ArgumentParser(description=description)
-    parser.add_argument("recipe", help="Name of a packaged recipe, or a YAML file.")
+    known = {"recipes": recipe_names(), "methods": names("gradmem.methods"), "tasks": names("gradmem.tasks")}
+    listed = " ".join(f"Known {kind}: {', '.join(found)}." for kind, found in known.items())
+    parser = ArgumentParser(description=f"{summary(function)} {listed}")
+    parser.add_argument("recipe", help="Name of a recipe, or a YAML file.")
     parser.add_function_arguments(function, skip={"recipe", "output"})
     parser.add_class_arguments(Recipe)
     if recipe is not None:

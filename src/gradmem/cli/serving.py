@@ -30,7 +30,7 @@ def serve(
     Parameters
     ----------
     checkpoints
-        Checkpoints to serve. Default: all packaged ones.
+        Checkpoints to serve. Default: all that `gradmem list` shows.
     host
         Address to listen on. Requests need a key (gradmem keys add OWNER) unless it is a loopback address.
     port

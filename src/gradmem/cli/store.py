@@ -181,7 +181,7 @@ def append(
     file
         File of the text to append; - for standard input.
     checkpoint
-        Checkpoint that wrote the memory. Not needed for a packaged checkpoint.
+        Checkpoint that wrote the memory. Not needed for those that `gradmem list` shows.
     before
         File of the text written before, to measure how much of it is still kept. The memory holds no text.
     may_forget

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -14,16 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import GradmemError
+from ..files import cache_directory
 from .samples import Samples
 
 FORMAT = 1
 TEXTS = "texts.json"
-
-
-def cache_directory() -> Path:
-    """`GRADMEM_CACHE`, or `gradmem` in the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GRADMEM_CACHE") or Path(base) / "gradmem")
 
 
 def cached(about: dict[str, Any], make: Callable[[], Samples]) -> Samples:

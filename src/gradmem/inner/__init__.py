@@ -1,4 +1,4 @@
-"""The WRITE optimisation: what is minimised, by which update, and how gradients pass through it."""
+"""The inner optimization of WRITE: loss, update rules, and the gradient through the descent."""
 
 from .gauss_newton import gauss_newton
 from .meta_gradient import Order, Step, Strategy, descend

@@ -1,8 +1,7 @@
-"""Second-order write steps as graphs that TorchInductor compiles.
+"""Compile second-order write steps with TorchInductor.
 
-A loss and its gradient by the points are traced into one graph of plain operations, which is differentiable like any
-other: PyTorch compiles it with its backward pass. What eager PyTorch does in thousands of passes over memory becomes
-a few hundred.
+A loss and its gradient are traced into one graph of plain operations. PyTorch compiles this graph together with its
+backward pass, which takes a few hundred passes over memory instead of the thousands of eager PyTorch.
 """
 
 from __future__ import annotations
@@ -21,31 +20,31 @@ from ..errors import GradmemError
 from .optimizers import Tensors
 
 Graphs = dict[Any, Callable[..., Sequence[Tensor]]]
-"""Compiled graphs by the shapes and types they are for."""
+"""Compiled graphs by the shapes and types of their inputs."""
 
 
 def compiled_gradient(
     graphs: Graphs, loss: Callable[..., Tensor], points: Tensors, given: Sequence[Tensor]
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Losses and their gradient by the points, both differentiable.
+    """Compute losses and their gradient with respect to the points, both differentiable.
 
     Parameters
     ----------
     graphs : dict
-        Belongs to this loss; new graphs are added. Whatever the loss knows besides its arguments must stay as it was
-        when its graph was traced; weights may change in place.
+        The graphs of this loss, to which new ones are added. What the loss reads besides its arguments must not change
+        after tracing, except weights, which may change in place.
     loss : callable
-        `loss(points, *given)` returns losses of shape (batch,); plain PyTorch that does not look at values.
+        `loss(points, *given)` returns losses of shape (batch,). Its control flow must not depend on values.
     points : dict of Tensor, shapes (batch, ...)
-        They take gradients.
+        The tensors with respect to which the gradient is taken.
     given : sequence of Tensor
 
     Raises
     ------
     GradmemError
-        When this machine cannot compile.
+        If this machine cannot compile.
     """
-    # Other strides would want another graph: the first point is M0, expanded.
+    # Other strides would need another graph: the first point is an expanded M0.
     inputs = [tensor.contiguous() for tensor in (*points.values(), *given)]
     kind = inputs[0].device.type
     low = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -54,26 +53,26 @@ def compiled_gradient(
 
         def losses_and_gradient(*inputs: Tensor) -> tuple[Tensor, ...]:
             at = inputs[: len(points)]
-            # Weights that autocast keeps from before would be constants of the graph.
+            # Weights in the cache of autocast would become constants of the graph.
             with torch.autocast(*low, cache_enabled=False):
                 losses = loss(dict(zip(points, at, strict=True)), *inputs[len(points) :])
             return losses, *torch.autograd.grad(losses.sum(), at, create_graph=True)
 
-        # On a GPU gradients are computed in threads of their own, which tracing need not reach.
+        # On a GPU, gradients are computed in other threads, which tracing may not see.
         with torch.autograd.set_multithreading_enabled(False):
             traced = make_fx(losses_and_gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        graphs[key] = torch.compile(_folded(_attached(traced)), dynamic=False, fullgraph=True)
+        graphs[key] = torch.compile(_fold_constants(_drop_detach(traced)), dynamic=False, fullgraph=True)
     try:
         with torch.autocast(kind, enabled=False):  # whose conversions are in the graph
             losses, *grads = graphs[key](*inputs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         reason = str(error).splitlines()[0]
-        raise GradmemError(f"cannot compile here ({reason}): take another `strategy`, as unroll") from error
+        raise GradmemError(f"cannot compile on this machine ({reason}): set `strategy: unroll`") from error
     return losses, grads
 
 
-def _attached(traced: GraphModule) -> GraphModule:
-    """The graph without the cuts that autograd notes where it kept a result: its gradient passes through them."""
+def _drop_detach(traced: GraphModule) -> GraphModule:
+    """Remove `detach` from a graph: autograd adds it to results that it saves, and gradients must pass through."""
     for node in list(traced.graph.nodes):
         if node.target is torch.ops.aten.detach.default:
             node.replace_all_uses_with(node.args[0])
@@ -82,10 +81,10 @@ def _attached(traced: GraphModule) -> GraphModule:
     return traced
 
 
-def _folded(traced: GraphModule) -> GraphModule:
-    """The graph with what no input and no weight changes as constants.
+def _fold_constants(traced: GraphModule) -> GraphModule:
+    """Replace everything in a graph that depends on no input and no weight by constants.
 
-    TorchInductor would work out masks and rotary angles anew for every element of every pass that reads them.
+    Otherwise TorchInductor recomputes masks and rotary angles for every element of every pass that reads them.
     """
     values: dict[Node, Any] = {}
     for node in traced.graph.nodes:
@@ -95,7 +94,7 @@ def _folded(traced: GraphModule) -> GraphModule:
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
         elif _writes(node) and node.args[0] in values:
-            return traced  # what looked constant is filled with something else
+            return traced  # a constant is overwritten
     for number, node in enumerate(values):
         if node.op == "call_function" and not values.keys() >= set(node.users):
             traced.register_buffer(f"constant{number}", values[node])
@@ -107,10 +106,10 @@ def _folded(traced: GraphModule) -> GraphModule:
 
 
 def _is_random(node: Node) -> bool:
-    """Whether an operation draws other numbers every time."""
+    """Whether an operation draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _writes(node: Node) -> bool:
-    """Whether an operation changes its first argument."""
+    """Whether an operation changes its first argument in place."""
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))

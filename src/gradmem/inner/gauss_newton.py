@@ -1,9 +1,9 @@
-"""Gauss-Newton steps on per-sample tensors: descent that knows how the tensors move the outputs.
+"""Gauss-Newton steps on per-sample tensors.
 
-Where a loss is a convex function of outputs, and these a function of the tensors with the Jacobian J, the step
-solves (J' B J + damping) s = g, B being the loss's second derivative by the outputs. J' B J is never formed: a few
-conjugate gradients need its products with vectors, each of which costs about two gradients (Martens, Deep learning
-via Hessian-free optimization, ICML 2010). A meta-gradient takes the steps as constants.
+The loss is a convex function of outputs, which are a function of the tensors with Jacobian J. A step solves
+(J' B J + damping) s = g, where B is the second derivative of the loss with respect to the outputs. J' B J is never
+formed: conjugate gradients only need its products with vectors, each of which costs about two gradients (Martens, Deep
+learning via Hessian-free optimization, ICML 2010). A meta-gradient treats the steps as constants.
 """
 
 from __future__ import annotations
@@ -20,47 +20,47 @@ Outputs = Callable[[Tensors], Tensor]
 Losses = Callable[[Tensor], Tensor]
 
 ITERATIONS = 5
-"""Conjugate gradients of a step; these three constants were chosen on key-value pairs (docs/results.md)."""
+"""Iterations of conjugate gradients in a step. These three constants were chosen on key-value pairs."""
 DAMPING = 0.1
-"""Added to the curvature, as a part of that along the gradient."""
-PART = 0.7
-"""Of the solution that a step goes; the whole of it overshoots."""
+"""Damping, as a fraction of the curvature along the gradient."""
+STEP_FRACTION = 0.7
+"""Fraction of the solution that a step takes; the whole solution overshoots."""
 
 
 def gauss_newton(
-    walk: Iterable[Step], parts: Sequence[tuple[Outputs, Losses]], steps: int, until: float | None = None
+    states: Iterable[Step], parts: Sequence[tuple[Outputs, Losses]], steps: int, until: float | None = None
 ) -> Iterator[Step]:
-    """Yield the states of a descent, then go on from its last one by Gauss-Newton steps.
+    """Yield the states of a descent, then continue from its last state with Gauss-Newton steps.
 
-    These are constants to gradients, which take the identity path to the descent.
+    Gradients treat these steps as constants and take the identity path to the descent.
 
     Parameters
     ----------
-    walk : iterable of Step
-        As `descend` yields them.
+    states : iterable of Step
+        The result of `descend`.
     parts : sequence of (callable, callable)
-        What adds up to the loss of each sample, as `outputs(tensors)` of any shape and `losses(outputs)` of shape
-        (batch,), the latter convex. Outputs may depend on the tensors of several samples, but each only on those of
-        one. With several parts only one's graph is kept at a time, and built anew for every product.
+        Parts that sum to the loss of each sample: `outputs(tensors)` of any shape, and a convex `losses(outputs)` of
+        shape (batch,). Each output may depend on the tensors of one sample only. With several parts, one graph is kept
+        at a time, and each is rebuilt for every product.
     steps : int
-        Gauss-Newton steps at most.
+        Most Gauss-Newton steps.
     until : float, optional
         A sample whose loss is at most this takes no further step.
     """
-    for now in walk:
+    for now in states:
         yield now
     for _ in range(steps):
         losses, solution = _solve(parts, now.tensors)
         active = torch.ones_like(losses, dtype=torch.bool) if until is None else losses > until
         if until is not None and not bool(active.any()):
             return
-        moved = _flat(now.tensors) - PART * active[:, None] * solution
+        moved = _flat(now.tensors) - STEP_FRACTION * active[:, None] * solution
         now = Step(_shaped(moved, now.tensors), [*now.losses, losses], now.taken + active.long())
         yield now
 
 
 def _solve(parts: Sequence[tuple[Outputs, Losses]], tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Losses (batch,), and the solutions (batch, numbers) for all of a sample's tensors in a row."""
+    """Compute losses (batch,), and solutions (batch, numbers) for all tensors of a sample, concatenated."""
 
     def graphs() -> Iterator[_Graph]:
         return (_Graph(*part, tensors) for part in parts)
@@ -76,7 +76,7 @@ def _solve(parts: Sequence[tuple[Outputs, Losses]], tensors: Tensors) -> tuple[T
 
 
 class _Graph:
-    """One part of the losses at a point, ready to multiply its Gauss-Newton matrix with vectors (batch, numbers)."""
+    """One part of the losses at a point, with products of its Gauss-Newton matrix and vectors (batch, numbers)."""
 
     def __init__(self, outputs: Outputs, losses: Losses, tensors: Tensors) -> None:
         with torch.enable_grad():
@@ -94,7 +94,7 @@ class _Graph:
         return self._pull(self.slope.detach())
 
     def product(self, vector: Tensor) -> Tensor:
-        """J' B J v."""
+        """Compute J' B J v."""
         (pushed,) = torch.autograd.grad(self.pulled, self.dual, vector, retain_graph=True)
         (bent,) = torch.autograd.grad(self.slope, self.given, pushed, retain_graph=True)
         return self._pull(bent)
@@ -105,9 +105,9 @@ class _Graph:
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
-    """Solve (A + damping) x = target for each row (batch, numbers), starting from zero, `product` being A's.
+    """Solve (A + damping) x = target for each row (batch, numbers), starting from zero, with `product(x)` = A x.
 
-    The damping is `DAMPING` times the curvature along the target. Rows without a target stay zero.
+    The damping is `DAMPING` times the curvature along the target. Rows whose target is zero stay zero.
     """
     found, rest, direction = torch.zeros_like(target), target, target
     size, damping = _dot(rest, rest), None
@@ -128,7 +128,7 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:
-    """Their quotient, and zero where there is nothing to divide by."""
+    """Divide, with zero where the denominator is not positive."""
     return torch.where(other > 0, one / torch.where(other > 0, other, 1), 0)
 
 

@@ -1,7 +1,7 @@
 """Gradient descent on per-sample tensors, with a gradient through the descent.
 
-Knows nothing of language models: `descend` takes any function from per-sample tensors to per-sample losses, so it
-serves other kinds of test-time training as well.
+Nothing here is specific to language models: `descend` takes any function from per-sample tensors to per-sample losses,
+so it also serves other kinds of test-time training.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Loss = Callable[..., Tensor]
 
 @dataclass
 class Step:
-    """Where a descent stands.
+    """The state of a descent.
 
     Attributes
     ----------
     tensors : dict of Tensor, shapes (batch, ...)
         The tensors after the steps taken so far.
     losses : list of Tensor, shape (batch,)
-        The loss before each step taken so far, connected to the graph unless the order is "none" without gradients.
+        The loss before each step taken so far; part of the graph if gradients are enabled.
     taken : Tensor, int64, shape (batch,)
-        Steps that each sample took (fewer than the others where `until` stopped it).
+        Number of steps that each sample took; `until` may stop some samples earlier than others.
     """
 
     tensors: Tensors
@@ -62,34 +62,36 @@ def descend(
     Parameters
     ----------
     loss : callable
-        `loss(tensors, *given)` returns losses of shape (batch,). They are summed, so that the gradient of a sample
-        does not depend on its neighbours. Parameters of modules may be used inside; a computed tensor that is to
-        receive a gradient goes through `given`.
+        `loss(tensors, *given)` returns losses of shape (batch,). They are summed, so the gradient of a sample does not
+        depend on the other samples. It may use the parameters of modules; a computed tensor that needs a gradient
+        must be in `given`.
     tensors : dict of Tensor, shapes (batch, ...)
         Starting point.
     update : callable
-        One of `gradmem.inner.optimizers`.
+        An update of `gradmem.inner.optimizers`.
     rates : callable
         `rates(step)`, with steps counted from 0, returns the learning rate of each tensor, broadcast against it.
     steps : int
-        Steps to take at most.
+        Most steps.
     given : sequence of Tensor
         Further arguments of `loss`, the same at every step.
     order : {"none", "first", "second"}
-        "second" differentiates through the gradients; "first" takes them as constants and keeps the identity path
-        to the start; "none" detaches after every step.
+        "second" differentiates through the gradients. "first" treats them as constants and keeps the identity path to
+        the start. "none" detaches after every step.
     last_k : int, optional
-        With "second", only the last k steps are of second order and the earlier ones of first.
+        With "second": only the last k steps are of second order, the earlier ones of first order.
     strategy : {"unroll", "recompute", "compile"}
-        "unroll" keeps the graph of every step. "recompute" keeps that of the last one and builds the others again,
-        one at a time, in the backward pass: memory does not grow with the number of steps. "compile" is "unroll" with
-        compiled second-order steps. Same gradients.
+        "unroll" keeps the graph of every step. "recompute" keeps the graph of the last step and rebuilds the others,
+        one at a time, in the backward pass, so memory does not grow with the number of steps. "compile" is "unroll"
+        with compiled second-order steps. All give the same gradients.
     graphs : dict, optional
-        Where "compile" keeps its graphs from one descent of this loss to the next; see `compiled_gradient`.
+        The graphs that "compile" keeps from one descent of this loss to the next; see `compiled_gradient`.
     more : bool
-        Whether other descents go on from where this one ends: "recompute" then keeps no step's graph.
+        Whether other descents continue from the last state: "recompute" then keeps no graph.
+    clip_value, clip_norm : float, optional
+        Clip the gradient of each sample and tensor; see `gradmem.inner.optimizers.clip`.
     until : float, optional
-        A sample whose loss is at most this takes no further step; see also `of_unfinished`.
+        A sample whose loss is at most this takes no further step; see also `skip_finished`.
     """
     training, graphs = torch.is_grad_enabled(), {} if graphs is None else graphs
     if order == "none" or not training:
@@ -122,11 +124,11 @@ def descend(
         yield now
 
 
-def of_unfinished(loss: Loss, until: float) -> Loss:
-    """The same loss for `descend`, not computed again for samples that have reached `until`: they cost no more time.
+def skip_finished(loss: Loss, until: float) -> Loss:
+    """Wrap a loss for `descend` so that samples that have reached `until` are not computed again.
 
-    For one descent without gradients. All that `loss` knows of single samples must come through `given`, of shapes
-    (batch, ...), where the rows of those that go on can be picked.
+    Only for one descent without gradients. Everything in `loss` that depends on the sample must come through `given`,
+    in shapes (batch, ...), because the remaining rows are selected from there.
     """
     known: Tensor | None = None
 
@@ -151,7 +153,7 @@ def _like(flags: Tensor, tensor: Tensor) -> Tensor:
 def _gradient(
     loss: Loss, tensors: Tensors, given: Sequence[Tensor], second: bool, training: bool
 ) -> tuple[Tensor, Tensors, Sequence[Tensor]]:
-    """Losses, the points where they were taken, and their gradient there, with the graph kept."""
+    """Compute losses, the points where they were taken, and the gradient there; keep the graph."""
     with torch.enable_grad():
         points = {name: _differentiable(tensor) for name, tensor in tensors.items()}
         losses = loss(points, *given)
@@ -162,7 +164,7 @@ def _gradient(
 def _rebuilt_gradient(
     loss: Loss, tensors: Tensors, given: Sequence[Tensor], second: bool
 ) -> tuple[Tensor, Tensors, Sequence[Tensor]]:
-    """`_gradient`, with a graph that is not kept but built again in the backward pass."""
+    """Compute what `_gradient` does, but rebuild the graph in the backward pass instead of keeping it."""
     points = {name: _differentiable(tensor) for name, tensor in tensors.items()}
     inputs = [*points.values(), *given]
 
@@ -180,7 +182,7 @@ def _rebuilt_gradient(
 
 @dataclass(frozen=True)
 class _Rebuild:
-    """How to build one step again: `loss` of `inputs` tensors, differentiated by the first `points` of them."""
+    """How to rebuild one step: `loss` of `inputs` tensors, differentiated by the first `points` of them."""
 
     loss: Callable[[Sequence[Tensor]], Tensor]
     points: int
@@ -190,7 +192,7 @@ class _Rebuild:
 
 
 class _Rebuilt(torch.autograd.Function):
-    """Losses and their gradient, which are known, as a function of the tensors they were computed from."""
+    """Known losses and gradients, as a differentiable function of the tensors that they were computed from."""
 
     @staticmethod
     def forward(ctx: Any, rebuild: _Rebuild, results: tuple[Tensor, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -219,7 +221,7 @@ class _Rebuilt(torch.autograd.Function):
 
 
 def _differentiable(tensor: Tensor) -> Tensor:
-    """The tensor, or a fresh leaf where it carries no graph."""
+    """Return the tensor, or a new leaf if it is not part of a graph."""
     return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
@@ -228,7 +230,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _leaves(root: Tensor) -> list[Tensor]:
-    """The leaves of a graph that take gradients."""
+    """Find the leaves of a graph that need gradients."""
     found, seen, stack = [], set(), [root.grad_fn]
     while stack:
         node = stack.pop()
@@ -242,7 +244,7 @@ def _leaves(root: Tensor) -> list[Tensor]:
 
 
 def _autocast(device: torch.device) -> Callable[[], torch.autocast]:
-    """The present autocast, to enter again in a backward pass, which runs outside of it."""
+    """Capture the current autocast, to enter it again in a backward pass, which runs outside of it."""
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return lambda: torch.autocast(kind, dtype, enabled)

@@ -9,7 +9,7 @@ from ..ops.head import Head
 
 
 def token_losses(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy of each token, zero at pads.
+    """Compute the cross-entropy of each token, zero at pads.
 
     Parameters
     ----------
@@ -28,12 +28,12 @@ def token_losses(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor) -> Tenso
 
 
 def sample_losses(losses: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real tokens of each sample: (batch, length) -> (batch,). Paper section 3, L_b."""
+    """Average over the real tokens of each sample: (batch, length) -> (batch,). Paper section 3, L_b."""
     return losses.sum(1) / mask.sum(1)
 
 
 def joint_losses(losses: Tensor, mask: Tensor, rows: Tensor, samples: int) -> Tensor:
-    """`sample_losses` of samples in chunks: the mean over the real tokens of all chunks of each.
+    """Average over the real tokens of all chunks of each sample.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""Inner optimisers: pure update functions, differentiable in everything they take.
+"""Inner optimizers: pure update functions that are differentiable with respect to all arguments.
 
-An update maps (tensors, gradients, state, learning rates) to new tensors and a new state and changes nothing in
-place, so that a meta-gradient can pass through any number of them. The first dimension of every tensor is the
-batch; samples never mix.
+An update maps (tensors, gradients, state, learning rates) to new tensors and a new state. It changes nothing in place,
+so a meta-gradient can pass through any number of updates. The first dimension of every tensor is the batch; no sample
+affects another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Update = Callable[[Tensors, Tensors, Any, Rates], tuple[Tensors, Any]]
 
 
 def clip(grad: Tensor, value: float | None, norm: float | None) -> Tensor:
-    """Clip by value, then by norm, each sample on its own.
+    """Clip the gradient of each sample by value, then by norm.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def clip(grad: Tensor, value: float | None, norm: float | None) -> Tensor:
     value : float or None
         Largest absolute value of an element.
     norm : float or None
-        Largest 2-norm of a sample; beyond it `grad * norm / (||grad|| + 1e-6)`.
+        Largest 2-norm of a sample; a larger gradient becomes `grad * norm / (||grad|| + 1e-6)`.
     """
     if value is not None:
         grad = grad.clamp(-value, value)
@@ -38,12 +38,12 @@ def clip(grad: Tensor, value: float | None, norm: float | None) -> Tensor:
 
 
 def sgd(tensors: Tensors, grads: Tensors, state: None, rates: Rates) -> tuple[Tensors, None]:
-    """M <- M - lr * g (paper, equation of the WRITE step)."""
+    """Take one step of gradient descent: M <- M - lr * g (paper, equation of the WRITE step)."""
     return {name: tensor - rates[name] * grads[name] for name, tensor in tensors.items()}, None
 
 
 def heavy_ball(momentum: Callable[[int], float | Tensor]) -> Update:
-    """Polyak's method: v <- g + momentum(k) * v, then M <- M - lr * v, at step k counted from 0."""
+    """Build an update with momentum: v <- g + momentum(k) * v, then M <- M - lr * v, at step k counted from 0."""
 
     def update(tensors: Tensors, grads: Tensors, state: Any, rates: Rates) -> tuple[Tensors, Any]:
         step, velocity = state or (0, None)
@@ -59,10 +59,10 @@ ADAM_EPS = 1e-8
 
 
 def adam(tensors: Tensors, grads: Tensors, state: Any, rates: Rates) -> tuple[Tensors, Any]:
-    """One Adam step whose derivatives exist everywhere.
+    """Take one step of Adam whose derivatives exist everywhere.
 
-    The denominator is sqrt(v + eps^2) instead of sqrt(v) + eps: equal to within eps, but differentiable where a
-    second moment is zero, where the square root alone has an infinite slope and second order gives NaN.
+    The denominator is sqrt(v + eps^2) instead of sqrt(v) + eps. Both are equal to within eps, but the slope of sqrt(v)
+    is infinite if a second moment is zero, and second order would give NaN.
     """
     beta1, beta2 = ADAM_BETAS
     count, first, second = state or (

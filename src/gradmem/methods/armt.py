@@ -2,87 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError, require
 from ..inner.objective import token_losses
+from ..inner.optimizers import Tensors
 from ..memory import Memory
 from ..ops.dtypes import no_autocast
 from ..prefix import Prefix
 from .base.one_pass import OnePassMethod
+from .base.options import Options, keywords_of
+from .base.state_prefix import StatePrefix
 
 State = list[tuple[Tensor, Tensor]]
-"""What the memory of each layer holds: A (batch, features, d) and z (batch, features)."""
+"""The memory of each layer: A (batch, features, d) and z (batch, features)."""
 EPSILON = 1e-5
 
 
-class ARMT(OnePassMethod):
-    """Memory that learned tokens write into an associative matrix of every layer, and every position reads from.
+@dataclass(frozen=True, kw_only=True)
+class ARMTOptions(Options):
+    """Options of `armt`."""
 
-    WRITE runs the context once, in one segment or several, each followed by the M memory tokens, whose hidden states
-    each layer stores by the delta rule. READ adds to what enters each layer what its matrix holds for it. Only the
-    matrices pass from one segment to the next.
+    n_mem: int = 1
+    """Number of memory tokens, M."""
+    d_mem: int = 64
+    """Width of the memory's keys and queries."""
+    nu: int = 3
+    """Degree of the DPFP features, of which there are 2 * nu * d_mem."""
+    correction: bool = True
+    """Count in z only what is new in a key (gamma in the paper)."""
+    segment_length: int | None = None
+    """Most tokens of a segment; by default every context is one segment."""
+    leak_pads: bool = False
+    """Treat pads as the published experiments did: memory tokens attend to the pads of their segment, are numbered
+    after them, and also write if a segment is all pads. By default pads change nothing. No recipe uses it; comparison
+    with the published code needs it."""
+    reconstruction: bool = False
+    """Also learn to reconstruct the context from the memory; the recipe's `write_loss_weight` weights it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_mem", "d_mem", "nu"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+
+
+class ARMT(OnePassMethod):
+    """An associative matrix in every layer, which learned memory tokens write and every position reads.
+
+    WRITE runs the context once, in one segment or several. Each segment is followed by M memory tokens, whose hidden
+    states each layer stores in its matrix by the delta rule. READ adds to the input of each layer what its matrix
+    returns for it. Only the matrices pass from one segment to the next.
 
     Parameters
     ----------
     backbone : Backbone
         Its attention must take masks, as eager and SDPA attention do.
-    n_mem : int
-        Memory tokens M.
-    d_mem : int
-        Width of keys and queries of the memory.
-    nu : int
-        Degree of the DPFP features, of which there are 2 * nu * d_mem.
-    correction : bool
-        Count in z only what is new in a key (gamma in the paper).
-    segment_length : int, optional
-        Longer contexts are written in segments of this many tokens; by default every context is one segment.
-    leak_pads : bool
-        Treat pads as the published experiments did: memory tokens attend to the pads of their segment, are numbered
-        after them, and also write where a segment is all pads. By default a row is written as it is alone.
-    reconstruction : bool
-        Learn to reconstruct the context from the memory as well, as the trainer weights it (`write_loss_weight`).
+    **options
+        The fields of `ARMTOptions`.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        n_mem: int = 1,
-        d_mem: int = 64,
-        nu: int = 3,
-        correction: bool = True,
-        segment_length: int | None = None,
-        leak_pads: bool = False,
-        reconstruction: bool = False,
-    ) -> None:
+    @keywords_of(ARMTOptions)
+    def __init__(self, backbone: Backbone, **options: Any) -> None:
+        own = ARMTOptions(**options)
         super().__init__(backbone)
         if backbone.windows or not backbone.takes_masks:
             kind = backbone.model.config.model_type
             reason = f"has {backbone.windows[0]}" if backbone.windows else "takes none"
-            raise GradmemError(f"armt needs masks of what each position sees, and '{kind}' {reason}: take a llama")
-        self.reconstruction = reconstruction
-        require("n_mem", n_mem, n_mem >= 1, "at least 1")
-        require("d_mem", d_mem, d_mem >= 1, "at least 1")
-        require("nu", nu, nu >= 1, "at least 1")
-        most = backbone.max_positions - n_mem
-        require("segment_length", segment_length, segment_length is None or 1 <= segment_length <= most, f"1 to {most}")
-        self.segment_length, self.leak_pads = segment_length, leak_pads
+            raise GradmemError(f"armt needs attention masks, and '{kind}' {reason}: use a llama backbone")
+        most, length = backbone.max_positions - own.n_mem, own.segment_length
+        require("segment_length", length, length is None or 1 <= length <= most, f"1 to {most}")
+        self.options, self.reconstruction = own, own.reconstruction
         like = backbone.model.get_input_embeddings().weight
-        start = 0.02 * torch.randn(n_mem, backbone.width, dtype=like.dtype, device=like.device)
+        start = 0.02 * torch.randn(own.n_mem, backbone.width, dtype=like.dtype, device=like.device)
         self.memory_tokens = nn.Parameter(start)
-        self.associative: Any = nn.ModuleList(
-            _AssociativeLayer(backbone.width, d_mem, nu, correction).to(like) for _ in self.blocks
-        )
+        self.associative: Any = nn.ModuleList(_AssociativeLayer(backbone.width, own).to(like) for _ in self.blocks)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -91,13 +93,13 @@ class ARMT(OnePassMethod):
         Raises
         ------
         GradmemError
-            When it keeps them in no list.
+            If the backbone does not keep them in a list.
         """
         config = self.backbone.model.config
         for module in self.backbone.body.modules():
             if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
                 return module
-        raise GradmemError(f"'{config.model_type}' has no list of layers for associative memory: take another backbone")
+        raise GradmemError(f"'{config.model_type}' has no list of layers for associative memory: use another backbone")
 
     @property
     def n_mem(self) -> int:
@@ -106,27 +108,27 @@ class ARMT(OnePassMethod):
 
     @property
     def max_context(self) -> int:
-        """Longest context in tokens: any in segments, else what the backbone's positions leave."""
-        return 2**31 - 1 if self.segment_length else self.backbone.max_positions - self.n_mem
+        """Longest context in tokens: no limit in segments, else the backbone's positions less the memory tokens."""
+        return 2**31 - 1 if self.options.segment_length else self.backbone.max_positions - self.n_mem
 
     @property
     def max_query(self) -> int:
-        """Longest query and answer in tokens."""
+        """Most tokens of a query with its answer."""
         return self.backbone.max_positions
 
     def write_segment(self, tokens: Tokens, state: State | None) -> tuple[Tensor, State]:
-        """Run one segment and its memory tokens: read the state in every layer, then write to it.
+        """Run one segment and its memory tokens; every layer reads its state, then writes to it.
 
         Parameters
         ----------
         tokens : Tokens, shape (batch, length)
         state : list of (A, z), or None
-            What earlier segments wrote; None for the first, which reads nothing.
+            The state after earlier segments; None for the first segment.
 
         Returns
         -------
         hidden : Tensor, shape (batch, length, d)
-            After the final norm, memory tokens dropped.
+            After the final norm, without the memory tokens.
         state : list of (A, z)
             A (batch, features, d) and z (batch, features) of every layer.
         """
@@ -135,7 +137,7 @@ class ARMT(OnePassMethod):
         mask, positions = self._mask(tokens.mask, embeds.dtype), self._positions(tokens)
         with self.reading(state), self._watching() as outputs:
             hidden = self.backbone.hidden(embeds, mask=mask, positions=positions)
-        writes = tokens.mask.any(1) | self.leak_pads
+        writes = tokens.mask.any(1) | self.options.leak_pads
         olds = [None] * len(outputs) if state is None else state
         written = [
             layer.write(output[:, -self.n_mem :], old, writes)
@@ -144,16 +146,17 @@ class ARMT(OnePassMethod):
         return hidden[:, : -self.n_mem], written
 
     def prefix(self, memory: Memory) -> Prefix:
-        """Nothing stands before a query, so nothing predicts its first token: that hidden state is zeros."""
+        """Build a prefix without positions. Nothing predicts the first token of a query: its hidden state is zero."""
         like = self.memory_tokens
-        state = _unpack(memory, like.dtype)
+        state = {name: tensor.to(like.dtype) for name, tensor in memory.tensors.items()}
         last = like.new_zeros(len(memory), self.backbone.width)
-        return _StatePrefix(self, state, last, self.backbone.new_cache())
+        return StatePrefix(state, last, self.backbone.new_cache(), lambda state: self.reading(_unpack(state)))
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
-        """Loss of each context token when the context is read from the memory, shape (batch, length), nats.
+        """Compute the loss of each context token given the memory: shape (batch, length), in nats.
 
-        Segment by segment, as it was written. The first token has nothing before it: its loss is that of guessing.
+        The context is read in the segments in which it was written. Nothing predicts the first token: it has the loss
+        of a uniform guess.
         """
         prefix = self.prefix(memory)
         with prefix.active():
@@ -167,15 +170,15 @@ class ARMT(OnePassMethod):
 
     @contextmanager
     def reading(self, state: State | None) -> Iterator[None]:
-        """Context in which every layer reads from its state; None reads nothing."""
+        """Let every layer read from its state within a context; with None, none reads."""
         with ExitStack() as stack:
             for block, layer, own in zip(self.blocks, self.associative, state or [], strict=False):
                 stack.enter_context(block.register_forward_pre_hook(_reader(layer, own), with_kwargs=True))
             yield
 
     def segments(self, context: Tokens) -> list[Tokens]:
-        """Split contexts into the segments that they are written in."""
-        length = self.segment_length or context.ids.shape[1]
+        """Split contexts into segments."""
+        length = self.options.segment_length or context.ids.shape[1]
         return [Tokens(*part) for part in zip(context.ids.split(length, 1), context.mask.split(length, 1), strict=True)]
 
     def _unwritten(self, batch: int) -> Memory:
@@ -190,7 +193,7 @@ class ARMT(OnePassMethod):
 
     @contextmanager
     def _watching(self) -> Iterator[list[Tensor]]:
-        """Context that collects the outputs of the layers, each (batch, length, d)."""
+        """Collect the outputs of the layers within a context, each (batch, length, d)."""
         outputs: list[Tensor] = []
 
         def keep(block: nn.Module, inputs: Any, output: Any) -> None:
@@ -202,29 +205,29 @@ class ARMT(OnePassMethod):
             yield outputs
 
     def _mask(self, real: Tensor, dtype: torch.dtype) -> Tensor:
-        """What each position of a segment attends to, as numbers to add: (batch, 1, length + M, length + M).
+        """Build the additive attention mask of a segment: (batch, 1, length + M, length + M).
 
-        Tokens see real tokens up to themselves, and no memory token; memory tokens see all tokens and one another.
+        A token sees real tokens up to itself and no memory token; a memory token sees all tokens and all memory tokens.
         """
         length, memory = real.shape[1], real.new_ones(len(real), self.n_mem)
         keys = torch.cat([real, memory], dim=1)[:, None]
         size = keys.shape[2]
         seen = keys & torch.ones(size, size, dtype=torch.bool, device=real.device).tril()
-        seen[:, length:] = True if self.leak_pads else keys
-        if not self.leak_pads:
-            # A pad that saw nothing would be NaN.
+        seen[:, length:] = True if self.options.leak_pads else keys
+        if not self.options.leak_pads:
+            # The softmax of a pad that sees nothing would be NaN.
             seen |= torch.eye(size, dtype=torch.bool, device=real.device)
         added = torch.zeros(seen.shape, dtype=dtype, device=real.device).masked_fill(~seen, torch.finfo(dtype).min)
         return added[:, None]
 
     def _positions(self, tokens: Tokens) -> Tensor:
-        """Position ids of a segment, shape (batch, length + M): memory tokens follow the last token.
+        """Number the positions of a segment: shape (batch, length + M), memory tokens after the last token.
 
-        They begin anew in every segment, which relative positions (RoPE) cannot tell from counting on.
+        Numbers start again in every segment; to relative positions (RoPE) this makes no difference.
         """
         batch, length = tokens.ids.shape
         ids = torch.arange(length + self.n_mem, device=tokens.ids.device).repeat(batch, 1)
-        if not self.leak_pads:
+        if not self.options.leak_pads:
             ids[:, length:] += (tokens.lengths - length)[:, None]
         return ids
 
@@ -232,36 +235,36 @@ class ARMT(OnePassMethod):
 class _AssociativeLayer(nn.Module):
     """The associative memory of one layer, paper section 2."""
 
-    def __init__(self, d: int, d_mem: int, nu: int, correction: bool) -> None:
+    def __init__(self, d: int, options: ARMTOptions) -> None:
         super().__init__()
-        self.nu, self.correction = nu, correction
-        self.query = nn.Linear(d, d_mem, bias=False)
-        self.key = nn.Linear(d, d_mem, bias=False)
+        self.nu, self.correction = options.nu, options.correction
+        self.query = nn.Linear(d, options.d_mem, bias=False)
+        self.key = nn.Linear(d, options.d_mem, bias=False)
         self.value = nn.Linear(d, d, bias=False)
         self.strength = nn.Linear(d, 1)
-        # Reading begins as doing nothing.
+        # At first, reading adds nothing.
         nn.init.zeros_(self.value.weight)
 
     def empty(self, batch: int) -> tuple[Tensor, Tensor]:
-        """State that holds nothing."""
+        """Return an empty state."""
         features, d = 2 * self.nu * self.key.out_features, self.key.in_features
         like = self.value.weight
         return like.new_zeros(batch, features, d), like.new_zeros(batch, features)
 
     def features(self, vectors: Tensor) -> Tensor:
-        """DPFP features of unit length: (..., d_mem) -> (..., 2 * nu * d_mem)."""
+        """Compute DPFP features of unit length: (..., d_mem) -> (..., 2 * nu * d_mem)."""
         r = torch.cat([vectors.relu(), (-vectors).relu()], dim=-1)
         return F.normalize(torch.cat([r * r.roll(j, -1) for j in range(1, self.nu + 1)], dim=-1), dim=-1)
 
     def read(self, hidden: Tensor, state: tuple[Tensor, Tensor]) -> Tensor:
-        """Add to hidden states (batch, length, d) what the state holds for them."""
+        """Add to hidden states (batch, length, d) what the state returns for them."""
         a, z = state
         with no_autocast(hidden):
             q = self.features(self.query(hidden.to(a.dtype)))
             return hidden + (q @ a / (q @ z[..., None] + EPSILON)).to(hidden.dtype)
 
     def write(self, rows: Tensor, state: tuple[Tensor, Tensor] | None, writes: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the memory tokens' hidden states (batch, M, d), all at once, where `writes` (batch,)."""
+        """Store the hidden states of memory tokens (batch, M, d) in the rows for which `writes` (batch,) is true."""
         with no_autocast(rows):
             rows = rows.to(self.value.weight.dtype)
             k, v, b = self.features(self.key(rows)), self.value(rows), self.strength(rows).sigmoid()
@@ -277,37 +280,8 @@ class _AssociativeLayer(nn.Module):
             return torch.where(writes[:, None, None], new_a, a), torch.where(writes[:, None], new_z, z)
 
 
-class _StatePrefix(Prefix):
-    """A prefix without positions, whose state the layers read."""
-
-    def __init__(self, method: ARMT, state: State, last: Tensor, cache: Cache) -> None:
-        super().__init__(last, cache)
-        self.method, self.state = method, state
-
-    def select(self, rows: Tensor) -> Prefix:
-        """Rows of the prefix, in any order and any number of times; the original stays as it is."""
-        chosen = super().select(rows)
-        return _StatePrefix(self.method, [(a[rows], z[rows]) for a, z in self.state], chosen.last, chosen.cache)
-
-    def join(self, others: Sequence[Prefix]) -> Prefix:
-        """Rows of this prefix and of others; see `Prefix.join`."""
-        joined = super().join(others)
-        layers = zip(*(part.state for part in [self, *others]), strict=True)  # type: ignore[attr-defined]
-        state = [(torch.cat([a for a, _ in same]), torch.cat([z for _, z in same])) for same in layers]
-        return _StatePrefix(self.method, state, joined.last, joined.cache)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the state."""
-        return super().nbytes + sum(tensor.nbytes for own in self.state for tensor in own)
-
-    def active(self) -> AbstractContextManager[Any]:
-        """Context in which every layer reads from the state."""
-        return self.method.reading(self.state)
-
-
 def _reader(layer: _AssociativeLayer, state: tuple[Tensor, Tensor]) -> Callable[..., Any]:
-    """Pre-hook of a decoder layer that reads into the hidden states it is given."""
+    """Build a pre-hook of a decoder layer that adds to its input what the state returns."""
 
     def hook(
         block: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
@@ -323,6 +297,5 @@ def _pack(state: State) -> Memory:
     return Memory({f"layers.{i}.{name}": own[j] for i, own in enumerate(state) for j, name in enumerate("Az")})
 
 
-def _unpack(memory: Memory, dtype: torch.dtype) -> State:
-    found = {name: tensor.to(dtype) for name, tensor in memory.tensors.items()}
-    return [(found[f"layers.{i}.A"], found[f"layers.{i}.z"]) for i in range(len(found) // 2)]
+def _unpack(state: Tensors) -> State:
+    return [(state[f"layers.{i}.A"], state[f"layers.{i}.z"]) for i in range(len(state) // 2)]

@@ -3,29 +3,91 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from ..backbone import Backbone
 from ..batch import Tokens
-from ..errors import GradmemError, require
+from ..errors import require
 from ..inner.compiled import Graphs
 from ..inner.gauss_newton import Losses, Outputs, gauss_newton
-from ..inner.meta_gradient import Order, descend, of_unfinished
+from ..inner.meta_gradient import Order, descend, skip_finished
 from ..inner.objective import joint_losses, sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, heavy_ball
 from ..memory import Memory
 from ..prefix import Prefix
-from .base import Mode, Written
-from .base.chunked import ChunkedMethod
-from .base.prefix_method import Head, Phase
+from .base import Written
+from .base.adapters import AdaptedPrefix, active_adapters, add_lora
+from .base.chunked import ChunkedMethod, ChunkedOptions
+from .base.chunks import ChunkMode
+from .base.options import keywords_of
+from .base.prefix_method import Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradMemOptions(ChunkedOptions):
+    """Options of `gradmem`."""
+
+    write_steps: int = 5
+    """Default number of write steps K, taken on each chunk."""
+    inner_lr: float = 1.0
+    """Inner learning rate, on the mean token loss."""
+    learn_inner_lr: bool = False
+    """Meta-learn one inner learning rate for each memory vector, starting from `inner_lr`."""
+    learn_momentum: bool = False
+    """Descend with momentum. Momentum and inner learning rates are meta-learned for each of the `write_steps`; momentum
+    starts from zero. Needs `learn_inner_lr` and `inner_optimizer: sgd`."""
+    extra_step_decay: float = 0.5
+    """How fast the inner learning rate and momentum fall after `write_steps`: the j-th further step on a chunk divides
+    them by 1 + extra_step_decay * j. With 0, the constant rate of the paper, further steps overshoot."""
+    gauss_newton_after: int | None = None
+    """Take Gauss-Newton steps after so many steps of descent. Each costs several times as much and stores more, without
+    training (see `gradmem.inner.gauss_newton`). The meta-gradient treats them as constants."""
+    inner_optimizer: Literal["sgd", "adam"] = "sgd"
+    """Update rule of the write steps."""
+    clip_value: float | None = None
+    """Largest absolute value of an element of the inner gradient. No recipe uses it; the published code has it."""
+    clip_norm: float | None = None
+    """Largest norm of the inner gradient of a sample and a tensor. No recipe uses it; the published code has it."""
+    order: Order = "second"
+    """How the meta-gradient passes through the write steps: second differentiates the inner gradients, first treats
+    them as constants, none stops at each step."""
+    last_k: int | None = None
+    """With `order: second`: only the last k steps on a chunk are of second order, the earlier ones of first order. No
+    recipe uses it; the published code has it."""
+    projection: Literal["none", "proj", "per_sample"] = "none"
+    """Linear map of the memory before it enters the model: none; proj, one that all samples share; or per_sample, one
+    that WRITE updates for each sample along with its memory. No recipe uses per_sample; the published code has it."""
+    reconstruction: bool = False
+    """Train on the write loss after the last step, which takes one more pass over the context. By default, as
+    published, it is the loss before the last step."""
+    write_lora: int = 0
+    """Rank of LoRA adapters that are active in WRITE only; 0 for none."""
+    read_lora: int = 0
+    """Rank of LoRA adapters that are active in READ only; 0 for none."""
+    freeze_backbone: bool = False
+    """Train only what this method adds: memory and control vectors, projection, write head, inner learning rates,
+    momentum and adapters."""
+    freeze_embeddings: bool = False
+    """Do not train the token embeddings, nor an output layer that shares their weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("inner_lr", "clip_value", "clip_norm"):
+            value = getattr(self, name)
+            require(name, value, value is None or value > 0, "positive")
+        for name in ("extra_step_decay", "gauss_newton_after", "last_k", "write_lora", "read_lora"):
+            value = getattr(self, name)
+            require(name, value, value is None or value >= 0, "at least 0")
+        fits = self.learn_inner_lr and self.inner_optimizer == "sgd" and self.write_steps > 0
+        wanted = "used with learn_inner_lr, sgd and at least one write step"
+        require("learn_momentum", self.learn_momentum, fits or not self.learn_momentum, wanted)
 
 
 class GradMem(ChunkedMethod):
@@ -34,133 +96,47 @@ class GradMem(ChunkedMethod):
     Parameters
     ----------
     backbone : Backbone
-    n_mem : int
-        Memory vectors m.
-    write_steps : int
-        Default number of write steps K.
-    inner_lr : float
-        Inner learning rate, on the mean token loss.
-    learn_inner_lr : bool
-        Meta-learn one inner learning rate for each memory vector, starting from `inner_lr`.
-    learn_momentum : bool
-        Descend with momentum, and meta-learn it for each of the `write_steps`, starting from none, and the inner
-        learning rates for each of them too. Needs `learn_inner_lr` and `inner_optimizer: sgd`.
-    settle : float
-        How fast the inner learning rate falls beyond `write_steps`: the j-th step after them takes the rate divided by
-        1 + settle * j. With 0, the paper's constant rate, a memory overshoots after more steps than were trained.
-        Momentum falls likewise.
-    gauss_newton_after : int, optional
-        Take so many steps of this descent, and Gauss-Newton steps after them: each costs several times as much, and
-        stores more, untrained (see `gradmem.inner.gauss_newton`). The meta-gradient takes them as constants.
-    inner_optimizer : {"sgd", "adam"}
-    clip_value, clip_norm : float, optional
-        Clips of the inner gradient, per sample and tensor.
-    order : {"second", "first", "none"}
-        How the meta-gradient passes through the write steps.
-    last_k : int, optional
-        With "second": only the last k steps are of second order.
-    n_ctrl : int
-        Control vectors before and after the memory, own ones for WRITE and READ.
-    projection : {"none", "proj", "per_sample"}
-        Linear map of the memory before it enters the model: none, one shared, or one that each sample's WRITE
-        updates along with its memory.
-    write_head : {"none", "copy", "random"}
-        Output layer of its own for WRITE, starting as a copy of the LM head or drawn independently.
-    reconstruction : bool
-        The write loss that training may add to that of READ is the one after the last step, at the cost of one more
-        pass over the context; by default, as published, the one before it.
-    write_lora, read_lora : int
-        Rank of LoRA adapters that are active in WRITE only, and of others that are active in READ only; 0 for none.
-    freeze_backbone : bool
-        Train only what this method adds: memory and control vectors, projection, write head, inner learning rates and
-        adapters.
-    freeze_embeddings : bool
-        Leave the token embeddings as they are, and the output layer where it shares their weights.
-    chunk : int, optional
-        Most tokens of a chunk of a longer context; by default every context is written whole.
-    chunks : {"sequential", "independent", "joint"}
-        Write each chunk from the memory that the one before it left; each from M0 into vectors of its own, which READ
-        sees together; or all into the same vectors, each step down the mean loss of all their tokens. Each takes all
-        `write_steps`; `settle` and `last_k` count those of a chunk.
+    **options
+        The fields of `GradMemOptions`.
     """
 
-    modes = get_args(Mode)
+    modes = get_args(ChunkMode)
     runtime_options = ("gauss_newton_after",)
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        n_mem: int = 8,
-        write_steps: int = 5,
-        inner_lr: float = 1.0,
-        learn_inner_lr: bool = False,
-        learn_momentum: bool = False,
-        settle: float = 0.5,
-        gauss_newton_after: int | None = None,
-        inner_optimizer: Literal["sgd", "adam"] = "sgd",
-        clip_value: float | None = None,
-        clip_norm: float | None = None,
-        order: Order = "second",
-        last_k: int | None = None,
-        n_ctrl: int = 0,
-        projection: Literal["none", "proj", "per_sample"] = "none",
-        write_head: Head = "none",
-        reconstruction: bool = False,
-        write_lora: int = 0,
-        read_lora: int = 0,
-        freeze_backbone: bool = False,
-        freeze_embeddings: bool = False,
-        chunk: int | None = None,
-        chunks: Mode = "sequential",
-    ) -> None:
-        super().__init__(backbone, n_mem, write_steps, n_ctrl, chunk, chunks)
-        require("inner_lr", inner_lr, inner_lr > 0, "positive")
-        require("settle", settle, settle >= 0, "at least 0")
-        require("inner_optimizer", inner_optimizer, inner_optimizer in OPTIMIZERS, "sgd or adam")
-        fits = not learn_momentum or (learn_inner_lr and inner_optimizer == "sgd" and write_steps > 0)
-        require("learn_momentum", learn_momentum, fits, "used with learn_inner_lr, sgd and at least one write step")
-        require("order", order, order in ("none", "first", "second"), "none, first or second")
-        require("last_k", last_k, last_k is None or last_k >= 0, "at least 0")
-        require("projection", projection, projection in ("none", "proj", "per_sample"), "none, proj or per_sample")
-        require("clip_value", clip_value, clip_value is None or clip_value > 0, "positive")
-        require("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "positive")
-        require("write_lora", write_lora, write_lora >= 0, "at least 0")
-        require("read_lora", read_lora, read_lora >= 0, "at least 0")
-        self.inner_lr, self.settle = inner_lr, settle
-        self.gauss_newton_after = gauss_newton_after
-        self.update = OPTIMIZERS[inner_optimizer]
-        self.clip_value, self.clip_norm = clip_value, clip_norm
-        self.order: Order = order
-        self.last_k = last_k
-        self.projection, self.reconstruction = projection, reconstruction
-
-        backbone.requires_grad_(not freeze_backbone)
-        if freeze_embeddings:
+    @keywords_of(GradMemOptions)
+    def __init__(self, backbone: Backbone, **options: Any) -> None:
+        own = GradMemOptions(**options)
+        super().__init__(backbone, own)
+        self.options = own
+        self.reconstruction = own.reconstruction
+        self.update = OPTIMIZERS[own.inner_optimizer]
+        backbone.requires_grad_(not own.freeze_backbone)
+        if own.freeze_embeddings:
             backbone.model.get_input_embeddings().requires_grad_(False)
         learned: dict[str, Any] = {"dtype": torch.float32, "device": self.initial_memory.device}
-        rates = (write_steps, n_mem, 1) if learn_momentum else (n_mem, 1)
-        self.log_inner_lr = nn.Parameter(torch.full(rates, math.log(inner_lr), **learned)) if learn_inner_lr else None
-        self.momentum = nn.Parameter(torch.zeros(write_steps, **learned)) if learn_momentum else None
-        self.proj = None if projection == "none" else self._new_projection(identity=True)
-        self.write_head = self._new_write_head(write_head)
-        ranks: dict[Phase, int] = {"write": write_lora, "read": read_lora}
-        self.adapters = _add_lora(backbone, {phase: rank for phase, rank in ranks.items() if rank})
+        shape = (own.write_steps, own.n_mem, 1) if own.learn_momentum else (own.n_mem, 1)
+        log_rate = torch.full(shape, math.log(own.inner_lr), **learned)
+        self.log_inner_lr = nn.Parameter(log_rate) if own.learn_inner_lr else None
+        self.momentum = nn.Parameter(torch.zeros(own.write_steps, **learned)) if own.learn_momentum else None
+        self.proj = None if own.projection == "none" else self._new_projection(identity=True)
+        self.write_head = self._new_write_head(own.write_head)
+        ranks: dict[Phase, int] = {"write": own.write_lora, "read": own.read_lora}
+        self.adapters = add_lora(backbone, {phase: rank for phase, rank in ranks.items() if rank})
         self.graphs: Graphs = {}
 
     def trajectory_from(
         self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
     ) -> Iterator[Written]:
         """Yield the memory before the first write step and after every step; see `ChunkedMethod.trajectory_from`."""
-        yield from self._walk(context, None, start, steps, until, more)
+        yield from self._descend(context, None, start, steps, until, more)
 
     def joint_trajectory(
         self, chunks: Tokens, rows: Tensor, start: Tensors, steps: int, until: float | None
     ) -> Iterator[Written]:
         """Descend the mean loss of all chunks of a memory; see `ChunkedMethod.joint_trajectory`."""
-        yield from self._walk(chunks, rows, start, steps, until)
+        yield from self._descend(chunks, rows, start, steps, until)
 
-    def _walk(
+    def _descend(
         self,
         context: Tokens,
         rows: Tensor | None,
@@ -169,14 +145,14 @@ class GradMem(ChunkedMethod):
         until: float | None,
         more: bool = False,
     ) -> Iterator[Written]:
-        """Write contexts into memories of their own, or into those of `rows`."""
+        """Write each context into a memory of its own, or into the memory that `rows` names."""
         embeds = self._embed_context(context)
         training = torch.is_grad_enabled()
         descents = steps if self.gauss_newton_after is None else min(steps, self.gauss_newton_after)
-        computing = self._computing(training and self.order == "second")
+        forward_context = self._forward_context(training and self.options.order == "second")
 
         def losses_of(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-            with computing():
+            with forward_context():
                 return self._losses(tensors, Tokens(ids, mask), embeds)
 
         def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -186,38 +162,40 @@ class GradMem(ChunkedMethod):
             losses = _in_parts(losses_of, tensors, rows, (embeds, ids, mask), size)
             return joint_losses(losses, mask, rows, len(start["memory"]))
 
-        walk = descend(
-            loss if until is None or training or rows is not None else of_unfinished(loss, until),
+        states = descend(
+            loss if until is None or training or rows is not None else skip_finished(loss, until),
             start,
             self.update if self.momentum is None else heavy_ball(self._momentum),
             self._rates,
             descents,
             given=[embeds, context.ids, context.mask, *([] if rows is None else [rows])],
-            order=self.order,
-            last_k=self.last_k,
+            order=self.options.order,
+            last_k=self.options.last_k,
             strategy=self.strategy,
             graphs=self.graphs,
             more=more,
-            clip_value=self.clip_value,
-            clip_norm=self.clip_norm,
+            clip_value=self.options.clip_value,
+            clip_norm=self.options.clip_norm,
             until=until,
         )
         if descents < steps:
-            parts = self._curved(context, rows, embeds, len(start["memory"]))
-            walk = gauss_newton(walk, parts, steps - descents, until)
-        for step in walk:
+            parts = self._gauss_newton_parts(context, rows, embeds, len(start["memory"]))
+            states = gauss_newton(states, parts, steps - descents, until)
+        for step in states:
             losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(start["memory"]))
             yield Written(Memory(step.tensors), losses, step.taken)
 
-    def _curved(self, context: Tokens, rows: Tensor | None, embeds: Tensor, batch: int) -> list[tuple[Outputs, Losses]]:
-        """The write loss, of some contexts or chunks at a time, as `gauss_newton` takes it."""
+    def _gauss_newton_parts(
+        self, context: Tokens, rows: Tensor | None, embeds: Tensor, batch: int
+    ) -> list[tuple[Outputs, Losses]]:
+        """Split the write loss into parts of some contexts or chunks each, as `gauss_newton` takes them."""
         rows = torch.arange(batch, device=embeds.device) if rows is None else rows
         tokens = rows.new_zeros(batch).index_add(0, rows, context.lengths)
 
         def part(some: slice) -> tuple[Outputs, Losses]:
             def outputs(tensors: Tensors) -> Tensor:
                 own = {name: tensor[rows[some]] for name, tensor in tensors.items()}
-                with self.backbone.second_order(), self._writing():
+                with self.backbone.double_backward(), self._writing():
                     return self._hidden(own, embeds[some])
 
             def losses(hidden: Tensor) -> Tensor:
@@ -229,54 +207,52 @@ class GradMem(ChunkedMethod):
         size = max(1, self.backbone.tokens_at_once // context.ids.shape[1])
         return [part(slice(i, i + size)) for i in range(0, len(rows), size)]
 
-    def _computing(self, second: bool) -> Callable[[], AbstractContextManager[None]]:
-        """How the backbone is to compute the write loss, whose gradient is of second order or not."""
+    def _forward_context(self, second: bool) -> Callable[[], AbstractContextManager[None]]:
+        """Choose how the backbone computes the write loss, by whether its gradient is differentiated again."""
         if not second:
-            return self.backbone.trained
-        return self.backbone.plain if self.strategy == "compile" else self.backbone.second_order
+            return self.backbone.training_attention
+        return self.backbone.eager_attention if self.strategy == "compile" else self.backbone.double_backward
 
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
-        """Read contexts back with the adapters of WRITE; see `Method.reconstruct`."""
+        """Reconstruct contexts with the adapters of WRITE; see `Method.reconstruct`."""
         with self._writing():
             return super().reconstruct(memory, lengths)
 
     def prefix(self, memory: Memory) -> Prefix:
-        """Run what READ puts before a query; where it has adapters, they stay active for what follows the prefix."""
-        with _active(self.adapters, "read"):
+        """Run what READ places before a query; its adapters, if any, are also active for what follows."""
+        with active_adapters(self.adapters, "read"):
             prefix = super().prefix(memory)
-        return _AdaptedPrefix(prefix, self.adapters) if self.adapters else prefix
+        return AdaptedPrefix(prefix, self.adapters) if self.adapters else prefix
 
     @property
     def gauss_newton_after(self) -> int | None:
-        """Write steps that Gauss-Newton steps follow; None where none do."""
-        return self._gauss_newton_after
+        """Steps of descent before Gauss-Newton steps; None if there are no Gauss-Newton steps."""
+        return self.options.gauss_newton_after
 
     @gauss_newton_after.setter
     def gauss_newton_after(self, steps: int | None) -> None:
-        good = steps is None or (isinstance(steps, int) and steps >= 0)
-        require("gauss_newton_after", steps, good, "a number of write steps, or none")
-        self._gauss_newton_after = steps
+        self.options = replace(self.options, gauss_newton_after=steps)
 
     def inner_lrs(self) -> list[float]:
-        """Inner learning rate of each memory vector, or the one that all share; with momentum step after step."""
-        return [self.inner_lr] if self.log_inner_lr is None else self.log_inner_lr.exp().flatten().tolist()
+        """Return the inner learning rate of each memory vector, or the shared one; with momentum, for each step."""
+        return [self.options.inner_lr] if self.log_inner_lr is None else self.log_inner_lr.exp().flatten().tolist()
 
     def inner_parameters(self) -> list[nn.Parameter]:
-        """Learned inner learning rates and momentum; see `Method.inner_parameters`."""
+        """Return the learned inner learning rates and momentum; see `Method.inner_parameters`."""
         return [parameter for parameter in (self.log_inner_lr, self.momentum) if parameter is not None]
 
     def _start(self, batch: int) -> Tensors:
         tensors = super()._start(batch)
-        if self.projection == "per_sample" and self.proj is not None:
+        if self.options.projection == "per_sample" and self.proj is not None:
             tensors["proj_weight"] = self.proj.weight.expand(batch, -1, -1)
             tensors["proj_bias"] = self.proj.bias.expand(batch, -1)
         return tensors
 
-    def _settling(self, step: int) -> float:
-        return 1 / (1 + self.settle * max(0, step + 1 - self.write_steps))
+    def _step_decay(self, step: int) -> float:
+        return 1 / (1 + self.options.extra_step_decay * max(0, step + 1 - self.write_steps))
 
     def _rates(self, step: int) -> Rates:
-        factor, rate = self._settling(step), self.inner_lr
+        factor, rate = self._step_decay(step), self.options.inner_lr
         rates: dict[str, float | Tensor] = dict.fromkeys(("memory", "proj_weight", "proj_bias"), rate * factor)
         if self.log_inner_lr is not None:
             log_rate = self.log_inner_lr if self.momentum is None else self._at(self.log_inner_lr, step)
@@ -285,10 +261,10 @@ class GradMem(ChunkedMethod):
 
     def _momentum(self, step: int) -> Tensor:
         assert self.momentum is not None
-        return self._at(self.momentum, step) * self._settling(step)
+        return self._at(self.momentum, step) * self._step_decay(step)
 
     def _at(self, learned: Tensor, step: int) -> Tensor:
-        """What was learned for a step; that of the last one for those beyond."""
+        """Return what was learned for a step, or for the last step if there are further ones."""
         return learned[min(step, len(learned) - 1)]
 
     def _project(self, phase: Phase, tensors: Tensors) -> Tensor:
@@ -303,15 +279,15 @@ class GradMem(ChunkedMethod):
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """The model as WRITE runs it: without dropout, with its own adapters."""
-        with self.backbone.without_dropout(), _active(self.adapters, "write"):
+        """Run the model as WRITE does: without dropout and with the adapters of WRITE."""
+        with self.backbone.without_dropout(), active_adapters(self.adapters, "write"):
             yield
 
 
 def _in_parts(
     losses: Callable[..., Tensor], tensors: Tensors, rows: Tensor, given: Sequence[Tensor], size: int
 ) -> Tensor:
-    """Losses of chunks under the memories of their rows, of so many at once: only one part's graph is ever kept."""
+    """Compute losses of chunks given the memories of their rows, `size` chunks at a time; one graph is kept at once."""
 
     def part(rows: Tensor, *given: Tensor) -> Tensor:
         return losses({name: tensor[rows] for name, tensor in tensors.items()}, *given)
@@ -320,64 +296,3 @@ def _in_parts(
         return part(rows, *given)
     parts = zip(*(tensor.split(size) for tensor in (rows, *given)), strict=True)
     return torch.cat([checkpoint(part, *some, use_reentrant=False) for some in parts])
-
-
-class _AdaptedPrefix(Prefix):
-    """A prefix that the adapters of READ have run, and run on from."""
-
-    def __init__(self, plain: Prefix, adapters: list[Any]) -> None:
-        super().__init__(plain.last, plain.cache, plain.mask, plain.start)
-        self.adapters = adapters
-
-    def select(self, rows: Tensor) -> Prefix:
-        """Rows of the prefix, in any order and any number of times; the original stays as it is."""
-        return _AdaptedPrefix(super().select(rows), self.adapters)
-
-    def join(self, others: Sequence[Prefix]) -> Prefix:
-        """Rows of this prefix and of others; see `Prefix.join`."""
-        return _AdaptedPrefix(super().join(others), self.adapters)
-
-    def active(self) -> AbstractContextManager[Any]:
-        """Context in which the adapters of READ are active."""
-        return _active(self.adapters, "read")
-
-
-def _add_lora(backbone: Backbone, ranks: dict[Phase, int]) -> list[Any]:
-    """Put LoRA adapters for some phases on all linear layers of the blocks, switched off; return the adapted layers."""
-    if not ranks:
-        return []
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError as error:
-        raise GradmemError("write_lora and read_lora need peft: pip install 'gradmem[train]'") from error
-    transposed = any(isinstance(module, Conv1D) for module in backbone.modules())
-    trainable = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
-    for phase, rank in ranks.items():
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=transposed
-        )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two sets of adapters are meant
-            inject_adapter_in_model(config, backbone.model, adapter_name=phase)
-    layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
-    for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_("lora_" in name or name.replace(".base_layer", "") in trainable)
-    _switch(layers, None)
-    return layers
-
-
-def _switch(layers: list[Any], phase: Phase | None) -> None:
-    # peft's layers. Not set_adapter(), which also clears requires_grad of the other adapters' weights.
-    for layer in layers:
-        layer._active_adapter = [phase] if phase in layer.lora_A else []
-
-
-@contextmanager
-def _active(layers: list[Any], phase: Phase) -> Iterator[None]:
-    """Let the adapters of a phase act, where it has any, and none afterwards."""
-    _switch(layers, phase)
-    try:
-        yield
-    finally:
-        _switch(layers, None)

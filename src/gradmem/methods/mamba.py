@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +18,20 @@ from ..ops.dtypes import work_dtype
 from ..ops.selective_scan import selective_scan
 from ..prefix import Prefix, RowStreamer, check_options, copies
 from .base.one_pass import OnePassMethod
+from .base.options import Options, keywords_of
+from .base.state_prefix import StatePrefix
 
 State = tuple[Tensor, Tensor]
-"""Of a layer: its last inputs to the convolution (batch, k - 1, channels), and the recurrent state (batch, channels,
-n) of the scan."""
+"""The last inputs to the convolution (batch, k - 1, channels) and the state of the scan (batch, channels, n) of one
+layer, or of all layers in a second dimension."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaOptions(Options):
+    """Options of `mamba`."""
+
+    reconstruction: bool = False
+    """Also learn to reconstruct the context from the memory; the recipe's `write_loss_weight` weights it."""
 
 
 class Mamba(OnePassMethod):
@@ -34,54 +44,55 @@ class Mamba(OnePassMethod):
     ----------
     backbone : Backbone
         Mamba, `model_type: mamba`.
-    reconstruction : bool
-        Learn to reconstruct the context from the memory as well, as the trainer weights it (`write_loss_weight`).
+    **options
+        The fields of `MambaOptions`.
 
     Raises
     ------
     GradmemError
-        When the backbone is another model.
+        If the backbone is another model.
     """
 
     needs_kv_cache = False
 
-    def __init__(self, backbone: Backbone, *, reconstruction: bool = False) -> None:
+    @keywords_of(MambaOptions)
+    def __init__(self, backbone: Backbone, **options: Any) -> None:
         super().__init__(backbone)
-        self.reconstruction = reconstruction
+        self.reconstruction = MambaOptions(**options).reconstruction
         kind = backbone.model.config.model_type
         if kind != "mamba":
-            raise GradmemError(f"the mamba method runs on Mamba only, not on '{kind}': set `model_type: mamba`")
+            raise GradmemError(f"the mamba method only runs on Mamba, not on '{kind}': set `model_type: mamba`")
 
     @property
     def max_context(self) -> int:
-        """Longest context in tokens: the state takes any."""
+        """Longest context in tokens; the state itself has no limit."""
         return self.backbone.max_positions
 
     def prefix(self, memory: Memory) -> Prefix:
-        """Take the states; nothing is run."""
-        states = memory.tensors["conv"], memory.tensors["ssm"]
-        return _StatePrefix(states, states[0].new_zeros(len(memory), self.backbone.width))
+        """Use the states as the prefix; nothing is run."""
+        last = memory.tensors["conv"].new_zeros(len(memory), self.backbone.width)
+        return StatePrefix(memory.tensors, last, DynamicCache())
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
         self._compare(memory, self._unwritten(1), what)
 
     def read_hidden(self, prefix: Prefix, queries: Tokens) -> Tensor:
-        """Hidden states that predict; see `Method.read_hidden`. The first row is zeros: a state predicts nothing."""
-        hidden, _ = self._run(queries, prefix.states)  # type: ignore[attr-defined]
+        """Compute the hidden states that predict; the first row is zero. See `Method.read_hidden`."""
+        hidden, _ = self._run(queries, _states(prefix))
         return torch.cat([prefix.last[:, None].to(hidden.dtype), hidden], dim=1)
 
     def _continue(
         self, prefix: Prefix, queries: list[list[int]], pad_id: int, options: dict[str, Any]
     ) -> list[list[int]]:
-        """Run all of the queries but their last tokens, with which transformers' generation then begins."""
+        """Run the queries without their last tokens, from which the generation of transformers then goes on."""
         check_options(options)
         if isinstance(streamer := options.get("streamer"), RowStreamer):
             streamer.begin(list(range(len(queries))))
         model = self.backbone.model
         device = prefix.last.device
         given = Tokens.from_lists([query[:-1] for query in queries], pad_id).to(device)
-        _, states = self._run(given, prefix.states)  # type: ignore[attr-defined]
+        _, states = self._run(given, _states(prefix))
         cache = DynamicCache(config=model.config)
         for layer, state in enumerate(zip(*(tensor.unbind(1) for tensor in states), strict=True)):
             # Generation repeats ids for beams and sequences, but not a cache that it is given.
@@ -114,9 +125,9 @@ class Mamba(OnePassMethod):
         return Memory({"conv": conv, "ssm": ssm})
 
     def _run(self, tokens: Tokens, states: State) -> tuple[Tensor, State]:
-        """Run the blocks from given states, with a dimension of layers.
+        """Run the blocks from given states of all layers.
 
-        Transformers' own forward begins a sequence at a zero state, and steps by one token without gradients.
+        The forward of transformers starts every sequence from a zero state, and single tokens have no gradients.
         """
         hidden, base = self.backbone.embed(tokens.ids), self.backbone.body
         if not hidden.shape[1]:
@@ -132,31 +143,13 @@ class Mamba(OnePassMethod):
         return base.norm_f(hidden), (conv, ssm)
 
 
-class _StatePrefix(Prefix):
-    """Recurrent states in the place of keys and values."""
-
-    def __init__(self, states: State, last: Tensor) -> None:
-        super().__init__(last, DynamicCache())
-        self.states = states
-
-    def select(self, rows: Tensor) -> Prefix:
-        """Rows of the prefix, in any order and any number of times."""
-        return _StatePrefix((self.states[0][rows], self.states[1][rows]), self.last[rows])
-
-    def join(self, others: Sequence[Prefix]) -> Prefix:
-        """Rows of this prefix and of others; see `Prefix.join`."""
-        states = (part.states for part in [self, *others])  # type: ignore[attr-defined]
-        conv, ssm = (torch.cat(tensors) for tensors in zip(*states, strict=True))
-        return _StatePrefix((conv, ssm), super().join(others).last)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the states."""
-        return super().nbytes + sum(tensor.nbytes for tensor in self.states)
+def _states(prefix: Prefix) -> State:
+    assert isinstance(prefix, StatePrefix)
+    return prefix.state["conv"], prefix.state["ssm"]
 
 
 def mix(mixer: Any, hidden: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
-    """What transformers' `MambaMixer` computes, from any state and with gradients (arXiv 2312.00752, section 3).
+    """Compute what transformers' `MambaMixer` does, from any state and with gradients (arXiv 2312.00752, section 3).
 
     Parameters
     ----------
@@ -165,7 +158,7 @@ def mix(mixer: Any, hidden: Tensor, state: State, mask: Tensor) -> tuple[Tensor,
     state : tuple of Tensor, shapes (batch, k - 1, channels) and (batch, channels, n)
         The last inputs to the convolution of width k, and the state of the scan.
     mask : Tensor, bool, shape (batch, length)
-        True at real tokens, which come first; the others leave the state as it is.
+        True at real tokens, which come first; the others do not change the state.
 
     Returns
     -------

@@ -1,6 +1,8 @@
-"""Mean pooling: the simplest memory there is, and the worked example of how to add a method."""
+"""Mean pooling: the simplest memory, and the example of how to add a method."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,32 +12,34 @@ from ..batch import Tokens
 from ..inner.optimizers import Tensors
 from ..memory import Memory
 from .base.one_pass import OnePassMethod
-from .base.prefix_method import Phase, PrefixMethod
+from .base.options import keywords_of
+from .base.prefix_method import Phase, PrefixMethod, PrefixOptions
 
 
 class MeanPool(OnePassMethod, PrefixMethod):
-    """Memory vectors that are means of token embeddings: vector i is that of the i-th part of the context.
+    """Memory vectors that are means of token embeddings: vector i is the mean of the i-th part of the context.
 
     Parameters
     ----------
     backbone : Backbone
-    n_mem : int
-        Memory vectors, parts of the context.
+    **options
+        The fields of `PrefixOptions`; the context is divided into `n_mem` parts.
     """
 
     write_head = None
 
-    def __init__(self, backbone: Backbone, *, n_mem: int = 8) -> None:
-        super().__init__(backbone, n_mem, write_steps=1, n_ctrl=0)
+    @keywords_of(PrefixOptions)
+    def __init__(self, backbone: Backbone, **options: Any) -> None:
+        super().__init__(backbone, PrefixOptions(**options).n_mem)
         self.initial_memory.requires_grad_(False)  # what is written does not depend on it
 
     def _unwritten(self, batch: int) -> Memory:
         return Memory(self._start(batch))
 
     def _written(self, context: Tokens) -> Memory:
-        # Which of the m parts of its row a token belongs to.
-        places = torch.arange(context.ids.shape[1], device=context.ids.device)
-        part = places * self.n_mem // context.lengths[:, None]
+        # The part of its row, of m, that each token belongs to.
+        positions = torch.arange(context.ids.shape[1], device=context.ids.device)
+        part = positions * self.n_mem // context.lengths[:, None]
         embeds = self.backbone.embed(context.ids)
         member = (part[..., None] == torch.arange(self.n_mem, device=part.device)) & context.mask[..., None]
         weights = member.mT.to(embeds.dtype)

@@ -1,26 +1,45 @@
-"""RMT in two segments: WRITE by forward passes over the context (Recurrent Memory Transformer, arXiv 2207.06881)."""
+"""RMT: WRITE by forward passes over the context (Recurrent Memory Transformer, arXiv 2207.06881)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..batch import Tokens
-from ..errors import require
 from ..inner.objective import sample_losses
 from ..inner.optimizers import Tensors
 from ..memory import Memory
 from .base import Written
-from .base.chunked import ChunkedMethod
-from .base.prefix_method import Head, pads_last
+from .base.chunked import ChunkedMethod, ChunkedOptions
+from .base.options import keywords_of
+from .base.prefix_method import pads_last
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMTOptions(ChunkedOptions):
+    """Options of `rmt`."""
+
+    projection: Literal["none", "proj", "proj_rw"] = "none"
+    """Linear map P of the memory before it enters the model: none; proj, one in WRITE; or proj_rw, one in WRITE and
+    another in READ."""
+    residual: bool = False
+    """From the second pass on, add the layer-normalised hidden states to M instead of replacing it. No recipe uses it;
+    the published code has it."""
+    reconstruction: bool = False
+    """Learn to reconstruct the context from the memory. The write loss is the mean over the tokens of passes 2 to
+    K + 1; the recipe's `write_loss_weight` weights it."""
+    chunk_mode: Literal["sequential", "independent"] = "sequential"
+    """How the chunks (segments) of a context are written. sequential: each starts from the memory that the one before
+    it left, as in the original RMT. independent: each has vectors of its own, which READ sees together."""
 
 
 class RMT(ChunkedMethod):
-    """Memory vectors that the model itself writes: its last hidden states at positions after the context.
+    """Memory vectors that the model itself writes: its last hidden states at the positions after the context.
 
     A write step is one pass over `[write_start ; P(M) ; write_end ; E(context) ; write_start ; P(M)]`; the last m
     hidden states, after the final norm, are the next M. Gradients pass through all steps. This is the RMT that GradMem
@@ -29,55 +48,24 @@ class RMT(ChunkedMethod):
     Parameters
     ----------
     backbone : Backbone
-    n_mem : int
-        Memory vectors m.
-    write_steps : int
-        Default number of write steps, passes over the context, K.
-    n_ctrl : int
-        Control vectors before and after the memory, own ones for WRITE and READ.
-    projection : {"none", "proj", "proj_rw"}
-        Linear map P of the memory before it enters the model: none, one in WRITE, or one in each of WRITE and READ.
-    residual : bool
-        From the second pass on, add the layer-normalised hidden states to M instead of replacing it.
-    write_head : {"none", "copy", "random"}
-        Output layer of its own to reconstruct the context with, starting as a copy of the LM head or drawn
-        independently.
-    reconstruction : bool
-        Learn to reconstruct the context from the memory: the write loss is that of passes 2 to K + 1, averaged over
-        tokens, then over passes. It counts as the trainer weights it (`write_loss_weight`).
-    chunk : int, optional
-        Most tokens of a segment; by default a context is one.
-    chunks : {"sequential", "independent"}
-        Write a segment from the memory that the one before it left, as in the original RMT; or each into vectors of
-        its own, which READ sees together.
+    **options
+        The fields of `RMTOptions`.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        n_mem: int = 8,
-        write_steps: int = 1,
-        n_ctrl: int = 0,
-        projection: Literal["none", "proj", "proj_rw"] = "none",
-        residual: bool = False,
-        write_head: Head = "none",
-        reconstruction: bool = False,
-        chunk: int | None = None,
-        chunks: Literal["sequential", "independent"] = "sequential",
-    ) -> None:
-        super().__init__(backbone, n_mem, write_steps, n_ctrl, chunk, chunks)
-        require("projection", projection, projection in ("none", "proj", "proj_rw"), "none, proj or proj_rw")
-        self.reconstruction = reconstruction
-        self.proj = None if projection == "none" else self._new_projection(identity=False)
-        self.read_proj = self._new_projection(identity=True) if projection == "proj_rw" else None
+    @keywords_of(RMTOptions)
+    def __init__(self, backbone: Backbone, **options: Any) -> None:
+        own = RMTOptions(**options)
+        super().__init__(backbone, own)
+        self.reconstruction = own.reconstruction
+        self.proj = None if own.projection == "none" else self._new_projection(identity=False)
+        self.read_proj = self._new_projection(identity=True) if own.projection == "proj_rw" else None
         like = self.initial_memory
-        self.norm = nn.LayerNorm(backbone.width, dtype=like.dtype, device=like.device) if residual else None
-        self.write_head = self._new_write_head(write_head)
+        self.norm = nn.LayerNorm(backbone.width, dtype=like.dtype, device=like.device) if own.residual else None
+        self.write_head = self._new_write_head(own.write_head)
 
     @property
     def max_chunk(self) -> int:
-        """Longest segment in tokens: what the backbone's positions leave beside memory and control vectors."""
+        """Longest segment in tokens: the backbone's positions less memory and control vectors."""
         return self.backbone.max_positions - self.prefix_length - self.n_ctrl - self.n_mem
 
     def trajectory_from(
@@ -85,7 +73,7 @@ class RMT(ChunkedMethod):
     ) -> Iterator[Written]:
         """Yield the memory before the first pass and after every pass; see `ChunkedMethod.trajectory_from`.
 
-        Losses, and `until`, are there with `reconstruction` only.
+        Only with `reconstruction` are there write losses, which `until` needs.
         """
         if not self.reconstruction:
             self._refuse_until(until)
@@ -113,9 +101,9 @@ class RMT(ChunkedMethod):
             yield Written(Memory({"memory": memory}), losses, taken)
 
     def write_loss(self, written: Written, context: Tokens) -> Tensor:
-        """Mean loss of the context's tokens in passes 2 to K + 1; zero without `reconstruction`.
+        """Compute the mean loss of the context's tokens in passes 2 to K + 1; zero without `reconstruction`.
 
-        The last of these passes runs here: WRITE has no use for it.
+        WRITE does not need the last of these passes, so it runs here.
         """
         if not len(written.losses):
             return written.losses.new_zeros(())
@@ -129,7 +117,7 @@ class RMT(ChunkedMethod):
         return memory if projection is None else projection(memory)
 
     def _pass(self, memory: Tensor, context: Tokens, embeds: Tensor) -> Tensor:
-        """Hidden states of one pass, pads last: (batch, (m + 2c) + length + (c + m), d)."""
+        """Run one pass, pads last: hidden states of shape (batch, (m + 2c) + length + (c + m), d)."""
         prefix = self._surround("write", {"memory": memory})
         trailing = prefix[:, : self.n_ctrl + self.n_mem]
         # The trailing vectors stand right after each row's last token.
@@ -138,7 +126,7 @@ class RMT(ChunkedMethod):
         return self.backbone.hidden(torch.cat([prefix, body], dim=1))
 
     def _last_vectors(self, hidden: Tensor, context: Tokens) -> Tensor:
-        """Hidden states at the m positions before each row's pads, shape (batch, m, d)."""
+        """Take the hidden states at the m positions before each row's pads: shape (batch, m, d)."""
         first = self.prefix_length + context.lengths + self.n_ctrl
         positions = first[:, None] + torch.arange(self.n_mem, device=first.device)
         return hidden.take_along_dim(positions[..., None], dim=1).to(self.initial_memory.dtype)

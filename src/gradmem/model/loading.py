@@ -1,4 +1,4 @@
-"""Checkpoints by name: those in the package, directories, and the hub."""
+"""Loading checkpoints: by name, from directories, and from the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ..errors import GradmemError, unknown
+from ..errors import GradmemError
 from ..gguf import PACKAGED, is_gguf
 from ..language_model import CONFIG
 from ..lazy import uncollected
@@ -17,7 +17,7 @@ from ..memory import Memory
 from ..pretrained import HUB_NAME
 from ..untrusted import check_counts, read_json
 from .model import NAMED, MemoryModel
-from .packaged import FOLDER, checkpoint_names
+from .packaged import checkpoint_names, checkpoint_path, unknown_checkpoint
 
 
 @uncollected()
@@ -30,7 +30,7 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
         For a plain language model also a GGUF file, or the short name of a model that comes as a Python package.
     method : dict, optional
         For a plain language model: `name` and options of a method that needs no training, by default `cram`. For a
-        checkpoint: `chunk` and `chunks`, where contexts are to be cut in another way than in training, and
+        checkpoint: `chunk_size` and `chunk_mode`, where contexts are to be cut in another way than in training, and
         `gauss_newton_after`, where GradMem is to go on by other steps.
 
     Raises
@@ -47,14 +47,14 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
 
 
 def _checkpoint(name: str) -> MemoryModel:
-    if name in checkpoint_names():
-        model = MemoryModel.from_pretrained(str(FOLDER / name))
+    if name not in checkpoint_names() and os.path.isdir(name):  # Path.is_dir raises for names that are too long
+        return MemoryModel.from_pretrained(name)
+    if (directory := checkpoint_path(name)) is not None:
+        model = MemoryModel.from_pretrained(directory)
         model.name = name
         return model
-    if os.path.isdir(name):  # Path.is_dir raises for names that are too long
-        return MemoryModel.from_pretrained(name)
     if not _is_hub_name(name):
-        raise unknown("checkpoint", name, checkpoint_names())
+        raise unknown_checkpoint(name)
     try:
         return MemoryModel.from_pretrained(name)
     except GradmemError:
@@ -116,7 +116,7 @@ def bind_memory(memory: Memory, what: str, checkpoint: str | os.PathLike[str] | 
         raise GradmemError(f"{what} does not say which model wrote it")
     receipt = memory.receipts[0]
     name = receipt.model if checkpoint is None else os.fspath(checkpoint)
-    if checkpoint is None and name not in {*checkpoint_names(), *PACKAGED, *NAMED}:
+    if checkpoint is None and name not in {*PACKAGED, *NAMED} and checkpoint_path(name) is None:
         raise GradmemError(
             f"{what} says that '{name}' wrote it, and a file does not decide what is loaded: name the model if you "
             f"trust it, as --checkpoint {shlex.quote(name)} (in Python: checkpoint={name!r})"

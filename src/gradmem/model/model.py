@@ -34,16 +34,25 @@ from .build import Spec, build_backbone, build_method, build_task
 from .identity import digest_of, model_config, options_of
 from .writing import Progress, as_texts, measure_again, write_texts
 
-FORMAT = 1
+FORMAT = 2
 FILES = [CONFIG, WEIGHTS, ABSTAIN, "tokenizer*.json", "special_tokens_map.json"]
 """Files of a checkpoint."""
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+A model that writes texts into a memory and answers from the memory alone, as a checkpoint of gradmem:
+`gradmem.load(DIRECTORY).write(text).ask(query)`. Say here what it was trained on, and how well it answers beside its
+controls (`gradmem eval DIRECTORY`).
+"""
+"""The `README.md` of a checkpoint that has none; Jinja puts the data of the hub in."""
 HERE = "."
 """In a checkpoint's config: the directory of the checkpoint itself."""
 NAMED: set[str] = set()
 """Models that this process was told to load: memories may name these, as no file decides what is loaded."""
 
 
-CUTTING = ("chunk", "chunks")
+CUTTING = ("chunk_size", "chunk_mode")
 """Options of every method that trained weights leave open: how contexts are cut."""
 
 
@@ -51,7 +60,9 @@ def _silent(steps: Iterable[Any], title: str = "", total: int | None = None) -> 
     return steps
 
 
-class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-time-training"]):
+class MemoryModel(
+    ModelHubMixin, library_name="gradmem", tags=["memory", "test-time-training"], model_card_template=MODEL_CARD
+):
     """A method with the task it was trained on; saves, loads and travels as a checkpoint.
 
     Parameters
@@ -133,7 +144,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         return model
 
     def configure(self, options: Spec) -> None:
-        """Set options that do not depend on the weights: `chunk` and `chunks`, and the method's `runtime_options`.
+        """Set options that do not depend on the weights: `chunk_size`, `chunk_mode` and the method's `runtime_options`.
 
         Raises
         ------
@@ -150,7 +161,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         if cutting and not self.method.joins:
             raise GradmemError(f"'{self.name}' writes no chunks into one memory: cut its texts with `model.chunks`")
         if cutting:
-            self.method.chunk_by(**{"chunk": self.method.chunk, **cutting})
+            self.method.chunk_by(**{"chunk_size": self.method.chunk_size, **cutting})
         for name in self.method.runtime_options:
             if name in options:
                 setattr(self.method, name, options[name])
@@ -300,7 +311,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         GradmemError
             When `size` is less than a character takes.
         """
-        size = self.task.chunk if size is None else size
+        size = self.task.chunk_size if size is None else size
         if size is None or not text:
             return [text]
         if size < 1:
@@ -368,7 +379,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
     ) -> Memory:
         """Write more text into a memory, as the next chunk of what was written.
 
-        With `chunks: independent` the text gets vectors of its own, which READ sees beside those that are there;
+        With `chunk_mode: independent` the text gets vectors of its own, which READ sees beside those that are there;
         otherwise WRITE goes on from the memory as it is. Both have to be learned: a checkpoint that was not trained on
         chunks in this way (`appends`) loses nearly all that was written before.
 
@@ -419,8 +430,12 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
     @property
     def appends(self) -> bool:
         """Whether it was trained to write what comes next into a memory: contexts in chunks, in the way it does now."""
-        trained, mode = self.spec["method"], self.method.chunks
-        return mode != "joint" and trained.get("chunk") is not None and trained.get("chunks", "sequential") == mode
+        trained, mode = self.spec["method"], self.method.chunk_mode
+        return (
+            mode != "joint"
+            and trained.get("chunk_size") is not None
+            and trained.get("chunk_mode", "sequential") == mode
+        )
 
     def most_steps(self, steps: int | None, until: float | None, max_steps: int | None) -> int:
         """Write steps that `write` takes with these arguments; with `until`, at most.
@@ -501,7 +516,7 @@ class MemoryModel(ModelHubMixin, library_name="gradmem", tags=["memory", "test-t
         if len(memory) != len(lengths):
             raise GradmemError(
                 f"the memory has {len(lengths)} chunks in the vectors of {len(memory)}, which cannot be told apart: "
-                "ask it, or write with `chunks: independent` to read texts back"
+                "ask it, or write with `chunk_mode: independent` to read texts back"
             )
         size = max(1, self.method.backbone.tokens_at_once // max(lengths))
         starts = range(0, len(lengths), size)

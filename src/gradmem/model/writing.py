@@ -83,7 +83,7 @@ def _write_batch(
 ) -> Memory:
     context, method = Tokens.from_lists(ids, model.task.pad_id).to(model.device), model.method
     cuts = method.chunk_lengths(context)
-    turns = max(1, *map(len, cuts)) if method.chunks == "sequential" else 1
+    turns = max(1, *map(len, cuts)) if method.chunk_mode == "sequential" else 1
     with torch.no_grad():
         if onto is None:
             states = method.trajectory(context, steps, until=until)
@@ -104,7 +104,7 @@ def _write_batch(
 
 def _since(part: Receipt, method: Method) -> Receipt:
     """What is known of a text after another was appended: READ sees another memory, which WRITE may have changed."""
-    return replace(part, earlier=[], answers=None, measured=part.measured and method.chunks == "independent")
+    return replace(part, earlier=[], answers=None, measured=part.measured and method.chunk_mode == "independent")
 
 
 def answer_losses(model: MemoryModel, memory: Memory, texts: Sequence[str]) -> list[list[float]]:
@@ -174,7 +174,7 @@ def measure_again(model: MemoryModel, memory: Memory, before: str) -> Receipt:
     for part in receipt.earlier:
         if (text := found.get(part.context_sha256)) is not None:
             part = replace(part, answers=answer_losses(model, memory, [text])[0])
-            if model.method.chunks != "independent":  # vectors of their own have not changed
+            if model.method.chunk_mode != "independent":  # vectors of their own have not changed
                 losses = model.token_losses(memory, text)
                 last, tokens = _rounded([_mean(losses)], 6), _rounded(losses, 3)
                 part = replace(part, losses=[*part.losses[:-1], *last], token_losses=tokens, measured=True)

@@ -1,1 +1,1 @@
-"""Operations whose second derivative has a closed form, and how models are made to use them."""
+"""Operations with a closed-form second derivative, and the patching of models that lets them use these."""

@@ -1,12 +1,12 @@
 """Softmax attention with a closed-form gradient and second derivative, for any Hugging Face model.
 
-Meta-training differentiates through gradients. PyTorch's fused attention has no second derivative, and differentiating
-the eager one twice makes dozens of passes over matrices of queries times keys and keeps most of them. Here the forward
-pass, its gradient and the derivative of that gradient are written out. All three work on tiles of a few query rows,
-skip the keys that causality hides from a tile, and keep nothing of the size of the matrix: each computes the
-probabilities anew. Select it by name, `model.set_attn_implementation("gradmem")`, after importing this module.
+Meta-training differentiates through gradients. PyTorch's fused attention has no second derivative. Differentiating
+eager attention twice makes dozens of passes over matrices of queries times keys and keeps most of them. Here the
+forward pass, its gradient and the derivative of that gradient are written out. All three work on tiles of a few query
+rows and skip the keys that causality hides from a tile. They keep nothing of the size of the matrix; each computes the
+probabilities again. Select it with `model.set_attn_implementation("gradmem")` after importing this module.
 
-In the formulas below, for one head with keys K, values V and queries Q that are already scaled:
+The formulas are for one head with keys K, values V and queries Q that are already scaled:
 
     S = Q K^T,  P = softmax(S),  O = P V                                          forward
     dP = dO V^T,  D = rowsum(P * dP),  dS = P * (dP - D)                          gradient
@@ -23,8 +23,7 @@ and for cotangents a, b, c of dQ, dK, dV (J = <a, dQ> + <b, dK> + <c, dV>):
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,26 +32,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import GradmemError
+from .attention_tiles import Tiles
 from .dtypes import no_autocast, product_dtype, work_dtype
-from .room import room
 
 NAME = "gradmem"
 """Name of the implementation in transformers."""
-
-TILE_ROWS = 64
-"""Query rows of a tile on a CPU. Fewer skip more of the causal triangle; more make the matrix products efficient."""
-TILE_BYTES = 2**20
-"""Scores of a tile on a CPU, in the type of the products and for each thread. More leave the cache; with fewer, calling
-the operations costs too much."""
-TILE_ROWS_ELSEWHERE, TILE_SHARE = 2048, 64
-"""Rows on a GPU, and the share of its memory that a tile's scores take: launching many small kernels costs more there
-than the half of the products that causality would spare."""
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, scaling: float, mask: Tensor | None = None, causal: bool = True
 ) -> Tensor:
-    """Softmax attention that can be differentiated twice.
+    """Compute softmax attention; can be differentiated twice.
 
     Parameters
     ----------
@@ -63,10 +53,10 @@ def attention(
     scaling : float
         Factor on the scores.
     mask : Tensor, shape (batch or 1, heads or 1, queries, keys), optional
-        Boolean, true where a query sees a key, or a number to add to the score. It alone decides: with a mask,
-        `causal` has no effect. A query that sees no key averages all values.
+        Boolean, true where a query sees a key, or a number to add to the score. With a mask, `causal` has no effect. A
+        query that sees no key averages all values.
     causal : bool
-        Query i sees the keys up to `keys - queries + i`: the last query stands at the last key.
+        Query i sees the keys up to `keys - queries + i`: the last query is at the last key.
 
     Returns
     -------
@@ -95,7 +85,7 @@ def attention(
 
 
 class _Attention(torch.autograd.Function):
-    """Scaled queries, keys, values -> outputs, all of shape (batch, heads, length, d)."""
+    """Map scaled queries, keys and values to outputs, all of shape (batch, heads, length, d)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -104,7 +94,7 @@ class _Attention(torch.autograd.Function):
         batch, heads, queries, _ = query.shape
         out = query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
         with no_autocast(query):
-            for tile in _Tiles(query, key, mask, causal):
+            for tile in Tiles(query, key, mask, causal):
                 p = tile.probabilities(tile.rows(query), tile.keys(key))
                 tile.set_rows(out, (tile.low(p), tile.keys(value)))
         return out
@@ -126,7 +116,7 @@ class _Gradient(torch.autograd.Function):
         d_key, d_value = torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
         mean = query.new_empty(*query.shape[:-1], 1, dtype=work)  # D
         with no_autocast(query):
-            for tile in _Tiles(query, key, mask, causal):
+            for tile in Tiles(query, key, mask, causal):
                 q, k, v, do = tile.rows(query), tile.keys(key), tile.keys(value), tile.rows(grad)
                 p = tile.probabilities(q, k)
                 ds = tile.product(1, (do, v.mT)).mul_(p)
@@ -167,7 +157,7 @@ class _SecondDerivative(torch.autograd.Function):
         d_grad, d_query = torch.empty_like(grad), torch.empty_like(query)
         d_key, d_value = torch.zeros_like(key, dtype=work), torch.zeros_like(value, dtype=work)
         with no_autocast(query):
-            for tile in _Tiles(query, key, mask, causal):
+            for tile in Tiles(query, key, mask, causal):
                 q, k, v, do = tile.rows(query), tile.keys(key), tile.keys(value), tile.rows(grad)
                 to_dq, to_dk, to_dv = tile.rows(a), tile.keys(b), tile.keys(c)
                 p = tile.probabilities(q, k)
@@ -185,153 +175,8 @@ class _SecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        # Not `once_differentiable`, which `torch.autograd.grad` passes by where another path leads to its inputs.
+        # `once_differentiable` does not raise if another path leads to the inputs.
         raise RuntimeError("gradmem attention has no third derivative: use eager attention")
-
-
-class _Tiles:
-    """The tiles of an attention matrix, in order, and the scratch memory that they share.
-
-    The query heads that share a key head, and the positions of a tile, are rows of one matrix: keys are never repeated.
-
-    Parameters
-    ----------
-    query : Tensor, shape (batch, heads, queries, d)
-    key : Tensor, shape (batch, key heads, keys, d)
-    mask : Tensor, optional, shape (batch or 1, heads or 1, queries, keys)
-    causal : bool
-    """
-
-    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> None:
-        self.batch, self.heads, self.keys, _ = key.shape
-        self.queries = query.shape[2]
-        self.groups = query.shape[1] // self.heads
-        self.causal = causal
-        self.dtype, self.work, self.device = query.dtype, work_dtype(query), query.device
-        self.mask = None if mask is None else self.grouped(mask)
-        self.slots: dict[int, Tensor] = {}
-        cpu = query.device.type == "cpu"
-        rows = TILE_ROWS if cpu else TILE_ROWS_ELSEWHERE
-        size = TILE_BYTES * torch.get_num_threads() if cpu else 4 * room(query.device, TILE_BYTES, TILE_SHARE)
-        # Bytes of one position in one key head. Where all samples and heads fit, tiles grow taller.
-        line = self.groups * self.keys * query.element_size()
-        tall = max(rows // self.groups, size // max(1, line * self.batch * self.heads))
-        self.tall = max(1, min(tall, self.queries))
-        matrices = max(1, size // (self.tall * line))
-        # Whole samples, or some heads of a single one.
-        self.wide = _share(self.heads, matrices)
-        self.deep = _share(self.batch, matrices // self.heads)
-        hidden = torch.full((self.tall, self.tall), -torch.inf, dtype=self.work, device=self.device)
-        self.triangle = hidden.triu_(1)[:, None]
-
-    def __iter__(self) -> Iterator[_Tile]:
-        for batch in _slices(self.batch, self.deep):
-            for heads in _slices(self.heads, self.wide):
-                for positions in _slices(self.queries, self.tall):
-                    width = self.keys - self.queries + positions.stop if self.causal else self.keys
-                    yield _Tile(self, batch, heads, positions, width)
-
-    def grouped(self, tensor: Tensor) -> Tensor:
-        """A view (batch, heads, positions, x) -> (batch, key heads, positions, groups, x); 1 head stays 1."""
-        if tensor.shape[1] == 1:
-            return tensor.unsqueeze(3)
-        return tensor.unflatten(1, (self.heads, self.groups)).transpose(2, 3)
-
-    def scratch(self, slot: int, shape: tuple[int, ...]) -> Tensor:
-        """Uninitialised work memory; a slot holds one matrix at a time."""
-        size = math.prod(shape)
-        if slot not in self.slots or self.slots[slot].numel() < size:
-            whole = self.deep * self.wide * self.tall * self.groups * self.keys
-            self.slots[slot] = torch.empty(max(size, whole), dtype=self.work, device=self.device)
-        return self.slots[slot][:size].view(shape)
-
-
-class _Tile:
-    """Some query positions of some samples and key heads, with the keys that they may see: a batch of matrices.
-
-    Parameters
-    ----------
-    owner : _Tiles
-    batch, heads, positions : slice
-    width : int
-        The number of keys, from the first.
-    """
-
-    def __init__(self, owner: _Tiles, batch: slice, heads: slice, positions: slice, width: int) -> None:
-        self.owner, self.width = owner, width
-        self.some_rows, self.some_keys = (batch, heads, positions), (batch, heads, slice(width))
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The tile's part of a tensor of queries, as contiguous matrices (matrices, rows, d)."""
-        part = self.owner.grouped(tensor)[self.some_rows]
-        # oneDNN, which multiplies in low precision on CPUs, would copy a strided operand for every product.
-        return part.reshape(part.shape[0] * part.shape[1], -1, part.shape[4]).contiguous()
-
-    def keys(self, tensor: Tensor) -> Tensor:
-        """The tile's part of a tensor of keys, as contiguous matrices (matrices, keys, d)."""
-        return tensor[self.some_keys].flatten(0, 1).contiguous()
-
-    def set_rows(self, tensor: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Write a sum of matrix products to the tile's part of a tensor of queries."""
-        self.write_rows(tensor, self.product(4, *pairs))
-
-    def write_rows(self, tensor: Tensor, matrices: Tensor) -> None:
-        """Write to the tile's part of a tensor of queries."""
-        part = self.owner.grouped(tensor)[self.some_rows]
-        part.copy_(matrices.view(part.shape))
-
-    def add_keys(self, tensor: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
-        """Add a sum of matrix products to the tile's part of a tensor of keys."""
-        part = tensor[self.some_keys]
-        part.add_(self.product(4, *pairs).view(part.shape))
-
-    def product(self, slot: int, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-        """Sum of matrix products, in scratch memory; summed in at least float32."""
-        left, right = pairs[0]
-        out = self.owner.scratch(slot, (left.shape[0], left.shape[1], right.shape[2]))
-        if left.dtype == out.dtype:
-            torch.bmm(left, right, out=out)
-            for left, right in pairs[1:]:
-                out.baddbmm_(left, right)
-            return out
-        out.copy_(torch.bmm(left, right))
-        for left, right in pairs[1:]:
-            out.add_(self.owner.scratch(5, out.shape).copy_(torch.bmm(left, right)))
-        return out
-
-    def low(self, tensor: Tensor) -> Tensor:
-        """A matrix in the type of the products."""
-        return tensor.to(self.owner.dtype)
-
-    def probabilities(self, query: Tensor, key: Tensor) -> Tensor:
-        """P, in slot 0; slot 1 is overwritten."""
-        owner, (batch, heads, positions) = self.owner, self.some_rows
-        scores = self.product(1, (query, key.mT))
-        count = positions.stop - positions.start
-        if owner.mask is not None:
-            whole = slice(None)
-            mask = owner.mask[
-                batch if owner.mask.shape[0] > 1 else whole, heads if owner.mask.shape[1] > 1 else whole, positions
-            ]
-            parts = scores.view(batch.stop - batch.start, -1, count, owner.groups, self.width)
-            if mask.dtype == torch.bool:
-                # Not minus infinity: the softmax of a row that sees nothing would be NaN.
-                parts.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-            else:
-                parts.add_(mask)
-        elif owner.causal and count > 1:
-            parts = scores.view(-1, count, owner.groups, self.width)
-            parts[..., self.width - count :].add_(owner.triangle[:count, :, :count])
-        return torch.softmax(scores, -1, out=owner.scratch(0, scores.shape))
-
-
-def _share(size: int, limit: int) -> int:
-    """The largest number up to `limit`, at least 1, that divides `size` into about equal shares."""
-    return math.ceil(size / math.ceil(size / max(1, limit))) if size else 1
-
-
-def _slices(size: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
 def _attention_interface(
@@ -345,7 +190,7 @@ def _attention_interface(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in place of its eager attention."""
+    """Compute attention as transformers calls it, in place of its eager attention."""
     if dropout > 0 and module.training:
         raise GradmemError("gradmem attention has no dropout: set the attention dropout of the backbone to 0")
     for name in ("softcap", "s_aux", "position_bias"):
@@ -353,7 +198,7 @@ def _attention_interface(
             raise GradmemError(f"gradmem attention has no {name}: use a backbone without it, or eager attention")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    # Without a mask a module is causal unless it says otherwise: `_mask_interface` never drops any other mask.
+    # Without a mask a module is causal unless it says otherwise: `_mask_interface` drops causal masks only.
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return attention(query, key, value, scaling=scaling, mask=attention_mask, causal=causal), None
 
@@ -370,9 +215,9 @@ def _mask_interface(
     allow_is_causal_skip: bool = True,
     **options: Any,
 ) -> Tensor | None:
-    """Build the boolean mask, or None where it would be the causal one that `attention` applies by itself."""
+    """Build the boolean mask, or None if it is the causal one, which `attention` applies by itself."""
     plain = mask_function is causal_mask_function or (local_size is not None and kv_length < local_size)
-    # A static cache has keys after the last query.
+    # With a static cache, there are keys after the last query.
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     if allow_is_causal_skip and plain and aligned:
         seen = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]

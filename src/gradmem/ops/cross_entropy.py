@@ -1,8 +1,8 @@
 """Cross-entropy of an output layer, in chunks and with a closed-form second derivative.
 
-With a vocabulary of 49,000 the logits of 512 tokens are 100 MB, and differentiating twice keeps half a dozen tensors
-of that size. Here no more than a chunk of logits exists at a time, computed anew in each of the three passes. For
-one token with hidden state h, weight W, target y, and c = dJ/dL:
+With a vocabulary of 49,000 the logits of 512 tokens take 100 MB, and differentiating twice keeps half a dozen tensors
+of that size. Here only a chunk of logits exists at a time; each of the three passes computes it again. For one token
+with hidden state h, weight W, target y, and c = dJ/dL:
 
     z = W h + bias,  L = logsumexp(z) - z_y,  p = softmax(z)                                forward
     dh = c W^T (p - e_y),  dW = c (p - e_y) h^T                                             gradient
@@ -11,7 +11,7 @@ and for a cotangent a of dh, with s = W a, r = p * (s - p.s):
 
     dJ/dc = (p - e_y).s,  dJ/dh = c W^T r,  dJ/dW = c (r h^T + (p - e_y) a^T),  dJ/dbias = c r
 
-Where the model caps its logits, p is the softmax of f(z) = cap * tanh(z / cap); p - e_y is then multiplied with f'(z),
+If the model caps its logits, p is the softmax of f(z) = cap * tanh(z / cap); p - e_y is then multiplied with f'(z),
 and r = f' * p * (f' * s - p.(f' * s)) + f'' * (p - e_y) * s.
 """
 
@@ -26,19 +26,19 @@ from torch import Tensor, nn
 
 from .dtypes import no_autocast, product_dtype, work_dtype
 from .head import Head, ScaledHead
-from .room import room
+from .workspace import elements_at_once
 
 CHUNK = 2**24
-"""Logits to compute at once on a CPU. Where all fit, they are kept: computing them again would only cost time."""
+"""Logits to compute at once on a CPU. If all fit, PyTorch's own cross-entropy is used, which keeps them."""
 CHUNK_SHARE = 128
-"""On another device they take one in so many of the bytes of its memory."""
+"""On other devices, the logits take one in so many bytes of its memory."""
 
 
 def cross_entropy(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
-    """Cross-entropy of tokens under an output layer; can be differentiated twice.
+    """Compute the cross-entropy of tokens under an output layer; can be differentiated twice.
 
-    The second derivative is for gradients with respect to `hidden`: one of the gradient of the head's own weight is
-    refused.
+    Gradients with respect to `hidden` can be differentiated again, those with respect to the weights of the head
+    cannot.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ def cross_entropy(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     Tensor, shape (batch, length), nats, at least float32
     """
     layer, scale, cap = (head.layer, head.scale, head.cap) if isinstance(head, ScaledHead) else (head, 1.0, None)
-    # Adapted or quantised layers have a forward of their own.
-    at_once = room(hidden.device, CHUNK, CHUNK_SHARE)
+    # Layers with adapters or quantization have a forward of their own.
+    at_once = elements_at_once(hidden.device, CHUNK, CHUNK_SHARE)
     if type(layer) is not nn.Linear or ids.numel() * layer.out_features <= at_once:
         logits = head(hidden)
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -64,14 +64,14 @@ def cross_entropy(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     bias = None if layer.bias is None else layer.bias.to(work_dtype(rows)) * scale
     losses: Tensor = _CrossEntropy.apply(rows, weight, bias, ids.flatten(), cap)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        # A node of its own, which no gradient by hidden states alone (WRITE) runs.
+        # A separate node, which is not run for gradients with respect to hidden states alone, as in WRITE.
         losses = losses + _HeadGradient.apply(rows.detach(), weight, bias, ids.flatten(), cap)
     return losses.view(ids.shape)
 
 
 def _chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Logits and targets of some rows at a time; the logits are the caller's to overwrite."""
-    size = max(1, room(rows.device, CHUNK, CHUNK_SHARE) // weight.shape[0])
+    """Yield logits and targets of some rows at a time; the caller may overwrite the logits."""
+    size = max(1, elements_at_once(rows.device, CHUNK, CHUNK_SHARE) // weight.shape[0])
     for start in range(0, len(rows), size):
         some = slice(start, start + size)
         logits = (rows[some] @ weight.T).to(work_dtype(rows))
@@ -79,7 +79,7 @@ def _chunks(rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> I
 
 
 def _capped(logits: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """f(z), in the place of the logits, and tanh(z / cap) where they are capped."""
+    """Compute f(z) in place of the logits, and tanh(z / cap) if they are capped."""
     if cap is None:
         return logits, None
     bent = logits.div_(cap).tanh_()
@@ -87,26 +87,26 @@ def _capped(logits: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _errors(logits: Tensor, targets: Tensor) -> Tensor:
-    """p - e_y, in the place of the logits."""
+    """Compute p - e_y in place of the logits."""
     torch.softmax(logits, 1, out=logits)
     return logits.scatter_add_(1, targets, logits.new_full(targets.shape, -1))
 
 
 def _slopes(logits: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-    """The gradient of the losses by the logits z, in their place."""
+    """Compute the gradient of the losses with respect to the logits z, in their place."""
     logits, bent = _capped(logits, cap)
     errors = _errors(logits, targets)
     return errors if bent is None else errors.mul_(1 - bent.square_())
 
 
 def _derivatives(bent: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """f'(z) and f''(z) from tanh(z / cap)."""
+    """Compute f'(z) and f''(z) from tanh(z / cap)."""
     slope = 1 - bent.square()
     return slope, bent * slope * (-2 / cap)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, without a second tensor of the weight's size where types allow."""
+    """Add left^T right to total; if types allow, without a second tensor of the size of the weight."""
     if total.dtype == right.dtype:
         total.addmm_(left.T, right)
     else:
@@ -114,7 +114,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Losses, differentiable by hidden states."""
+    """Losses, differentiable with respect to hidden states."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, cap: float | None) -> Tensor:
@@ -151,7 +151,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("chunked cross-entropy has no third derivative")
+            raise RuntimeError("cross_entropy has no third derivative")
         grad, rows, weight, bias, ids = ctx.saved_tensors
         d_grad, d_rows = torch.empty_like(grad), torch.empty_like(rows)
         d_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[2] else None
@@ -181,7 +181,7 @@ class _Gradient(torch.autograd.Function):
 
 
 class _HeadGradient(torch.autograd.Function):
-    """Zero, with the gradient of the losses by weight and bias."""
+    """Zero, with the gradient of the losses with respect to weight and bias."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, cap: float | None) -> Tensor:
@@ -192,7 +192,7 @@ class _HeadGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("chunked cross-entropy has no second derivative of the gradient of its weight")
+            raise RuntimeError("cross_entropy has no second derivative of the gradient of its weight")
         rows, weight, bias, ids = ctx.saved_tensors
         d_weight = torch.zeros_like(weight, dtype=grad.dtype)
         d_bias = None if bias is None else torch.zeros_like(bias)

@@ -1,4 +1,4 @@
-"""Types that closed forms compute in, under autocast or not."""
+"""Data types in which closed forms compute, with and without autocast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
-    """Type of the matrix products: that of the input or, as for PyTorch's own, that of autocast."""
+    """Return the type of matrix products: the type of autocast if it is enabled, else that of the input."""
     device = tensor.device.type
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -18,10 +18,10 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def work_dtype(tensor: Tensor) -> torch.dtype:
-    """Type of softmax, statistics and sums: at least float32."""
+    """Return the type of softmax, statistics and sums: at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Keep autocast, which a function inherits from its caller, from rounding float32 operands."""
+    """Disable autocast, which a function inherits from its caller, so that float32 operands are not rounded."""
     return torch.autocast(tensor.device.type, enabled=False)

@@ -1,7 +1,7 @@
 """The gated MLP of Llama and its relatives, with a closed-form gradient and second derivative.
 
-Differentiated twice by PyTorch, `silu(gate) * up` keeps a dozen tensors of the width of the MLP, more than everything
-else in a block once attention keeps none of its matrices. Here three are kept: gate, up and the output's gradient.
+If PyTorch differentiates `silu(gate) * up` twice, it keeps a dozen tensors of the width of the MLP. Here three are
+kept: gate, up and the gradient of the output.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 
-def looks_like(module: nn.Module) -> bool:
-    """Whether it may be `down_proj(silu(gate_proj(x)) * up_proj(x))`, by its parts."""
+def matches(module: nn.Module) -> bool:
+    """Whether a module has the parts of `down_proj(silu(gate_proj(x)) * up_proj(x))`."""
     return all(isinstance(getattr(module, part, None), nn.Module) for part in PARTS)
 
 
 def forward(module: Any, hidden: Tensor) -> Tensor:
-    """What takes the place of the module's own forward."""
+    """Compute what the module's own forward does."""
     out: Tensor = module.down_proj(gated(module.gate_proj(hidden), module.up_proj(hidden)))
     return out
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, for tensors of one shape; can be differentiated twice."""
+    """Compute `silu(gate) * up`, for tensors of one shape; can be differentiated twice."""
     out: Tensor = _Gated.apply(gate, up)
     return out
 
@@ -55,7 +55,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if torch.is_grad_enabled():
-            raise RuntimeError("gated MLPs have no third derivative here: use the model's own")
+            raise RuntimeError("gated_mlp has no third derivative: use the model's own MLP")
         grad, gate, up = ctx.saved_tensors
         s = torch.sigmoid(gate)
         rest = 1 - s

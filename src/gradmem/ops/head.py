@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ScaledHead:
-    """An output layer with what some models do to its logits z: scale * z, or cap * tanh(scale * z / cap).
+    """An output layer whose logits z the model changes: to scale * z, or to cap * tanh(scale * z / cap).
 
     Granite and Cohere scale their logits; Gemma 2 caps them.
 
@@ -31,14 +31,14 @@ class ScaledHead:
         return self.layer.weight
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Hidden states -> logits."""
+        """Map hidden states to logits."""
         return self.finish(self.layer(hidden))
 
     def finish(self, logits: Tensor) -> Tensor:
-        """What the model makes of the logits of the layer."""
+        """Scale and cap the logits of the layer."""
         scaled = logits * self.scale
         return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
 
 
 Head = nn.Linear | ScaledHead
-"""What makes logits of hidden states."""
+"""An output layer."""

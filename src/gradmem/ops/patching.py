@@ -1,4 +1,4 @@
-"""Parts of a model that have a closed-form second derivative here, and take the place of its own for a while."""
+"""Replace the forward of a model's modules by operations with a closed-form second derivative."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ FORMS = [gated_mlp, rms_norm]
 
 
 def closed_forms(model: nn.Module) -> dict[nn.Module, Forward]:
-    """The modules of a model that one of our forms computes, as a probe of each shows, with that form."""
+    """Find the modules that an operation here can replace, by comparing both on an input; return their forwards."""
     return {
         module: form.forward
         for module in model.modules()
         for form in FORMS
-        if form.looks_like(module) and _agrees(module, form.forward)
+        if form.matches(module) and _agrees(module, form.forward)
     }
 
 
 @contextmanager
-def replaced(forms: dict[nn.Module, Forward]) -> Iterator[None]:
-    """Let these modules compute with our forms."""
-    # Some libraries have set a forward on the instance too.
+def patched(forms: dict[nn.Module, Forward]) -> Iterator[None]:
+    """Replace the forward of these modules within a context."""
+    # Some libraries set a forward on the instance as well.
     before = {module: vars(module).get("forward") for module in forms}
     for module, forward in forms.items():
         module.forward = forward.__get__(module)

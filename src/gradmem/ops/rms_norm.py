@@ -1,7 +1,7 @@
 """RMS normalisation with a closed-form gradient and second derivative.
 
-Differentiated twice by PyTorch it keeps some ten tensors of the model's width; here its input, the output's gradient
-and one number per position are kept. With d entries, mean m, r = 1 / sqrt(m(x^2) + eps), n = r x and y = n w:
+If PyTorch differentiates it twice, it keeps about ten tensors of the model's width. Here the input, the gradient of the
+output and one number per position are kept. With mean m, r = 1 / sqrt(m(x^2) + eps), n = r x and y = n w:
 
     g = dy w,  dx = r (g - n m(g n)),  dw = sum dy n                                        gradient
 
@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from .dtypes import work_dtype
 
 
-def looks_like(module: nn.Module) -> bool:
-    """Whether it may be `weight * x / rms(x)`, by its name and parts."""
+def matches(module: nn.Module) -> bool:
+    """Whether a module has the name and the parts of `weight * x / rms(x)`."""
     return (
         type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight") and hasattr(module, "variance_epsilon")
     )
 
 
 def forward(module: Any, hidden: Tensor) -> Tensor:
-    """What takes the place of the module's own forward."""
+    """Compute what the module's own forward does."""
     return rms_norm(hidden, module.weight, module.variance_epsilon)
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * hidden / sqrt(mean(hidden^2) + eps)` over the last dimension; can be differentiated twice.
+    """Compute `weight * hidden / sqrt(mean(hidden^2) + eps)` over the last dimension; can be differentiated twice.
 
     Parameters
     ----------
@@ -44,7 +44,8 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Returns
     -------
-    Tensor, shape (..., d), computed in at least float32 and returned in the type of `hidden * weight`
+    Tensor, shape (..., d)
+        Computed in at least float32 and returned in the type of `hidden * weight`.
     """
     out: Tensor = _RMSNorm.apply(hidden, weight, eps)
     return out
@@ -84,7 +85,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("RMS norms have no third derivative here: use the model's own")
+            raise RuntimeError("rms_norm has no third derivative: use the model's own norm")
         grad, x, weight, r = ctx.saved_tensors
         n, dy = x * r, grad.to(r.dtype)
         d_grad, d_x, d_weight = torch.zeros_like(n), torch.zeros_like(n), None

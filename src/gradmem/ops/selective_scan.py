@@ -1,11 +1,11 @@
 """The scan of a selective state-space model, with gradients (arXiv 2312.00752, section 3).
 
-On a CPU it goes token by token: operations on whole sequences would hold a tensor of (batch, length, channels, n) each,
-and wait for memory most of the time. Elsewhere a loop of small operations would take its time in launching them, so
-pairs of tokens are joined, and pairs of pairs (Blelloch, "Prefix sums and their applications", 1990).
+On a CPU it runs token by token: operations on whole sequences need tensors of (batch, length, channels, n), and would
+mostly wait for memory. On other devices launching many small operations takes longer, so pairs of tokens are combined,
+then pairs of pairs (Blelloch, "Prefix sums and their applications", 1990).
 
-The kernels of `mamba_ssm`, which transformers takes, do not serve here: they begin at a state of zero, and have no
-gradient for the state after the last token, which is the memory.
+The kernels of `mamba_ssm`, which transformers uses, always start from a zero state and have no gradient for the state
+after the last token, which is the memory.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .dtypes import no_autocast
 
 
 def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs y_t = h_t c_t of the states h_t = exp(dt_t a) h_(t-1) + dt_t x_t b_t, differentiable once.
+    """Compute y_t = h_t c_t with h_t = exp(dt_t a) h_(t-1) + dt_t x_t b_t; can be differentiated once.
 
     Parameters
     ----------
     x, dt : Tensor, shape (batch, length, channels)
         Inputs and step sizes.
     a : Tensor, shape (channels, n)
-        Rates, negative where states decay.
+        Rates; states decay where they are negative.
     b, c : Tensor, shape (batch, length, n)
-        What inputs write to the states, and what is read of them.
+        Weights of writing inputs to the states, and of reading outputs from them.
     state : Tensor, shape (batch, channels, n)
         State before the first token.
 
@@ -44,7 +44,7 @@ def selective_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state
 
 
 class TokenScan(torch.autograd.Function):
-    """Token by token; the states alone are kept."""
+    """Scan token by token; only the states are kept."""
 
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ class TokenScan(torch.autograd.Function):
 
 
 class PairScan(torch.autograd.Function):
-    """All tokens of a sequence at once, in about two operations for each doubling of its length."""
+    """Scan all tokens of a sequence at once, with about two operations for each doubling of its length."""
 
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class PairScan(torch.autograd.Function):
 
 
 def _joined(decays: Tensor, writes: Tensor) -> Tensor:
-    """The states s_t = decays_t s_(t-1) + writes_t from s_(-1) = 0; all of shape (batch, length, ...)."""
+    """Compute s_t = decays_t s_(t-1) + writes_t from s_(-1) = 0; all of shape (batch, length, ...)."""
     length = writes.shape[1]
     if length == 1:
         return writes

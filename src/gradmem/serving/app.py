@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from .. import __version__
 from ..errors import GradmemError
 from ..store import Store
 from . import http_errors
@@ -59,7 +59,7 @@ def create_app(store: Store, settings: Settings | None = None, keys: ApiKeys | N
     # FastAPI's own pages of documentation load scripts from other hosts; `/docs` is a page of this package.
     app = FastAPI(
         title="gradmem",
-        version=__version__,
+        version=version("gradmem"),
         description=DESCRIPTION,
         lifespan=lifespan,
         docs_url=None,

@@ -36,7 +36,7 @@ class Task(ABC):
     tokenizer: PreTrainedTokenizerFast
     answer_length: int
     """Most tokens that an answer takes."""
-    chunk: int | None = None
+    chunk_size: int | None = None
     """Tokens of the parts into which a long text is cut, each for a memory of its own; None if texts stay whole."""
     reads: bool = True
     """Whether evaluation predicts each target token from the true ones before it, for `judge`."""

@@ -15,14 +15,14 @@ class RawText(Task):
     ----------
     tokenizer : str
         Hub name or directory of a pretrained tokenizer.
-    chunk : int
+    chunk_size : int
         Tokens of the parts into which a long text is cut, each for a memory of its own.
     """
 
-    def __init__(self, tokenizer: str, chunk: int = 64) -> None:
-        require("chunk", chunk, chunk >= 1, "at least 1")
+    def __init__(self, tokenizer: str, chunk_size: int = 64) -> None:
+        require("chunk_size", chunk_size, chunk_size >= 1, "at least 1")
         self.tokenizer = plain_tokenizer(tokenizer)
-        self.chunk = self.answer_length = chunk
+        self.chunk_size = self.answer_length = chunk_size
 
     @property
     def pad_id(self) -> int:

@@ -39,25 +39,25 @@ class Text(FileTask):
         Directory with a folder `train` of text files, and a folder `test` or `valid` for the test split; or a data set
         of the hub with a column `text`. One in twenty training chunks is for validation. Required to train and to
         evaluate.
-    chunk : int
+    chunk_size : int
         Tokens of a chunk. A shorter rest at the end of a file is left out; a note says how many tokens.
     """
 
     generates = True
-    chunk: int
+    chunk_size: int
 
-    def __init__(self, tokenizer: str | None = None, data: str | None = None, chunk: int = 128) -> None:
+    def __init__(self, tokenizer: str | None = None, data: str | None = None, chunk_size: int = 128) -> None:
         super().__init__()
-        if chunk < 1:
-            raise GradmemError(f"chunk must be at least 1, not {chunk}")
-        self.data, self.chunk, self.answer_length = data, chunk, chunk
+        if chunk_size < 1:
+            raise GradmemError(f"chunk_size must be at least 1, not {chunk_size}")
+        self.data, self.chunk_size, self.answer_length = data, chunk_size, chunk_size
         self.tokenizer = pretrained_tokenizer(tokenizer) if tokenizer else byte_tokenizer()
         self.begin = str(self.tokenizer.bos_token or self.tokenizer.eos_token)
 
     @property
     def label(self) -> str:
         """Length of a chunk."""
-        return f"chunks of {self.chunk} tokens"
+        return f"chunks of {self.chunk_size} tokens"
 
     def source(self, split: Split) -> str:
         """The name of the data."""
@@ -79,7 +79,7 @@ class Text(FileTask):
         """Read a split from its files, or from the cache."""
         if self.data is None:
             raise GradmemError("text needs `data`: a directory with folders train and test, or a data set of the hub")
-        about: dict[str, Any] = {"task": "text", "split": split, "chunk": self.chunk, "held_out": HELD_OUT}
+        about: dict[str, Any] = {"task": "text", "split": split, "chunk_size": self.chunk_size, "held_out": HELD_OUT}
         about |= {"tokenizer": digest_tokenizer(self.tokenizer)}
         if is_hub(self.data):
             name = "test" if split == "test" else "train"
@@ -129,9 +129,9 @@ class Text(FileTask):
         left = 0
         for text in texts:
             ids = np.array(self.encode(text), dtype=np.int32)
-            whole = len(ids) // self.chunk
-            chunks += list(ids[: whole * self.chunk].reshape(whole, self.chunk))
-            left += len(ids) - whole * self.chunk
+            whole = len(ids) // self.chunk_size
+            chunks += list(ids[: whole * self.chunk_size].reshape(whole, self.chunk_size))
+            left += len(ids) - whole * self.chunk_size
         train = len(chunks) - held_out(len(chunks), HELD_OUT)
         mine = chunks[{"train": slice(train), "valid": slice(train, None), "test": slice(None)}[split]]
         files = "test" if split == "test" else "training"

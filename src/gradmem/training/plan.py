@@ -202,7 +202,7 @@ def plan_stage(
     tokens, task = _longest(recipe, tasks, share)
     step, before, steps = MetaStep(method, precision), method.strategy, max(stage.write_steps)
     strategies: Sequence[Strategy] = AUTO if recipe.strategy == "auto" else [recipe.strategy]
-    one_by_one = method.chunk is not None and method.chunks == "sequential"
+    one_by_one = method.chunk_size is not None and method.chunk_mode == "sequential"
     if steps <= 1 and recipe.strategy == "auto" and not one_by_one:
         strategies = ["recompute"]  # with one step it is the same as unroll
 

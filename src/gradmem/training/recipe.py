@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import GradmemError, unknown
+from ..plugins import directories
 from ..visible import visible
 
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
@@ -137,26 +139,45 @@ IDENTITY = {"name", "model_type", "pretrained"}
 """Fields that say which task, method or backbone it is; all others are its options."""
 
 
+def recipe_groups() -> dict[str, list[str]]:
+    """Names of the recipes by group: the folders in the package, then each installed package that brings some."""
+    return {group: sorted(files) for group, files in _recipes().items()}
+
+
 def recipe_names() -> list[str]:
-    """Names of the recipes in the package."""
-    return sorted(_packaged())
+    """Names of the recipes in the package and in installed plug-ins."""
+    return sorted(_files())
 
 
-def _packaged() -> dict[str, Path]:
-    """Files of the recipes in the package, by name."""
-    return {file.stem: file for file in Path(str(resources.files("gradmem"))).glob("recipes/*/*.yaml")}
+def _recipes() -> dict[str, dict[str, Path]]:
+    """Files of the recipes by group and name; a plug-in's recipe whose name is taken is ignored, with a warning."""
+    groups: dict[str, dict[str, Path]] = {}
+    for file in sorted(Path(str(resources.files("gradmem"))).glob("recipes/*/*.yaml")):
+        groups.setdefault(file.parent.name, {})[file.stem] = file
+    for package, directory in directories("gradmem.recipes"):
+        taken = {name for files in groups.values() for name in files}
+        found = {file.stem: file for file in sorted(directory.glob("*.yaml"))}
+        for name in sorted(found.keys() & taken):
+            warnings.warn(f"the recipe '{name}' of the package {package} is ignored: the name is taken", stacklevel=2)
+        groups.setdefault(package, {}).update({name: file for name, file in found.items() if name not in taken})
+    return groups
+
+
+def _files() -> dict[str, Path]:
+    """Files of all recipes by name."""
+    return {name: file for files in _recipes().values() for name, file in files.items()}
 
 
 def recipe_path(name: str) -> Path:
-    """Find a recipe by the name of a packaged one or by path.
+    """Find a recipe by name or by path.
 
     Raises
     ------
     GradmemError
         When there is neither.
     """
-    if (packaged := _packaged().get(name)) is not None:
-        return packaged
+    if (named := _files().get(name)) is not None:
+        return named
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path

@@ -50,7 +50,7 @@ class MetaStep(nn.Module):
         """
         # Not Accelerate's autocast, which has one precision for the life of the process.
         low = torch.autocast(batch.rows.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        with low, self.method.backbone.trained():
+        with low, self.method.backbone.training_attention():
             written = self.method.write(batch.context, steps)
             given = reconstruct or not self.method.reconstruction
             write_loss = self.method.write_loss(written, batch.context) if given else written.losses.new_zeros(())

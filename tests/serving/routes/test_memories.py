@@ -54,7 +54,7 @@ def test_a_write_tells_its_losses(client: TestClient, served: str) -> None:
 
 
 def test_append_makes_a_version(client: TestClient, tiny: MemoryModel, tmp_path: Path, keys: ApiKeys) -> None:
-    chunked = MemoryModel.from_spec(tiny.spec["task"], tiny.spec["backbone"], {**tiny.spec["method"], "chunk": 8})
+    chunked = MemoryModel.from_spec(tiny.spec["task"], tiny.spec["backbone"], {**tiny.spec["method"], "chunk_size": 8})
     chunked.save_pretrained(tmp_path / "chunked")
     with client_of(str(tmp_path / "chunked"), keys, tmp_path) as client:
         entry = written(client, str(tmp_path / "chunked"))
@@ -95,7 +95,7 @@ def test_appending_is_refused_where_it_was_never_trained(client: TestClient, ser
 def test_a_watched_append_shows_what_is_appended(
     client: TestClient, tiny: MemoryModel, tmp_path: Path, keys: ApiKeys
 ) -> None:
-    chunked = MemoryModel.from_spec(tiny.spec["task"], tiny.spec["backbone"], {**tiny.spec["method"], "chunk": 8})
+    chunked = MemoryModel.from_spec(tiny.spec["task"], tiny.spec["backbone"], {**tiny.spec["method"], "chunk_size": 8})
     chunked.save_pretrained(tmp_path / "chunked")
     with client_of(str(tmp_path / "chunked"), keys, tmp_path) as client:
         ref = written(client, str(tmp_path / "chunked"))["id"]
@@ -217,7 +217,7 @@ def test_a_long_text_before_is_not_searched(
     tiny: MemoryModel, tmp_path: Path, keys: ApiKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor is anything written before it is refused."""
-    chunked = MemoryModel.from_spec(tiny.spec["task"], tiny.spec["backbone"], {**tiny.spec["method"], "chunk": 8})
+    chunked = MemoryModel.from_spec(tiny.spec["task"], tiny.spec["backbone"], {**tiny.spec["method"], "chunk_size": 8})
     memory = chunked.write(TEXT)
     monkeypatch.setattr(chunked.method, "extend", lambda *_, **__: pytest.fail("written"))
     with pytest.raises(Exception, match="`before` is not the text"):

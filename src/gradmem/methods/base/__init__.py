@@ -1,5 +1,6 @@
-"""What methods have in common: the one interface, and bases that several share."""
+"""The interface of all methods, and base classes that several methods share."""
 
-from .method import Method, Mode, Written, anywhere, last_state
+from .method import Method
+from .written import Written, last_state
 
-__all__ = ["Method", "Mode", "Written", "anywhere", "last_state"]
+__all__ = ["Method", "Written", "last_state"]

@@ -1,4 +1,4 @@
-"""Long contexts: written in chunks, each into vectors of its own, or all into the same ones."""
+"""Base of methods that write long contexts in chunks."""
 
 from __future__ import annotations
 
@@ -15,45 +15,64 @@ from ...errors import GradmemError, require
 from ...inner.optimizers import Tensors
 from ...memory import LENGTHS, Memory
 from ...prefix import Prefix
-from .chunks import Chunks, apart, chunk_counts, numbered, pack, padded
-from .method import Mode, Written
-from .prefix_method import PrefixMethod, pads_last
+from .chunks import ChunkMode, Chunks, chunk_counts, pack, pad_rows, ragged_index, split_chunks
+from .prefix_method import Head, PrefixMethod, PrefixOptions, pads_last
+from .written import Written
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkedOptions(PrefixOptions):
+    """Options of methods that write contexts in chunks."""
+
+    write_steps: int = 1
+    """Default number of write steps K, taken on each chunk."""
+    n_ctrl: int = 0
+    """Number of control vectors before the memory and after it; WRITE and READ have their own."""
+    write_head: Head = "none"
+    """Output layer of WRITE: none of its own, or one that starts as a copy of the LM head, or a random one."""
+    chunk_size: int | None = None
+    """Most tokens of a chunk; by default a context is written whole."""
+    chunk_mode: ChunkMode = "sequential"
+    """How the chunks of a context are written into one memory. sequential: each starts from the memory that the one
+    before it left. independent: each starts from M0 and has vectors of its own, which READ sees together. joint: all
+    share the same vectors, and each step descends the mean loss of all their tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("write_steps", self.write_steps, self.write_steps >= 0, "at least 0")
+        require("n_ctrl", self.n_ctrl, self.n_ctrl >= 0, "at least 0")
 
 
 class ChunkedMethod(PrefixMethod):
     """Base of prefix methods that can write a context in chunks; subclasses implement `trajectory_from`.
 
-    - "sequential": a chunk is written from the memory that the chunk before it left; the memory stays as small.
-    - "independent": every chunk is written from the start, all in one batch, into n_mem vectors of its own, and READ
-      sees those of all chunks one after the other. The tensors of such a memory have a second dimension, the chunks,
-      and `lengths` says how many each row has.
-    - "joint": every step descends the mean loss of the tokens of all chunks, each read on its own from the same memory,
-      which stays as small and prefers none; its time is linear in the context. For methods that name it in `modes`
+    - "sequential": a chunk is written from the memory that the chunk before it left. The memory does not grow.
+    - "independent": every chunk is written from the start, all in one batch, into n_mem vectors of its own. READ sees
+      the vectors of all chunks, one chunk after the other. The tensors of such a memory have a second dimension, the
+      chunks, and `lengths` says how many each row has.
+    - "joint": every step descends the mean loss of the tokens of all chunks, each read on its own from the same memory.
+      The memory does not grow and favours no chunk; time is linear in the context. For methods that name it in `modes`
       and implement `joint_trajectory`.
 
     Parameters
     ----------
     backbone : Backbone
-    n_mem, write_steps, n_ctrl : int
-        As for `PrefixMethod`; the steps are those on each chunk.
-    chunk : int, optional
-        Most tokens of a chunk; by default a context is written whole.
-    chunks : {"sequential", "independent", "joint"}
+    options : ChunkedOptions
     """
 
     joins = True
-    modes: Sequence[Mode] = ("sequential", "independent")
+    modes: Sequence[ChunkMode] = ("sequential", "independent")
+    """The chunk modes of this method."""
 
-    def __init__(
-        self, backbone: Backbone, n_mem: int, write_steps: int, n_ctrl: int, chunk: int | None, chunks: Mode
-    ) -> None:
-        super().__init__(backbone, n_mem, write_steps, n_ctrl)
-        self.chunk_by(chunk, chunks)
+    def __init__(self, backbone: Backbone, options: ChunkedOptions) -> None:
+        super().__init__(backbone, options.n_mem, options.n_ctrl)
+        self.write_steps = options.write_steps
+        self.chunk_by(options.chunk_size, options.chunk_mode)
 
     def trajectory_from(
         self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
     ) -> Iterator[Written]:
-        """Write contexts whole, from a memory that may have been written before; see `Method.trajectory`.
+        """Write whole contexts, starting from any memory; see `Method.trajectory`.
 
         Parameters
         ----------
@@ -63,14 +82,14 @@ class ChunkedMethod(PrefixMethod):
         steps : int
         until : float or None
         more : bool
-            Whether other chunks will be written from where this one ends.
+            Whether other chunks will be written starting from the result.
         """
         raise NotImplementedError
 
     def joint_trajectory(
         self, chunks: Tokens, rows: Tensor, start: Tensors, steps: int, until: float | None
     ) -> Iterator[Written]:
-        """Write chunks into the memories of their rows, all of a memory at once; for methods with the mode "joint".
+        """Write chunks into the memories of their rows, all chunks of a memory at once; only for the mode "joint".
 
         Parameters
         ----------
@@ -83,34 +102,34 @@ class ChunkedMethod(PrefixMethod):
         """
         raise NotImplementedError
 
-    def chunk_by(self, chunk: int | None, chunks: Mode | None = None) -> None:
-        """Choose how contexts are cut from now on; see `Method.chunk_by`."""
-        good = chunk is None or (isinstance(chunk, int) and 1 <= chunk <= self.max_chunk)
-        require("chunk", chunk, good, f"from 1 to {self.max_chunk} tokens, or none")
-        require("chunks", chunks, chunks is None or chunks in self.modes, " or ".join(self.modes))
-        self.chunk, self.chunks = chunk, self.chunks if chunks is None else chunks
+    def chunk_by(self, chunk_size: int | None, chunk_mode: ChunkMode | None = None) -> None:
+        """Set how contexts are split into chunks; see `Method.chunk_by`."""
+        good = chunk_size is None or (isinstance(chunk_size, int) and 1 <= chunk_size <= self.max_chunk)
+        require("chunk_size", chunk_size, good, f"from 1 to {self.max_chunk} tokens, or null")
+        require("chunk_mode", chunk_mode, chunk_mode is None or chunk_mode in self.modes, " or ".join(self.modes))
+        self.chunk_size, self.chunk_mode = chunk_size, self.chunk_mode if chunk_mode is None else chunk_mode
 
     @property
     def max_chunk(self) -> int:
-        """Longest chunk in tokens: what the backbone's positions leave beside the prefix."""
+        """Longest chunk in tokens: the backbone's positions less the prefix."""
         return self.backbone.max_positions - self.prefix_length
 
     @property
     def max_chunks(self) -> int:
-        """Most independent chunks: their vectors take at most half of the backbone's positions."""
+        """Largest number of independent chunks: their vectors take at most half of the backbone's positions."""
         return max(1, (self.backbone.max_positions // 2 - 2 * self.n_ctrl) // self.n_mem)
 
     @property
     def max_context(self) -> int:
-        """Longest context in tokens: a chunk, as many as there may be, or any in sequential chunks."""
-        if self.chunk is None:
+        """Longest context in tokens: one chunk, `max_chunks` independent ones, or no limit in the other modes."""
+        if self.chunk_size is None:
             return self.max_chunk
-        return self.chunk * self.max_chunks if self.chunks == "independent" else 2**31 - 1
+        return self.chunk_size * self.max_chunks if self.chunk_mode == "independent" else 2**31 - 1
 
     @property
     def max_query(self) -> int:
-        """Longest query and answer in tokens: what the backbone's positions leave beside the largest memory."""
-        grows = self.chunk is not None and self.chunks == "independent"
+        """Most tokens of a query with its answer: the backbone's positions less the largest memory."""
+        grows = self.chunk_size is not None and self.chunk_mode == "independent"
         return super().max_query - (self.n_mem * (self.max_chunks - 1) if grows else 0)
 
     # WRITE
@@ -118,93 +137,95 @@ class ChunkedMethod(PrefixMethod):
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
         """Yield the memory before the first step and after every step; see `Method.trajectory`.
 
-        Steps are those on each chunk. Independent and joint chunks take each step together; sequential chunks take all
-        of their steps before the next one begins, so that there are more states. Write losses are those of the tokens
-        of all chunks that took the step, and a sample has taken as many steps as the chunk with most.
+        Steps are counted for each chunk. Independent and joint chunks take each step together. A sequential chunk takes
+        all of its steps before the next one begins, so there are more states. The loss of a step is the mean over the
+        tokens of all chunks that took it, and `taken` is that of the chunk with the most steps.
         """
         self._check_write(context, steps)
-        if self.chunk is None:
+        if self.chunk_size is None:
             yield from self.trajectory_from(context, self._start(len(context)), steps, until)
-        elif self.chunks == "independent":
-            yield from self._apart(context, steps, until)
+        elif self.chunk_mode == "independent":
+            yield from self._independent(context, steps, until)
         else:
-            yield from self._into(self._start(len(context)), context, steps, until)
+            yield from self._same_vectors(self._start(len(context)), context, steps, until)
 
     def at_steps(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
         """Yield the memory after each of these numbers of steps on each chunk; see `Method.at_steps`.
 
-        What sequential chunks start from depends on the number of steps, so each number is written anew.
+        The start of a sequential chunk depends on the number of steps, so these are written anew for each number.
         """
-        if self.chunk is None or self.chunks != "sequential":
+        if self.chunk_size is None or self.chunk_mode != "sequential":
             yield from super().at_steps(context, steps)
         else:
             yield from ((number, self.write(context, number)) for number in sorted(set(steps)))
 
     def extend(self, memory: Memory, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
-        """Write more into memories, as their next chunks; see `Method.extend`.
+        """Write more text into memories, as their next chunks; see `Method.extend`.
 
-        Joint chunks are joint among themselves, and come after those that were written before.
+        With the mode "joint", only the new chunks are written jointly, starting from the given memory.
         """
-        if self.chunks == "independent":
+        if self.chunk_mode == "independent":
             yield from self.trajectory(context, steps, until=until)
             return
         self._check_write(context, steps)
         if self.vectors(memory) > len(memory) * self.n_mem:
-            raise GradmemError("chunks of this memory have vectors of their own: append with `chunks: independent`")
+            raise GradmemError(
+                "each chunk of this memory has vectors of its own: append with `chunk_mode: independent`"
+            )
         like = self._start(1)
-        start = {name: tensor.to(like[name]) for name, tensor in apart(memory).tensors.items()}
-        yield from self._into(start, context, steps, until)
+        start = {name: tensor.to(like[name]) for name, tensor in split_chunks(memory).tensors.items()}
+        yield from self._same_vectors(start, context, steps, until)
 
     def merge(self, memory: Memory, more: Memory) -> Memory:
-        """Put together a memory and what `extend` wrote; see `Method.merge`."""
-        if self.chunks != "independent":
+        """Combine a memory with what `extend` wrote; see `Method.merge`."""
+        if self.chunk_mode != "independent":
             return more
         counts, added = chunk_counts(memory), chunk_counts(more)
         self._check_chunks(counts + added)
-        order = torch.cat([numbered(counts)[0], numbered(added)[0]]).argsort(stable=True)
-        new = apart(more).tensors
-        old = apart(memory).tensors
+        order = torch.cat([ragged_index(counts)[0], ragged_index(added)[0]]).argsort(stable=True)
+        new = split_chunks(more).tensors
+        old = split_chunks(memory).tensors
         tensors = {name: torch.cat([old[name], new[name]])[order.to(new[name].device)] for name in old}
         return pack(tensors, counts + added)
 
     def chunk_lengths(self, context: Tokens) -> list[list[int]]:
-        """Tokens of each chunk of each context; none for contexts that are written whole."""
-        if self.chunk is None:
+        """Count the tokens of each chunk of each context; an empty list for a context that is written whole."""
+        if self.chunk_size is None:
             return super().chunk_lengths(context)
         chunks = self._cut(context)
         lengths = iter(chunks.tokens.lengths.tolist())
         return [[next(lengths) for _ in range(count)] for count in chunks.counts.tolist()]
 
     def _cut(self, context: Tokens) -> Chunks:
-        return Chunks.cut(context, self.chunk or context.ids.shape[1], self.may_end(context.values.ids))
+        return Chunks.cut(context, self.chunk_size or context.ids.shape[1], self.may_end(context.values.ids))
 
-    def _apart(self, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
+    def _independent(self, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
         """Write independent chunks, step by step together."""
         chunks = self._cut(context)
         self._check_chunks(chunks.counts)
-        # The trainer and `write` see to it that a batch is not too large, but not that one long context is not.
+        # The caller limits the size of a batch, but one long context may have many chunks.
         size = max(1, self.backbone.tokens_at_once // chunks.tokens.ids.shape[1])
         size = len(chunks.rows) if torch.is_grad_enabled() else size
         tokens = [chunks.tokens[i : i + size] for i in range(0, len(chunks.rows), size)]
-        walks = [self.trajectory_from(some, self._start(len(some)), steps, until) for some in tokens]
-        for states in _together(walks):
+        trajectories = [self.trajectory_from(some, self._start(len(some)), steps, until) for some in tokens]
+        for states in _together(trajectories):
             names = states[0].memory.tensors
             tensors = {name: torch.cat([state.memory.tensors[name] for state in states]) for name in names}
             parts = [_Part(*part) for part in zip(tokens, chunks.rows.split(size), states, strict=True)]
             yield Written(pack(tensors, chunks.counts), *_summed(parts, len(context)))
 
-    def _into(self, start: Tensors, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
-        """Write chunks into vectors that stay as many: after each other, or joint."""
-        if self.chunks == "sequential":
-            yield from self._one_by_one(context, start, steps, until)
+    def _same_vectors(self, start: Tensors, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
+        """Write chunks into the same vectors, sequentially or jointly."""
+        if self.chunk_mode == "sequential":
+            yield from self._sequential(context, start, steps, until)
         else:
             chunks = self._cut(context)
             yield from self.joint_trajectory(chunks.tokens, chunks.rows, start, steps, until)
 
-    def _one_by_one(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
-        """Write sequential chunks: all contexts' first ones, then the second ones of those that have one, and so on."""
+    def _sequential(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
+        """Write the first chunks of all contexts, then the second ones of those that have one, and so on."""
         chunks, done = self._cut(context), list[_Part]()
-        last, of_context = int(chunks.counts.max()) - 1, numbered(chunks.counts)
+        last, of_context = int(chunks.counts.max()) - 1, ragged_index(chunks.counts)
         for turn in range(last + 1):
             mine = (of_context[1] == turn).nonzero()[:, 0]
             tokens, rows = chunks.tokens[mine], of_context[0][mine].to(chunks.rows.device, non_blocking=True)
@@ -221,8 +242,8 @@ class ChunkedMethod(PrefixMethod):
         most = int(counts.max())
         if most > self.max_chunks:
             raise GradmemError(
-                f"a context has {most} chunks; the limit is {self.max_chunks}: take longer chunks (`chunk`) or "
-                "`chunks: sequential`"
+                f"a context has {most} chunks; the limit is {self.max_chunks}: raise `chunk_size`, or set "
+                "`chunk_mode: sequential`"
             )
 
     # READ and receipts
@@ -232,7 +253,7 @@ class ChunkedMethod(PrefixMethod):
         if LENGTHS not in memory.tensors:
             return super().prefix(memory)
         counts = chunk_counts(memory)
-        embeds = padded(self._project("read", apart(memory).tensors), counts).flatten(1, 2)
+        embeds = pad_rows(self._project("read", split_chunks(memory).tensors), counts).flatten(1, 2)
         real = torch.arange(embeds.shape[1]) < counts[:, None] * self.n_mem
         if self.control:
             start, end = (self.control[f"read_{side}"].expand(len(memory), -1, -1) for side in ("start", "end"))
@@ -240,30 +261,30 @@ class ChunkedMethod(PrefixMethod):
         return self.backbone.prefix(pads_last(embeds, real.to(embeds.device, non_blocking=True)), real)
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
-        """Loss of each context token under a memory, shape (batch, length), nats; chunks are read as they are written.
+        """Compute the loss of each context token given a memory, chunk by chunk: shape (batch, length), in nats.
 
-        Of a memory with vectors for each chunk, the first of its chunks are those of the context.
+        If each chunk of the memory has vectors of its own, its first chunks are those of the context.
         """
-        if self.chunk is None and LENGTHS not in memory.tensors:
+        if self.chunk_size is None and LENGTHS not in memory.tensors:
             return super().token_losses(memory, context)
         chunks = self._cut(context)
         if LENGTHS in memory.tensors:
-            own = {n: t[chunks.rows, chunks.places] for n, t in memory.tensors.items() if n != LENGTHS}
+            own = {n: t[chunks.rows, chunks.chunk_index] for n, t in memory.tensors.items() if n != LENGTHS}
         else:
             own = {n: t[chunks.rows] for n, t in memory.tensors.items()}
         losses = super().token_losses(Memory(own), chunks.tokens)
         return chunks.rejoined(losses, context)
 
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
-        """Read chunks back, one row of tokens for each chunk that has vectors; see `Method.reconstruct`."""
-        return super().reconstruct(apart(memory), lengths)
+        """Reconstruct chunks: one row of tokens for each chunk that has vectors; see `Method.reconstruct`."""
+        return super().reconstruct(split_chunks(memory), lengths)
 
     def split_chunks(self, memory: Memory) -> Memory:
-        """Chunks with vectors of their own as rows of their own; see `Method.split_chunks`."""
-        return apart(memory)
+        """Make each chunk that has vectors of its own a row; see `Method.split_chunks`."""
+        return split_chunks(memory)
 
     def vectors(self, memory: Memory) -> int:
-        """Memory vectors of all rows."""
+        """Count the memory vectors of all rows."""
         return int(chunk_counts(memory).sum()) * self.n_mem
 
     def check(self, memory: Memory, what: str) -> None:
@@ -274,32 +295,32 @@ class ChunkedMethod(PrefixMethod):
             real = lengths.ndim == 1 and not lengths.is_floating_point()
             if not real or not bool(((lengths >= 1) & (lengths <= most)).all()):
                 shapes = {name: tuple(tensor.shape[1:]) for name, tensor in memory.tensors.items()}
-                raise GradmemError(f"{what} holds {shapes}, which are not up to {self.max_chunks} chunks a row")
-            memory = apart(memory)
+                raise GradmemError(f"{what} holds {shapes}, which are not 1 to {self.max_chunks} chunks a row")
+            memory = split_chunks(memory)
         super().check(memory, what)
 
 
 @dataclass
 class _Part:
-    """Chunks written at the same time, and the contexts they belong to."""
+    """Chunks that are written at the same time, and the contexts that they belong to."""
 
     tokens: Tokens
     rows: Tensor
     written: Written
 
 
-def _together(walks: Sequence[Iterator[Written]]) -> Iterator[list[Written]]:
-    """States of several walks after the same number of steps; one that has ended stays where it is."""
-    states = [next(walk) for walk in walks]
+def _together(trajectories: Sequence[Iterator[Written]]) -> Iterator[list[Written]]:
+    """Yield the states of several trajectories after the same number of steps; one that has ended keeps its last."""
+    states = [next(one) for one in trajectories]
     news: list[Written | None] = [*states]
     while any(news):
         states = [new or state for new, state in zip(news, states, strict=True)]
         yield states
-        news = [next(walk, None) for walk in walks]
+        news = [next(one, None) for one in trajectories]
 
 
 def _summed(parts: list[_Part], batch: int) -> tuple[Tensor, Tensor]:
-    """Losses (steps, batch), the means over the tokens of the chunks that took a step, and the most steps (batch,)."""
+    """Combine parts: mean loss over the tokens of the chunks that took a step (steps, batch), most steps (batch,)."""
     like = parts[0].written.losses
     total = like.new_zeros(max(len(part.written.losses) for part in parts), batch)
     weight, most = torch.zeros_like(total), parts[0].written.taken.new_zeros(batch)

@@ -1,12 +1,10 @@
-"""What a memory method is: WRITE a context into a memory, READ answers from the memory alone."""
+"""The interface of a memory method: WRITE a context into a memory, READ answers from the memory alone."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,49 +17,15 @@ from ...inner.objective import sample_losses, token_losses
 from ...memory import Memory
 from ...prefix import Prefix, generate
 from ...probing import other_layers
-
-Mode = Literal["sequential", "independent", "joint"]
-"""How the chunks of a context are written into one memory; see `ChunkedMethod`."""
-
-
-@dataclass
-class Written:
-    """What a WRITE returns.
-
-    Attributes
-    ----------
-    memory : Memory, one row for each context
-    losses : Tensor, shape (steps, batch)
-        Write loss of each sample before each step, differentiable in training. Empty for methods without one.
-    taken : Tensor, int64, shape (batch,)
-        Steps that each sample took.
-    """
-
-    memory: Memory
-    losses: Tensor
-    taken: Tensor
-
-    def rows(self) -> list[Written]:
-        """Each context's own."""
-        columns = zip(self.losses.split(1, 1), self.taken.split(1), strict=True)
-        return [Written(self.memory[row], *own) for row, own in enumerate(columns)]
-
-
-def anywhere(ids: Tensor) -> Tensor:
-    """A text without parts that must stay whole: it may be cut after every token."""
-    return torch.ones_like(ids, dtype=torch.bool)
-
-
-def last_state(trajectory: Iterable[Written]) -> Written:
-    """The end of a trajectory; of the way there nothing is kept, which may be hundreds of memories."""
-    return deque(trajectory, maxlen=1).pop()
+from .chunks import ChunkMode, anywhere
+from .written import Written, last_state
 
 
 class Method(nn.Module, ABC):
     """Base of all memory methods.
 
-    A method is one file in `gradmem/methods/` with one subclass of this. It implements `trajectory` and `prefix`;
-    writing, reading and generating are built on these.
+    A method is one file in `gradmem/methods/` with one subclass of this. It implements `trajectory`, `prefix`,
+    `max_context` and `check`; writing, reading and generating are built on these.
 
     Parameters
     ----------
@@ -70,32 +34,31 @@ class Method(nn.Module, ABC):
     Raises
     ------
     GradmemError
-        When the backbone keeps recurrent states and the method reads through keys and values.
+        If the method reads through keys and values and the backbone keeps recurrent states.
     """
 
     needs_kv_cache = True
-    """Whether the method reads through keys and values, as a backbone of attention layers keeps them."""
+    """Whether the method reads through keys and values, which only attention layers keep."""
 
     write_steps: int
-    """Number of write steps when the caller does not say."""
+    """Default number of write steps."""
     reconstruction: bool = False
     """Whether training also learns to reconstruct the context from the written memory, weighted as the write loss."""
     strategy: Strategy = "recompute"
-    """How gradients pass through WRITE: a choice of time and memory that changes no result. Methods that know one
-    way only ignore it."""
+    """How gradients pass through WRITE. It changes time and memory but no result; see `gradmem.inner.descend`. Methods
+    that have only one way ignore it."""
     runtime_options: Sequence[str] = ()
-    """Attributes that change how it writes, not what its weights are, and may be set at any time."""
+    """Names of options that do not depend on the weights; they are attributes that may be set at any time."""
     joins: bool = False
-    """Whether it can write the chunks of a context into one memory; where not, each takes a memory of its own."""
+    """Whether several chunks of a context can be written into one memory; if not, each needs a memory of its own."""
     caution: str = ""
-    """What its memories are not good for, for whoever might expect it."""
-    chunk: int | None = None
-    """Most tokens of a chunk; None where contexts are written whole. Set it by `chunk_by`."""
-    chunks: Mode = "sequential"
-    """Whether each chunk is written from the memory that the one before it left, gets vectors of its own, or takes
-    every step together with the others."""
+    """A warning to users about what the memories cannot do."""
+    chunk_size: int | None = None
+    """Most tokens of a chunk; None if contexts are written whole. Set it with `chunk_by`."""
+    chunk_mode: ChunkMode = "sequential"
+    """How the chunks of a context are written into one memory; see `ChunkedMethod`. Set it with `chunk_by`."""
     may_end: Callable[[Tensor], Tensor] = staticmethod(anywhere)
-    """Tokens after which a chunk may end, from ids, as `Task.may_end` says; `MemoryModel` puts its task's here."""
+    """Maps token ids to whether a chunk may end after each; `MemoryModel` sets it to `Task.may_end` of its task."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -111,8 +74,8 @@ class Method(nn.Module, ABC):
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
         """Yield the memory before the first write step and after every step.
 
-        Gradients flow as the method defines while `torch.is_grad_enabled()`; otherwise nothing is kept for them.
-        Between two steps other memories may be read: whatever is switched in the model must be switched back by then.
+        The method defines how gradients flow if `torch.is_grad_enabled()`; otherwise no graph is kept. Other memories
+        may be read between two steps, so the model must be as before whenever this yields.
 
         Parameters
         ----------
@@ -124,32 +87,32 @@ class Method(nn.Module, ABC):
         Raises
         ------
         GradmemError
-            When steps are negative, a context is empty or too long, or `until` is given to a method without write
+            If steps are negative, a context is empty or too long, or `until` is given and the method has no write
             loss.
         """
 
     @abstractmethod
     def prefix(self, memory: Memory) -> Prefix:
-        """Run what READ puts before a query, once for each row of the memory."""
+        """Run what READ places before a query, once for each row of the memory."""
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
-        """Loss of each context token when the context is reconstructed from the memory, shape (batch, length), nats.
+        """Compute the loss of each context token given the memory: shape (batch, length), in nats.
 
-        Here the context is read like a query.
+        By default the context is read like a query.
         """
         given = Tokens(context.ids[:, :-1], context.mask[:, :-1])
         return token_losses(self.read_hidden(self.prefix(memory), given), self.backbone.head, context.ids, context.mask)
 
     def write_loss(self, written: Written, context: Tokens) -> Tensor:
-        """Loss of WRITE that training may add to the loss of READ: a scalar, zero for methods without one.
+        """Compute the loss of WRITE that training may add to the loss of READ: a scalar, zero if there is none.
 
-        Here averaged over samples: with `reconstruction` the loss of the context under the written memory, one more
-        pass; without, the last of the write losses, which is of the memory before the last step.
+        By default it is a mean over samples: with `reconstruction` of the loss of the context given the written
+        memory, which takes one more pass; without it of the last write loss, that of the memory before the last step.
 
         Parameters
         ----------
         written : Written
-            What writing `context` returned.
+            The result of writing `context`.
         context : Tokens, shape (batch, length)
         """
         if self.reconstruction:
@@ -163,12 +126,12 @@ class Method(nn.Module, ABC):
 
     @property
     def too_long_advice(self) -> str:
-        """What to do with longer contexts, for the end of an error message."""
-        return ": write them in chunks (option `chunk`)" if self.joins and self.chunk is None else ""
+        """The end of an error message that says what to do about a context that is too long."""
+        return ": write them in chunks (option `chunk_size`)" if self.joins and self.chunk_size is None else ""
 
     @property
     def max_chunk(self) -> int:
-        """Most tokens that are written together."""
+        """Most tokens that are written at once."""
         return self.max_context
 
     @property
@@ -177,60 +140,60 @@ class Method(nn.Module, ABC):
         return self.max_context
 
     def inner_lrs(self) -> list[float]:
-        """Inner learning rates for the record; empty for methods without."""
+        """Return the inner learning rates for the receipt; empty if the method has none."""
         return []
 
     def inner_parameters(self) -> list[nn.Parameter]:
-        """What is learned of the write's own optimiser, for a learning rate of its own; empty for methods without."""
+        """Return the learned parameters of the inner optimizer, which may have a learning rate of their own."""
         return []
 
     @abstractmethod
     def check(self, memory: Memory, what: str) -> None:
-        """Raise `GradmemError` when the tensors of a memory are not what this method writes."""
+        """Raise `GradmemError` unless the tensors of a memory have the names and shapes that this method writes."""
 
     @property
     def n_mem(self) -> int:
-        """Number of memory vectors; 0 where the memory is something else."""
+        """Number of memory vectors; 0 if the memory is not made of vectors."""
         return 0
 
     def write(self, context: Tokens, steps: int | None = None, *, until: float | None = None) -> Written:
-        """Write contexts into memories; the arguments are those of `trajectory`."""
+        """Write contexts into memories; see `trajectory` for the arguments."""
         return last_state(self.trajectory(context, self.write_steps if steps is None else steps, until=until))
 
     def at_steps(self, context: Tokens, steps: Sequence[int]) -> Iterator[tuple[int, Written]]:
-        """Yield the memory after each of several numbers of steps, in rising order; here off one trajectory.
+        """Yield the memory after each of several numbers of steps, in rising order, by default from one trajectory.
 
-        Methods that take fewer steps leave out the numbers beyond.
+        Numbers that the method does not reach are left out.
         """
         for number, written in enumerate(self.trajectory(context, max(steps))):
             if number in steps:
                 yield number, written
 
-    # Chunks: what only methods that write several into one memory (`joins`) have more to say about
+    # Chunks: methods that write several of them into one memory (`joins`) override these
 
-    def chunk_by(self, chunk: int | None, chunks: Mode | None = None) -> None:
-        """Choose how contexts are cut from now on; memories written before are read as ever.
+    def chunk_by(self, chunk_size: int | None, chunk_mode: ChunkMode | None = None) -> None:
+        """Set how contexts are split into chunks. Memories that were written before are read as before.
 
         Parameters
         ----------
-        chunk : int or None
+        chunk_size : int or None
             Most tokens of a chunk; None to write contexts whole.
-        chunks : {"sequential", "independent", "joint"}, optional
-            By default as before.
+        chunk_mode : {"sequential", "independent", "joint"}, optional
+            By default the mode does not change.
 
         Raises
         ------
         GradmemError
-            When a chunk is too long, or the method writes contexts whole only.
+            If a chunk is too long, or the method only writes contexts whole.
         """
         raise self._whole_only()
 
     def chunk_lengths(self, context: Tokens) -> list[list[int]]:
-        """Tokens of each chunk of each context; none for contexts that are written whole."""
+        """Count the tokens of each chunk of each context; an empty list for a context that is written whole."""
         return [[] for _ in range(len(context))]
 
     def extend(self, memory: Memory, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
-        """Write more into memories: yield what is written, before the first step and after every step.
+        """Write more text into memories; yield what is written, before the first step and after every step.
 
         Parameters
         ----------
@@ -242,30 +205,30 @@ class Method(nn.Module, ABC):
         Raises
         ------
         GradmemError
-            As `trajectory`, and when the method or the memory allows no more.
+            As `trajectory`, or if nothing more can be written into the memory.
         """
         raise self._whole_only()
 
     def merge(self, memory: Memory, more: Memory) -> Memory:
-        """Put together a memory and the last that `extend` wrote into it."""
+        """Combine a memory with the last result of `extend` for it."""
         raise self._whole_only()
 
     def split_chunks(self, memory: Memory) -> Memory:
-        """The chunks that have tensors of their own as rows of their own; here a row is one chunk."""
+        """Make each chunk that has vectors of its own a row; by default a row is one chunk."""
         return memory
 
     def vectors(self, memory: Memory) -> int:
-        """Memory vectors of all rows."""
+        """Count the memory vectors of all rows."""
         return len(memory) * self.n_mem
 
     def _whole_only(self) -> GradmemError:
         name = type(self).__name__
-        return GradmemError(f"{name} writes contexts whole, at once: give it all text together, or take gradmem or rmt")
+        return GradmemError(f"{name} writes a context whole: write all text at once, or use gradmem or rmt")
 
     def read_hidden(self, prefix: Prefix, queries: Tokens) -> Tensor:
-        """Hidden states that predict: row t predicts query token t, the last row what follows.
+        """Compute the hidden states that predict: row t predicts query token t, the last row the next token.
 
-        Where nothing predicts the first token of a query, which is never a target, its row is zeros.
+        The first row is zero if the prefix has no position that could predict the first token of a query.
 
         Parameters
         ----------
@@ -285,7 +248,7 @@ class Method(nn.Module, ABC):
         return torch.cat([prefix.last[:, None], hidden], dim=1)
 
     def read(self, memory: Memory, queries: Tokens, rows: Tensor | None = None) -> Tensor:
-        """Logits of query tokens given the memory: row t predicts query token t, the last row what follows.
+        """Compute logits given the memory: row t predicts query token t, the last row the next token.
 
         Parameters
         ----------
@@ -301,13 +264,13 @@ class Method(nn.Module, ABC):
         return self.backbone.head(self.read_hidden(self._prefix_rows(memory, rows), queries))
 
     def read_targets(self, memory: Memory, batch: Batch) -> Tensor:
-        """Logits at the target tokens only, in order.
+        """Compute the logits of the target tokens only, in order.
 
         Parameters
         ----------
         memory : Memory
         batch : Batch
-            Its queries ask the memory's rows `batch.rows`.
+            Query i asks row `batch.rows[i]` of the memory.
 
         Returns
         -------
@@ -325,28 +288,32 @@ class Method(nn.Module, ABC):
         pad_id: int = 0,
         **options: Any,
     ) -> list[list[int]]:
-        """Generate the continuation of each query; `options` are those of `generate` that `prefix.OPTIONS` names.
+        """Generate a continuation of each query.
 
-        Nothing is taken from the model's own generation config, so that only a given `eos_token_id` ends an answer.
+        The model's own generation config is ignored: an answer only ends at a given `eos_token_id`.
 
         Parameters
         ----------
         memory : Memory or Prefix
-            A prefix that has been run can be given again, for memories that are asked often.
+            A memory, or its prefix that was run before.
         queries : list of list of int
             Token ids, at least one each.
         rows : Tensor, int64, shape (queries,), optional
             Memory row that each query asks; by default query i asks row i.
+        pad_id : int
+            Token id of pads.
+        **options
+            The options of transformers' generation that `gradmem.prefix.OPTIONS` names.
 
         Returns
         -------
         list of list of int
-            The new tokens of each query, or of each of its sequences (`num_return_sequences`) one after the other.
+            The new tokens of each query; with `num_return_sequences`, of each sequence of each query.
 
         Raises
         ------
         GradmemError
-            When a query is empty, or there are other options.
+            If a query is empty, or an option is not allowed.
         """
         if not all(queries):
             raise GradmemError("a query is empty")
@@ -358,28 +325,28 @@ class Method(nn.Module, ABC):
 
     @torch.no_grad()
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
-        """Read contexts back from their memories, always the likeliest next token: what `token_losses` measures.
+        """Reconstruct contexts from their memories by greedy decoding, under the probabilities of `token_losses`.
 
-        Where no token of a context has a loss beyond ln 2, this gives the context exactly: each token is then
-        likelier than all others together.
+        A context is reconstructed exactly if no token has a loss above ln 2: each token is then more likely than all
+        others together.
 
         Parameters
         ----------
         memory : Memory
         lengths : sequence of int
-            Tokens to read back from each row, at least 1.
+            Number of tokens to reconstruct from each row, at least 1.
         """
         prefix = self.prefix(memory)
         every = torch.arange(len(memory), device=prefix.last.device)
         ids = self.backbone.head(prefix.last).argmax(-1, keepdim=True)
         while ids.shape[1] < max(lengths):
-            # From the start each time: what a method keeps of tokens that were read is its own affair.
+            # Each token is read from the start again, because a method's prefix may not be extended in place.
             hidden = self.read_hidden(prefix.select(every), Tokens(ids, torch.ones_like(ids, dtype=torch.bool)))
             ids = torch.cat([ids, self.backbone.head(hidden[:, -1:]).argmax(-1)], dim=1)
         return [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
 
     def _check_write(self, context: Tokens, steps: int) -> None:
-        """Refuse negative steps, and contexts that are empty or too long."""
+        """Raise `GradmemError` if steps are negative or a context is empty or too long."""
         if steps < 0:
             raise GradmemError(f"write steps must be at least 0, not {steps}")
         if context.ids.shape[1] > self.max_context:
@@ -391,18 +358,18 @@ class Method(nn.Module, ABC):
             raise GradmemError("a context is empty")
 
     def _refuse_until(self, until: float | None) -> None:
-        """Refuse `until`, for methods without a write loss that could reach it."""
+        """Raise `GradmemError` if `until` is given, for methods without a write loss."""
         if until is not None:
-            raise GradmemError("`until` needs a write loss, which this method has not: give a number of `steps`")
+            raise GradmemError("`until` needs a write loss, and this method has none: give a number of `steps`")
 
     def _compare(self, memory: Memory, own: Memory, what: str) -> None:
-        """Refuse a memory whose tensors have other names or shapes than one of this method's own."""
+        """Raise `GradmemError` unless a memory has the names and shapes of one that this method wrote."""
         found, wanted = ({name: tuple(t.shape[1:]) for name, t in m.tensors.items()} for m in (memory, own))
         if found != wanted:
-            raise GradmemError(f"{what} holds {found}, this method writes {wanted}")
+            raise GradmemError(f"{what} holds {found}, but this method writes {wanted}")
 
     def _read_by_length(self, prefix: Prefix, queries: Tokens) -> Tensor:
-        """Read after prefixes of one length at a time, without their pads."""
+        """Read after prefixes of one length at a time, with their pads removed."""
         lengths = torch.tensor(prefix.lengths, device=prefix.last.device)
         groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
         hidden = torch.cat([self.read_hidden(prefix.cut(rows), queries[rows]) for rows in groups])
@@ -415,5 +382,5 @@ class Method(nn.Module, ABC):
     def _continue(
         self, prefix: Prefix, queries: list[list[int]], pad_id: int, options: dict[str, Any]
     ) -> list[list[int]]:
-        """Generate after a prefix with one row for each query; see `generate`."""
+        """Generate after a prefix that has one row for each query; see `generate`."""
         return generate(self.backbone, prefix, queries, pad_id, **options)

@@ -1,4 +1,4 @@
-"""What the methods share that read the context once."""
+"""Base of methods that read the context once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 
 from ...batch import Tokens
 from ...memory import Memory
-from .method import Method, Written
+from .method import Method
+from .written import Written
 
 
 class OnePassMethod(Method):
-    """Base of methods with a single write step, one pass over the context, which descends no loss.
+    """Base of methods whose single write step is one pass over the context and which have no write loss.
 
-    Asking for more than one step yields what one step does.
+    If more steps are asked for, one is taken.
     """
 
     write_steps = 1
@@ -32,8 +33,8 @@ class OnePassMethod(Method):
 
     @abstractmethod
     def _unwritten(self, batch: int) -> Memory:
-        """The memory of nothing."""
+        """Build the memory before the pass."""
 
     @abstractmethod
     def _written(self, context: Tokens) -> Memory:
-        """The memory after the context."""
+        """Build the memory after the pass."""

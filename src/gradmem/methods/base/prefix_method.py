@@ -1,9 +1,10 @@
-"""What the methods share whose memory is vectors before the input."""
+"""Base of methods whose memory is vectors before the input."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,45 +19,58 @@ from ...memory import Memory
 from ...ops.head import ScaledHead
 from ...prefix import Prefix
 from .method import Method
+from .options import Options
 
 Head = Literal["none", "copy", "random"]
 Phase = Literal["write", "read"]
 
 
-class PrefixMethod(Method):
-    """Base of methods that keep m memory vectors M, and c control vectors on both sides of them.
+@dataclass(frozen=True, kw_only=True)
+class PrefixOptions(Options):
+    """Options of methods whose memory is vectors."""
 
-    READ runs `[read_start (c) ; P(M) (m) ; read_end (c)]` before a query. WRITE runs the same with control vectors of
-    its own before the context, and the last of these m + 2c positions predicts the first context token.
+    n_mem: int = 8
+    """Number of memory vectors, m."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("n_mem", self.n_mem, self.n_mem >= 1, "at least 1")
+
+
+class PrefixMethod(Method):
+    """Base of methods that keep m memory vectors M, with c control vectors on each side of them.
+
+    READ runs `[read_start (c) ; P(M) (m) ; read_end (c)]` before a query. WRITE runs the same before the context, with
+    its own control vectors; the last of these m + 2c positions predicts the first context token.
 
     Parameters
     ----------
     backbone : Backbone
-    n_mem, write_steps, n_ctrl : int
-        As the subclasses describe them.
+    n_mem : int
+        Number of memory vectors, m.
+    n_ctrl : int
+        Number of control vectors on each side, c.
     """
 
     write_head: nn.Linear | None
+    """Output layer of WRITE; None if it is the LM head."""
 
-    def __init__(self, backbone: Backbone, n_mem: int, write_steps: int, n_ctrl: int) -> None:
+    def __init__(self, backbone: Backbone, n_mem: int, n_ctrl: int = 0) -> None:
         super().__init__(backbone)
-        require("n_mem", n_mem, n_mem >= 1, "at least 1")
-        require("write_steps", write_steps, write_steps >= 0, "at least 0")
-        require("n_ctrl", n_ctrl, n_ctrl >= 0, "at least 0")
-        self.write_steps, self.n_ctrl = write_steps, n_ctrl
+        self.n_ctrl = n_ctrl
         self.initial_memory = self._new_vectors(n_mem)
         sides = ("write_start", "write_end", "read_start", "read_end") if n_ctrl else ()
         self.control = nn.ParameterDict({name: self._new_vectors(n_ctrl) for name in sides})
 
-    # What subclasses build themselves of
+    # Parameters that subclasses create
 
     def _new_vectors(self, count: int) -> nn.Parameter:
-        """Vectors drawn as wide as the token embeddings."""
+        """Draw vectors with the standard deviation of the token embeddings."""
         like = self.backbone.model.get_input_embeddings().weight
         return nn.Parameter(torch.randn(count, self.backbone.width, dtype=like.dtype, device=like.device) * _std(like))
 
     def _new_projection(self, *, identity: bool) -> nn.Linear:
-        """Linear map d -> d with bias: the identity, or PyTorch's own start."""
+        """Create a linear map d -> d with bias: the identity, or with PyTorch's initialization."""
         like = self.initial_memory
         built = nn.Linear(self.backbone.width, self.backbone.width, dtype=like.dtype, device=like.device)
         if identity:
@@ -65,8 +79,7 @@ class PrefixMethod(Method):
         return built
 
     def _new_write_head(self, kind: Head) -> nn.Linear | None:
-        """Output layer of WRITE without bias: none of its own, a copy of the LM head, or drawn independently."""
-        require("write_head", kind, kind in ("none", "copy", "random"), "none, copy or random")
+        """Create an output layer for WRITE, without bias: none, a copy of the LM head, or random."""
         if kind == "none":
             return None
         like, head = self.initial_memory, self.backbone.head
@@ -92,12 +105,12 @@ class PrefixMethod(Method):
 
     @property
     def max_query(self) -> int:
-        """Longest query and answer in tokens: what the backbone's positions leave beside the prefix."""
+        """Most tokens of a query with its answer: the backbone's positions less the prefix."""
         return self.backbone.max_positions - self.prefix_length
 
     @property
     def max_context(self) -> int:
-        """Longest context in tokens: what the backbone's positions leave beside the prefix."""
+        """Longest context in tokens: the backbone's positions less the prefix."""
         return self.max_query
 
     def check(self, memory: Memory, what: str) -> None:
@@ -109,12 +122,12 @@ class PrefixMethod(Method):
         return self.backbone.prefix(self._surround("read", memory.tensors))
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
-        """Loss of each context token under a memory, shape (batch, length), nats."""
+        """Compute the loss of each context token given a memory: shape (batch, length), in nats."""
         return self._losses(memory.tensors, context, self._embed_context(context))
 
     @torch.no_grad()
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
-        """Read contexts back as WRITE reads them, with its control vectors and output layer; see `Method`."""
+        """Reconstruct contexts with the control vectors and the output layer of WRITE; see `Method.reconstruct`."""
         prefix = self.backbone.prefix(self._surround("write", memory.tensors))
         head = self.backbone.head if self.write_head is None else self.write_head
         tokens = [head(prefix.last).argmax(-1, keepdim=True)]
@@ -123,18 +136,18 @@ class PrefixMethod(Method):
             tokens.append(head(hidden[:, -1]).argmax(-1, keepdim=True))
         return [row[:length] for row, length in zip(torch.cat(tokens, 1).tolist(), lengths, strict=True)]
 
-    # What WRITE is built of
+    # Steps of WRITE that subclasses use or override
 
     @abstractmethod
     def _project(self, phase: Phase, tensors: Tensors) -> Tensor:
-        """Memory vectors as they enter the model, P(M), shape (batch, m, d)."""
+        """Map memory vectors to input embeddings, P(M): shape (batch, m, d)."""
 
     def _start(self, batch: int) -> Tensors:
-        """Tensors of the unwritten memory."""
+        """Build the tensors of a memory that nothing was written into."""
         return {"memory": self.initial_memory.expand(batch, -1, -1)}
 
     def _surround(self, phase: Phase, tensors: Tensors) -> Tensor:
-        """Prefix embeddings `[start (c) ; P(M) (m) ; end (c)]`, shape (batch, m + 2c, d)."""
+        """Build the prefix embeddings `[start (c) ; P(M) (m) ; end (c)]`: shape (batch, m + 2c, d)."""
         memory = self._project(phase, tensors)
         if not self.control:
             return memory
@@ -149,18 +162,18 @@ class PrefixMethod(Method):
         return self._losses_of(self._hidden(tensors, embeds), context)
 
     def _hidden(self, tensors: Tensors, embeds: Tensor) -> Tensor:
-        """Hidden states of WRITE's prefix and of a context, shape (batch, m + 2c + length - 1, d)."""
+        """Run the prefix of WRITE and a context: hidden states of shape (batch, m + 2c + length - 1, d)."""
         return self.backbone.hidden(torch.cat([self._surround("write", tensors), embeds], dim=1))
 
     def _losses_of(self, hidden: Tensor, context: Tokens) -> Tensor:
-        """Token losses (batch, length) from hidden states that begin with the prefix's, zero at pads."""
+        """Compute token losses (batch, length), zero at pads, from the hidden states of prefix and context."""
         first, length = self.prefix_length - 1, context.ids.shape[1]
         head = self.backbone.head if self.write_head is None else self.write_head
         return token_losses(hidden[:, first : first + length], head, context.ids, context.mask)
 
 
 def pads_last(embeds: Tensor, real: Tensor) -> Tensor:
-    """Move the pads of each row behind what is real: causality then hides them, and positions count real ones only.
+    """Move the pads of each row to its end, where causal attention hides them and positions do not count them.
 
     Parameters
     ----------

@@ -1,0 +1,89 @@
+"""LoRA adapters that are active in one phase only, WRITE or READ."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from ...backbone import Backbone
+from ...errors import GradmemError
+from ...prefix import Prefix
+from .prefix_method import Phase
+
+
+class AdaptedPrefix(Prefix):
+    """A prefix that was run with the adapters of READ; they are also active for what follows it."""
+
+    def __init__(self, plain: Prefix, adapters: list[Any]) -> None:
+        super().__init__(plain.last, plain.cache, plain.mask, plain.start)
+        self.adapters = adapters
+
+    def select(self, rows: Tensor) -> Prefix:
+        """Select rows in any order and any number of times; the original stays as it is."""
+        return AdaptedPrefix(super().select(rows), self.adapters)
+
+    def join(self, others: Sequence[Prefix]) -> Prefix:
+        """Join the rows of this prefix and of others; see `Prefix.join`."""
+        return AdaptedPrefix(super().join(others), self.adapters)
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Return a context in which the adapters of READ are active."""
+        return active_adapters(self.adapters, "read")
+
+
+def add_lora(backbone: Backbone, ranks: dict[Phase, int]) -> list[Any]:
+    """Add LoRA adapters to all linear layers of the blocks, one for each phase, and deactivate them.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    ranks : dict of int
+        Rank of the adapters of each phase that has any.
+
+    Returns
+    -------
+    list of peft layers
+        The layers that have adapters.
+    """
+    if not ranks:
+        return []
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise GradmemError("write_lora and read_lora need peft: pip install 'gradmem[train]'") from error
+    transposed = any(isinstance(module, Conv1D) for module in backbone.modules())
+    trainable = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    for phase, rank in ranks.items():
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=transposed
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two sets of adapters are meant
+            inject_adapter_in_model(config, backbone.model, adapter_name=phase)
+    layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_("lora_" in name or name.replace(".base_layer", "") in trainable)
+    _switch(layers, None)
+    return layers
+
+
+def _switch(layers: list[Any], phase: Phase | None) -> None:
+    # peft's own set_adapter() would also clear requires_grad of the other adapters' weights.
+    for layer in layers:
+        layer._active_adapter = [phase] if phase in layer.lora_A else []
+
+
+@contextmanager
+def active_adapters(layers: list[Any], phase: Phase) -> Iterator[None]:
+    """Activate the adapters of a phase, if it has any, and deactivate all of them afterwards."""
+    _switch(layers, phase)
+    try:
+        yield
+    finally:
+        _switch(layers, None)

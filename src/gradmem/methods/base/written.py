@@ -1,0 +1,41 @@
+"""The result of WRITE: memories with their write losses and numbers of steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...memory import Memory
+
+
+@dataclass
+class Written:
+    """The result of writing contexts.
+
+    Attributes
+    ----------
+    memory : Memory
+        One row for each context.
+    losses : Tensor, shape (steps, batch)
+        Write loss of each sample before each step, differentiable in training. Without rows if the method has no
+        write loss.
+    taken : Tensor, int64, shape (batch,)
+        Number of steps that each sample took.
+    """
+
+    memory: Memory
+    losses: Tensor
+    taken: Tensor
+
+    def rows(self) -> list[Written]:
+        """Split the result into one for each context."""
+        columns = zip(self.losses.split(1, 1), self.taken.split(1), strict=True)
+        return [Written(self.memory[row], *own) for row, own in enumerate(columns)]
+
+
+def last_state(trajectory: Iterable[Written]) -> Written:
+    """Return the last state of a trajectory and discard the earlier ones, which may be hundreds of memories."""
+    return deque(trajectory, maxlen=1).pop()

@@ -1,0 +1,87 @@
+"""Fetching checkpoints that are not in the package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ..data import digest_files
+from ..errors import GradmemError, refused
+from ..pretrained import HUB_NAME
+from ..untrusted import WEIGHTS
+from .model import FILES, MemoryModel
+from .packaged import DOWNLOADABLE, HUB, checkpoint_names, checkpoint_path, downloads, unknown_checkpoint
+
+COPIED = [*FILES, "README.md", "recipe.yaml"]
+"""Files that are fetched: those of a checkpoint, its model card and its recipe."""
+
+
+def download(name: str, source: str | os.PathLike[str] = HUB) -> Path:
+    """Fetch a checkpoint into the cache, where `gradmem.load` finds it by name; one that is there is left alone.
+
+    It appears whole or not at all, and only if its weights are the published ones and it loads. Nothing that its files
+    contain is executed.
+
+    Parameters
+    ----------
+    name : str
+    source : str or path
+        A directory or a repository on the Hugging Face hub that has the checkpoint in a folder of its name.
+
+    Returns
+    -------
+    Path
+        The directory of the checkpoint.
+
+    Raises
+    ------
+    GradmemError
+        If there is no such checkpoint, the source does not give it, its files are not the published ones, or they
+        cannot be written.
+    """
+    if name not in DOWNLOADABLE or name in checkpoint_names():
+        here = checkpoint_path(name)
+        if here is None:
+            raise unknown_checkpoint(name)
+        return here
+    directory = _fetched(name, os.fspath(source))
+    if digest_files([directory / WEIGHTS]) != [DOWNLOADABLE[name]]:
+        raise GradmemError(f"{directory / WEIGHTS} is damaged or not the published '{name}': nothing was installed")
+    MemoryModel.from_pretrained(directory)
+    _install(directory, downloads() / name)
+    return downloads() / name
+
+
+def _fetched(name: str, source: str) -> Path:
+    """The directory of a checkpoint in its source; from the hub it is brought into the cache of `huggingface_hub`."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if not HUB_NAME.fullmatch(source) or folder.exists():
+            raise GradmemError(f"there is no directory {source}")
+        with refused(f"cannot download '{name}' from {source} (--source takes another hub name, or a directory)"):
+            folder = Path(snapshot_download(source, allow_patterns=[f"{name}/{file}" for file in COPIED]))
+    if not (folder / name / WEIGHTS).is_file():
+        raise GradmemError(f"{source} has no checkpoint '{name}': it needs a folder of this name with {WEIGHTS}")
+    return folder / name
+
+
+def _install(directory: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as temporary:
+            whole = Path(temporary) / target.name
+            whole.mkdir()
+            for file in {file for pattern in COPIED for file in directory.glob(pattern) if file.is_file()}:
+                shutil.copyfile(file, whole / file.name)
+            try:
+                whole.rename(target)
+            except OSError:
+                if target.name not in checkpoint_names():  # else another process was faster, which is as good
+                    raise
+    except OSError as error:
+        what = error.strerror or error
+        raise GradmemError(f"cannot write {target} ({what}): set GRADMEM_CACHE to another directory") from error
