@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradmem
 from gradmem import GradmemError, MemoryModel
-from gradmem import gguf as conversion
+from gradmem import pretrained as conversion
 from gradmem.backbone import Backbone
 from gradmem.pretrained import pretrained_place, pretrained_tokenizer
 
@@ -127,7 +127,7 @@ def test_a_file_is_converted_once(file: Path, monkeypatch: pytest.MonkeyPatch) -
     place = pretrained_place(str(file))
     monkeypatch.setattr(conversion, "_convert", lambda *given: pytest.fail("converted again"))
     assert pretrained_place(str(file)) == place
-    assert sorted(path.name for path in Path(place).parent.glob(".making-*")) == []
+    assert sorted(path.name for path in Path(place).parent.glob(".*.tmp")) == []
 
 
 def test_a_broken_file_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import GradmemError
-from ..files import cache_directory
+from ..files import atomic_directory, cache_directory
 from .samples import Samples
 
 FORMAT = 1
@@ -53,27 +51,6 @@ def cached(about: dict[str, Any], make: Callable[[], Samples]) -> Samples:
         ) from error
 
 
-def digest_files(paths: Iterable[Path]) -> list[str]:
-    """SHA-256 of each file.
-
-    Raises
-    ------
-    GradmemError
-        When one cannot be read.
-    """
-    digests = []
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.sha256()
-                while part := file.read(1 << 20):
-                    digest.update(part)
-            digests.append(digest.hexdigest())
-        except OSError as error:
-            raise GradmemError(f"cannot read {path}: {error.strerror or error}") from error
-    return digests
-
-
 def _load(place: Path) -> Samples:
     texts = json.loads((place / TEXTS).read_text(encoding="utf-8"))
     arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in texts["arrays"]}
@@ -81,18 +58,8 @@ def _load(place: Path) -> Samples:
 
 
 def _save(samples: Samples, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=".making-"))
-    try:
+    with atomic_directory(place) as directory:
         for name, array in samples.arrays.items():
-            np.save(temporary / f"{name}.npy", array)
+            np.save(directory / f"{name}.npy", array)
         texts = {"arrays": list(samples.arrays), "references": samples.references, "notes": samples.notes}
-        (temporary / TEXTS).write_text(json.dumps(texts), encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        try:
-            temporary.rename(place)
-        except OSError:
-            # Another process was faster, which is as good; anything else shows when it is read.
-            _load(place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (directory / TEXTS).write_text(json.dumps(texts), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ..memory import Memory
 from ..methods.base import Method
 from ..model import MemoryModel
 from ..model.build import build_task
+from ..progress import Progress, silent
 from ..tasks.base import Split, Task
 from .result import Result, interval
 
@@ -136,7 +137,7 @@ def evaluate(
     task: dict[str, Any] | None = None,
     convert: Callable[[Memory], Memory] = lambda memory: memory,
     swapped_steps: int | None = None,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
+    progress: Progress = silent,
 ) -> list[Result]:
     """Write fresh contexts once and read them after each number of steps asked for.
 
@@ -186,7 +187,7 @@ def evaluate(
         raise GradmemError("evaluation needs at least 2 samples: the control swaps memories between contexts")
     probed = min(samples, PROBED)
     length = max(built.batch(split, at, probed, seed).context.ids.shape[1] for at in (0, samples - probed))
-    sizes = _split(samples, max(2, model.method.backbone.tokens_at_once // length))
+    sizes = _split(samples, max(2, model.method.backbone.contexts_at_once(length)))
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     measurement = Measurement(model, built, spec, steps, swapped_steps)
     with torch.no_grad():
@@ -241,5 +242,4 @@ def _score(method: Method, task: Task, memory: Memory, batch: Batch) -> dict[str
 
 def _generate(method: Method, task: Task, memory: Memory, batch: Batch) -> list[list[int]]:
     """Greedy answers to the queries."""
-    options = {"max_new_tokens": task.answer_length, "do_sample": False, "eos_token_id": task.end_id}
-    return method.generate(memory, batch.prompts(), batch.rows, pad_id=task.pad_id, **options)
+    return method.generate(memory, batch.prompts(), batch.rows, pad_id=task.pad_id, **task.greedy_options())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +17,7 @@ from ..methods.base import Method
 from ..methods.full_context import FullContext
 from ..model import MemoryModel
 from ..model.build import build_task
+from ..progress import Progress, silent
 from ..training.recipe import Recipe, load_recipe
 from .cost import Cost, break_even, measure
 
@@ -122,7 +123,7 @@ def compare(
     samples: int = 500,
     seed: int = 1,
     repeats: int = 5,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
+    progress: Progress = silent,
 ) -> list[Entry]:
     """Measure systems on the same contexts, each with the number of write steps that it was trained with.
 

@@ -50,17 +50,16 @@ def measure(method: Method, task: Task, repeats: int = 5) -> Cost:
     repeats : int
         Timed runs, after one that is not timed; the median counts.
     """
-    batch = task.batch("test", 0, 1).to(next(method.parameters()).device)
+    batch = task.batch("test", 0, 1).to(method.device)
     queries = batch.prompts()
     # No answer may end early, so that all systems generate the same number of tokens.
-    length = task.answer_length
-    options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+    options = {**task.greedy_options(), "min_new_tokens": task.answer_length}
 
     def write() -> Any:
         return method.write(batch.context).memory
 
     def ask() -> Any:
-        return method.generate(memory, queries, batch.rows, pad_id=task.pad_id, eos_token_id=task.end_id, **options)
+        return method.generate(memory, queries, batch.rows, pad_id=task.pad_id, **options)
 
     with torch.no_grad():
         memory = write()

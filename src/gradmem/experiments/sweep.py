@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..evaluation.measurement import evaluate
 from ..evaluation.result import Result
 from ..model import MemoryModel
 from ..model.build import build_task
+from ..progress import Progress, silent
 
 FEW = 5
 """Largest number of steps that the paper calls few."""
@@ -61,7 +62,7 @@ def sweep(
     samples: int = 500,
     valid_samples: int = 200,
     seed: int = 1,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
+    progress: Progress = silent,
 ) -> list[Point]:
     """Measure a checkpoint at several numbers of pairs and after several numbers of write steps.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from ..errors import GradmemError
+from ..files import atomic_directory
 from ..inner import Strategy
 from .recipe import Precision
 
@@ -78,30 +78,14 @@ def save_state(
     optimizers: list[torch.optim.Optimizer],
     progress: dict[str, Any],
 ) -> None:
-    """Save a state, whole or not at all, and delete older ones."""
-    target, temporary = directory / f"step-{step:08d}", directory / "incomplete.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(module, str(temporary / "weights.safetensors"))
+    """Save a state, whole or not at all, and delete older ones and what an interrupted save left behind."""
     tensors, settings = _flatten(optimizers)
-    save_file(tensors, temporary / "optimizers.safetensors")
-    (temporary / "progress.json").write_text(json.dumps({**progress, "optimizers": settings}))
-    for file in temporary.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    replace(temporary, target)
-    for old in states(directory)[:-1]:
+    with atomic_directory(directory / f"step-{step:08d}") as state:
+        save_model(module, str(state / "weights.safetensors"))
+        save_file(tensors, state / "optimizers.safetensors")
+        (state / "progress.json").write_text(json.dumps({**progress, "optimizers": settings}))
+    for old in [*states(directory)[:-1], *directory.glob(".*.tmp")]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def replace(temporary: Path, target: Path) -> None:
-    """Replace a directory with a finished one."""
-    old = target.with_name(target.name + ".old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def states(directory: Path) -> list[Path]:

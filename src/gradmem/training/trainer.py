@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from ..batch import Batch
 from ..device import device_named
 from ..errors import GradmemError
 from ..evaluation.measurement import evaluate
-from ..files import write_bytes
+from ..files import atomic_directory, write_bytes
 from ..interruption import Interruptible
 from ..model import MemoryModel
 from ..model.build import build_task
@@ -37,7 +36,7 @@ from .progress import Report
 from .recipe import Recipe, Stage
 from .run_log import open_log
 from .schedule import WINDOW, finished, lr_scale, time_is_over
-from .state import RunState, load_state, replace, save_state, states, take_weights
+from .state import RunState, load_state, save_state, states, take_weights
 from .step import MetaStep, outer_loss
 
 SHOWN = 3
@@ -204,10 +203,8 @@ class Trainer:
         # The checkpoint first: a run that is killed between the two repeats some steps and saves it again.
         if self.main:
             self.model.task, self.model.spec["task"] = tasks[0], specs[0]
-            temporary = self.output / "checkpoint.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.model.save_pretrained(temporary)
-            replace(temporary, self.output / "checkpoint")
+            with atomic_directory(self.output / "checkpoint") as directory:
+                self.model.save_pretrained(directory)
             self._validate(stage)
         if done:
             state.next_stage()
