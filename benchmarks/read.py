@@ -20,9 +20,10 @@ from benchmarks.common import Row, machine, measure, paper_model, parser, plain_
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
 from gradmem.experiments.cost import seconds
+from gradmem.generation import generate
 from gradmem.memory import Memory
 from gradmem.model import MemoryModel
-from gradmem.prefix import Prefix, generate
+from gradmem.prefix import Prefix
 
 Ids = list[list[int]]
 

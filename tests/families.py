@@ -12,9 +12,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
+from gradmem.generation import RowStreamer
 from gradmem.memory import LENGTHS, Memory
 from gradmem.methods import GradMem
-from gradmem.prefix import Prefix, RowStreamer
+from gradmem.prefix import Prefix
 
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 NOT_TRIED = {

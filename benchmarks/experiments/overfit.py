@@ -59,7 +59,7 @@ def generated(model: MemoryModel, task: Task, steps: int, shift: int) -> float:
     wanted = [task.decode(row[row != -100].tolist()) for row in batch.labels]
     with torch.no_grad():
         memory = model.method.write(batch.context, steps).memory
-    options = {"max_new_tokens": task.answer_length, "do_sample": False, "eos_token_id": task.end_id}
+    options = task.greedy_options()
     rows = (batch.rows + shift) % len(batch.context)
     found = model.method.generate(memory, batch.prompts(), rows, pad_id=task.pad_id, **options)
     return sum(task.decode(ids) == answer for ids, answer in zip(found, wanted, strict=True)) / len(wanted)

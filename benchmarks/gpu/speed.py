@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks import naive
 from benchmarks.shapes import SMOLLM2
 from gradmem import Backbone, Batch, GradMem, Tokens, load
-from gradmem.backbone import _one_sequence_a_row
 from gradmem.methods import FullContext, Method
+from gradmem.model_runner import _one_sequence_a_row
 from gradmem.tasks.kv import KV
 from gradmem.training.step import MetaStep
 

@@ -1,23 +1,21 @@
-"""What a language model does with embeddings, a cache and pads: found by running it on a few vectors.
+"""What a language model does with embeddings, a cache and pads: found out by running it on a few vectors.
 
-A model is accepted for what it computes and not for its name. Errors are measured against how far the memory moves
-the logits, so that small weights hide nothing.
+A model is accepted by what it computes, not by its name. Errors are compared with how far another memory moves the
+logits, so that they also show in models with small weights.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import GradmemError
+from .model_runner import ModelRunner
 from .ops.head import Head, ScaledHead
-from .prefix import Prefix, prepared
-
-if TYPE_CHECKING:
-    from .backbone import Backbone
+from .prefix import Prefix
 
 FAILURES = (
     AssertionError,
@@ -30,28 +28,28 @@ FAILURES = (
     TypeError,
     ValueError,
 )
-"""What models raise that cannot be run in this way."""
+"""What a model raises that cannot run in this way."""
 MEMORY, QUERY = 3, 4
-"""Vectors and tokens of a probe."""
+"""Memory vectors and query tokens of a probe."""
 NEW = 2
 """Tokens that a probe generates."""
 PART = 0.02
-"""Largest error, as a part of what the memory changes."""
+"""Largest error, as a share of what another memory changes."""
 
 
-def find_head(backbone: Backbone) -> Head:
-    """The output layer, with what the model does to its logits.
+def find_head(runner: ModelRunner) -> Head:
+    """Find the output layer, and the scale and cap that the model applies to its logits.
 
     The layer's output is replaced by known numbers, so that the size of the weights does not matter.
 
     Raises
     ------
     GradmemError
-        When the model has no output layer, does not apply it to its last hidden states, or changes the logits in
-        another way than to scale and cap them.
+        If the model has no output layer, does not apply it to its last hidden states, or changes the logits other than
+        by a scale and a cap.
     """
-    model, layer = backbone.model, backbone.model.get_output_embeddings()
-    embeds = _vectors(backbone)[:1, :1]
+    model, layer = runner.model, runner.model.get_output_embeddings()
+    embeds = _vectors(runner)[:1, :1]
     if layer is None:
         raise GradmemError("it has no output layer")
     known = torch.linspace(-60, 60, layer.weight.shape[0], device=embeds.device)
@@ -70,7 +68,7 @@ def find_head(backbone: Backbone) -> Head:
     if not inputs:
         raise GradmemError("it does not call its output layer")
     found, exact = logits.float(), max(1e-3, torch.finfo(logits.dtype).eps)
-    hidden = backbone.hidden(embeds)[0, -1].float()
+    hidden = runner.hidden(embeds)[0, -1].float()
     before = _factor(hidden, inputs[-1].flatten(0, -2)[-1].float(), layer.bias is None)
     scale = float(found[0] / known[0])
     scale = 1.0 if abs(scale - 1) < 1e-5 else scale
@@ -83,7 +81,7 @@ def find_head(backbone: Backbone) -> Head:
 
 
 def _factor(hidden: Tensor, given: Tensor, scales: bool) -> float:
-    """What hidden states are multiplied with before the output layer."""
+    """The factor that hidden states are multiplied by before the output layer."""
     factor = float(given @ hidden / (hidden @ hidden).clamp_min(1e-30)) if scales else 1.0
     factor = 1.0 if abs(factor - 1) < 1e-4 else factor
     if not torch.allclose(factor * hidden, given, rtol=1e-2, atol=1e-2 * float(given.abs().max())):
@@ -91,53 +89,53 @@ def _factor(hidden: Tensor, given: Tensor, scales: bool) -> float:
     return factor
 
 
-def other_layers(backbone: Backbone) -> list[str]:
-    """Kinds of layers of the model that keep something else than keys and values of their own."""
-    layers = map(type, DynamicCache(config=backbone.model.config).layers)
+def other_layers(runner: ModelRunner) -> list[str]:
+    """Kinds of layers that keep something else than keys and values, sorted."""
+    layers = map(type, DynamicCache(config=runner.model.config).layers)
     return sorted({layer.__name__ for layer in layers if layer not in (DynamicLayer, DynamicSlidingWindowLayer)})
 
 
-def check_reading(backbone: Backbone) -> float:
-    """Compare READ after a prefix in the cache, and generation, with whole passes over memory, query and answer.
+def check_reading(runner: ModelRunner) -> float:
+    """Compare READ and generation after a prefix in the cache with single passes over memory, query and answer.
 
     Returns
     -------
     float
-        How far another memory moves the logits; 0 where that is lost in rounding.
+        How far another memory moves the logits; 0 if no further than rounding does.
 
     Raises
     ------
     GradmemError
-        When they are not the same.
+        If they differ.
     """
-    vectors, query = _vectors(backbone), _tokens(backbone)
-    prefix = backbone.prefix(vectors)
+    vectors, query = _vectors(runner), _tokens(runner)
+    prefix = runner.prefix(vectors)
     kept = {layer.get_seq_length() for layer in prefix.cache.layers}
     if kept != {MEMORY}:
         raise GradmemError("it does not keep the memory in the cache")
-    embeds = backbone.embed(torch.tensor(query, device=vectors.device))
-    one, other = (_whole(backbone, memory, embeds) for memory in vectors)
+    embeds = runner.embed(torch.tensor(query, device=vectors.device))
+    one, other = (_whole(runner, memory, embeds) for memory in vectors)
     moved = 0.0 if _near(one, other, 0.0) else float((one - other).abs().max())
-    if wrong := _wrong(backbone, prefix, list(vectors), [query, query], moved):
+    if wrong := _wrong(runner, prefix, list(vectors), [query, query], moved):
         raise GradmemError(wrong)
     return moved
 
 
-def hides_pads(backbone: Backbone, moved: float) -> bool:
-    """Whether pads that the mask hides change nothing, after a short prefix and before a short query."""
-    vectors, query = _vectors(backbone), _tokens(backbone)
+def hides_pads(runner: ModelRunner, moved: float) -> bool:
+    """Whether masked pads change nothing, both after a shorter prefix and before a shorter query."""
+    vectors, query = _vectors(runner), _tokens(runner)
     real = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
     real[1, -1] = False
     try:
-        prefix = backbone.prefix(vectors, real)
-        return not _wrong(backbone, prefix, [vectors[0], vectors[1, :-1]], [query, query[:2]], moved)
+        prefix = runner.prefix(vectors, real)
+        return not _wrong(runner, prefix, [vectors[0], vectors[1, :-1]], [query, query[:2]], moved)
     except FAILURES:
         return False
 
 
-def obeys_masks(backbone: Backbone) -> bool:
-    """Whether the model takes masks of its attention, and positions, of shape (batch, 1, length, length)."""
-    vectors = _vectors(backbone)[:1]
+def obeys_masks(runner: ModelRunner) -> bool:
+    """Whether the model obeys attention masks of shape (batch, 1, length, length) and position ids."""
+    vectors = _vectors(runner)[:1]
     kept = torch.tensor([0, 2], device=vectors.device)
     seen = torch.ones(3, 3, dtype=torch.bool, device=vectors.device).tril()
     seen[2, 1] = False
@@ -145,32 +143,33 @@ def obeys_masks(backbone: Backbone) -> bool:
     mask = mask.masked_fill(~seen, torch.finfo(vectors.dtype).min)
     positions = torch.tensor([[0, 1, 1]], device=vectors.device)
     try:
-        with torch.no_grad(), backbone.without_dropout():
-            found = backbone.hidden(vectors, mask=mask, positions=positions)[0, 2]
-            wanted = backbone.hidden(vectors[:, kept])[0, 1]
-            other = backbone.hidden(vectors)[0, 2]
+        with torch.no_grad(), runner.without_dropout():
+            found = runner.hidden(vectors, mask=mask, positions=positions)[0, 2]
+            wanted = runner.hidden(vectors[:, kept])[0, 1]
+            other = runner.hidden(vectors)[0, 2]
     except FAILURES:
         return False
     return _near(found, wanted, float((wanted - other).abs().max()))
 
 
 def _wrong(
-    backbone: Backbone, prefix: Prefix, memories: list[Tensor], queries: list[list[int]], moved: float
+    runner: ModelRunner, prefix: Prefix, memories: list[Tensor], queries: list[list[int]], moved: float
 ) -> str | None:
-    """What is wrong with READ or with generation after a prefix, beside passes over each row alone."""
+    """What READ or generation after a prefix does wrong, compared with a pass over each row alone; None if nothing."""
     device, length = prefix.last.device, max(map(len, queries))
-    inputs = prepared(backbone, prefix.select(torch.arange(len(queries), device=device)), queries, 0)
-    made = backbone.generate(
+    same = prefix.select(torch.arange(len(queries), device=device))
+    inputs = same.generation_inputs(queries, 0, positions=runner.takes_positions)
+    made = runner.generate(
         **inputs, max_new_tokens=NEW, pad_token_id=0, return_dict_in_generate=True, output_logits=True
     )
     tokens = torch.zeros(len(queries), length + NEW, dtype=torch.long, device=device)
     for row, query in enumerate(queries):
         tokens[row, : len(query) + NEW] = torch.cat([torch.tensor(query, device=device), made.sequences[row, -NEW:]])
-    embeds, generated = backbone.embed(tokens), torch.stack(made.logits, 1)
-    read = backbone.head(backbone.hidden(embeds, prefix.cache, **prefix.continued(length + NEW)))
+    embeds, generated = runner.embed(tokens), torch.stack(made.logits, 1)
+    read = runner.head(runner.hidden(embeds, prefix.cache, **prefix.continued(length + NEW)))
     for row, query in enumerate(queries):
         end = len(query) + NEW
-        wanted = _whole(backbone, memories[row], embeds[row, :end])
+        wanted = _whole(runner, memories[row], embeds[row, :end])
         if not _near(read[row, :end], wanted, moved):
             return "with the memory in the cache it computes something else than in one pass"
         if not _near(generated[row], wanted[end - 1 - NEW : end - 1], moved):
@@ -178,27 +177,27 @@ def _wrong(
     return None
 
 
-def _whole(backbone: Backbone, vectors: Tensor, embeds: Tensor) -> Tensor:
-    """The model's own logits of tokens after vectors, in one pass."""
+def _whole(runner: ModelRunner, vectors: Tensor, embeds: Tensor) -> Tensor:
+    """The model's own logits of tokens after memory vectors, in one pass."""
     given = torch.cat([vectors, embeds])[None]
-    logits: Tensor = backbone.model(inputs_embeds=given, use_cache=False, return_dict=True).logits
+    logits: Tensor = runner.model(inputs_embeds=given, use_cache=False, return_dict=True).logits
     return logits[0, -len(embeds) :]
 
 
 def _near(found: Tensor, wanted: Tensor, moved: float) -> bool:
-    """Whether the error is small beside what another memory changes, or within rounding."""
+    """Whether the error is small compared with what another memory changes, or within rounding."""
     rounding = torch.finfo(wanted.dtype).eps ** 0.75 * float(wanted.abs().max())
     return float((found.float() - wanted.float()).abs().max()) <= max(PART * moved, rounding)
 
 
-def _vectors(backbone: Backbone) -> Tensor:
-    """Two memories of a probe, shape (2, MEMORY, d): means of two embeddings, since some models look for tokens."""
-    count = backbone.model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(4 * MEMORY, device=backbone.model.device) % count
-    return backbone.embed(ids).detach().view(2, 2, MEMORY, -1).mean(0)
+def _vectors(runner: ModelRunner) -> Tensor:
+    """Two memories, shape (2, MEMORY, d): each vector a mean of two embeddings, as some models look up tokens."""
+    count = runner.model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(4 * MEMORY, device=runner.model.device) % count
+    return runner.embed(ids).detach().view(2, 2, MEMORY, -1).mean(0)
 
 
-def _tokens(backbone: Backbone) -> list[int]:
-    """The query of a probe."""
-    count = backbone.model.get_input_embeddings().weight.shape[0]
+def _tokens(runner: ModelRunner) -> list[int]:
+    """Token ids of the query."""
+    count = runner.model.get_input_embeddings().weight.shape[0]
     return [(3 + 5 * i) % count for i in range(QUERY)]

@@ -158,7 +158,7 @@ class GradMem(ChunkedMethod):
         def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
             if rows is None:
                 return sample_losses(losses_of(tensors, embeds, ids, mask), mask)
-            size = len(rows) if training else max(1, self.backbone.tokens_at_once // ids.shape[1])
+            size = len(rows) if training else self.backbone.contexts_at_once(ids.shape[1])
             losses = _in_parts(losses_of, tensors, rows, (embeds, ids, mask), size)
             return joint_losses(losses, mask, rows, len(start["memory"]))
 
@@ -204,7 +204,7 @@ class GradMem(ChunkedMethod):
 
             return outputs, losses
 
-        size = max(1, self.backbone.tokens_at_once // context.ids.shape[1])
+        size = self.backbone.contexts_at_once(context.ids.shape[1])
         return [part(slice(i, i + size)) for i in range(0, len(rows), size)]
 
     def _forward_context(self, second: bool) -> Callable[[], AbstractContextManager[None]]:

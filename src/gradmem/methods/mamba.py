@@ -13,10 +13,11 @@ from transformers.cache_utils import DynamicCache
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError
+from ..generation import RowStreamer, check_options, copies
 from ..memory import Memory
 from ..ops.dtypes import work_dtype
 from ..ops.selective_scan import selective_scan
-from ..prefix import Prefix, RowStreamer, check_options, copies
+from ..prefix import Prefix
 from .base.one_pass import OnePassMethod
 from .base.options import Options, keywords_of
 from .base.state_prefix import StatePrefix

@@ -62,6 +62,15 @@ class Task(ABC):
         """Id of the token that ends an answer."""
         return int(self.tokenizer.eos_token_id)
 
+    def greedy_options(self) -> dict[str, Any]:
+        """Options of generation for an answer of always the likeliest next token, up to the end token."""
+        return {"max_new_tokens": self.answer_length, "do_sample": False, "eos_token_id": self.end_id}
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the tokenizer's longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. The names of special tokens are encoded as text."""
         options = {"add_special_tokens": False, "split_special_tokens": True}

@@ -204,7 +204,7 @@ class ChunkedMethod(PrefixMethod):
         chunks = self._cut(context)
         self._check_chunks(chunks.counts)
         # The caller limits the size of a batch, but one long context may have many chunks.
-        size = max(1, self.backbone.tokens_at_once // chunks.tokens.ids.shape[1])
+        size = self.backbone.contexts_at_once(chunks.tokens.ids.shape[1])
         size = len(chunks.rows) if torch.is_grad_enabled() else size
         tokens = [chunks.tokens[i : i + size] for i in range(0, len(chunks.rows), size)]
         trajectories = [self.trajectory_from(some, self._start(len(some)), steps, until) for some in tokens]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ...backbone import Backbone
 from ...batch import Batch, Tokens
 from ...errors import GradmemError
+from ...generation import generate
 from ...inner.meta_gradient import Strategy
 from ...inner.objective import sample_losses, token_losses
 from ...memory import Memory
-from ...prefix import Prefix, generate
+from ...prefix import Prefix
 from ...probing import other_layers
 from .chunks import ChunkMode, anywhere
 from .written import Written, last_state
@@ -69,6 +70,11 @@ class Method(nn.Module, ABC):
                 f"({layers}): take an attention model as backbone, like `model_type: llama`"
             )
         self.backbone = backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     @abstractmethod
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
@@ -303,7 +309,7 @@ class Method(nn.Module, ABC):
         pad_id : int
             Token id of pads.
         **options
-            The options of transformers' generation that `gradmem.prefix.OPTIONS` names.
+            The options of transformers' generation that `gradmem.generation.OPTIONS` names.
 
         Returns
         -------
