@@ -1,6 +1,6 @@
 """Queries per second and latency with many clients, each query about one of many memories.
 
-Every client asks the next query as soon as its last one is answered, with the evidence that `MemoryModel.answer` gives.
+Every client asks the next query as soon as its last one is answered, with the evidence that `BoundMemory.answer` gives.
 `one at a time` answers them in turn, `engine` those that wait together in one batch. `memory` is the checkpoint; `full
 context` keeps the KV-cache of every context, in a model of the same shape with random weights, which are as fast as
 others. Every memory is asked once before the clock starts: no prefix is run while it runs.
@@ -21,8 +21,7 @@ import torch
 
 import gradmem
 from benchmarks.common import Row, machine, measure, parser, report
-from gradmem.memory import Memory
-from gradmem.model import MemoryModel
+from gradmem.model import BoundMemory, MemoryModel
 from gradmem.serving import Engine
 
 Ask = Callable[[int, str], object]
@@ -30,19 +29,19 @@ Ask = Callable[[int, str], object]
 
 
 @contextmanager
-def one_at_a_time(model: MemoryModel, memories: list[Memory]) -> Iterator[Ask]:
+def one_at_a_time(model: MemoryModel, memories: list[BoundMemory]) -> Iterator[Ask]:
     """Answer in turn; each memory keeps its prefix."""
     turn = threading.Lock()
 
     def ask(number: int, query: str) -> object:
         with turn:
-            return model.answer(memories[number], query)
+            return memories[number].answer(query)
 
     yield ask
 
 
 @contextmanager
-def engine(model: MemoryModel, memories: list[Memory]) -> Iterator[Ask]:
+def engine(model: MemoryModel, memories: list[BoundMemory]) -> Iterator[Ask]:
     """Answer together what waits."""
     with Engine(model) as running:
         yield lambda number, query: running.ask(number, memories[number], query).result()
@@ -51,7 +50,7 @@ def engine(model: MemoryModel, memories: list[Memory]) -> Iterator[Ask]:
 WAYS = {"one at a time": one_at_a_time, "engine": engine}
 
 
-def write(model: MemoryModel, contexts: int) -> tuple[list[Memory], list[list[str]]]:
+def write(model: MemoryModel, contexts: int) -> tuple[list[BoundMemory], list[list[str]]]:
     """Memories of test contexts, and the queries about each."""
     batch = model.task.batch("test", 0, contexts)
     written = model.write([model.task.text(ids.tolist()) for ids in batch.context.ids])

@@ -242,7 +242,7 @@ def used(device: Any, name: str, folder: Path) -> dict[str, Any]:
         "measured": [[r.exact_match, r.unwritten, r.swapped] for r in evaluate(model, None, samples=4, seed=2)],
     }
     if name != "joint":
-        found["exact"].append(model.reconstruct(memory))
+        found["exact"].append(memory.reconstruct())
     if name in ("joint", "independent"):
         longer = model.append(memory, "c4:d5", may_forget=True)
         found["exact"].append(longer.ask([*queries, "c4"]))

@@ -21,8 +21,8 @@ from rich.progress import track
 
 import gradmem
 from benchmarks.common import Row, machine, measure, parser, report
-from gradmem.memory import Memory, Precision
-from gradmem.model import MemoryModel
+from gradmem.memory import Precision
+from gradmem.model import BoundMemory, MemoryModel
 
 
 def read_chunks(model: MemoryModel, files: list[Path], tokens: int, chunk: int) -> list[str]:
@@ -32,14 +32,14 @@ def read_chunks(model: MemoryModel, files: list[Path], tokens: int, chunk: int) 
     for file in files:
         text = file.read_text(encoding="utf-8")
         middle = text.index(". ", len(text) // 2) + 2
-        found += model.chunks(text[middle : middle + 20 * chunk * each], chunk)[:each]
+        found += model.encoder.chunks(text[middle : middle + 20 * chunk * each], chunk)[:each]
     return found
 
 
-def right(model: MemoryModel, memory: Memory, texts: list[str]) -> list[float]:
+def right(model: MemoryModel, memory: BoundMemory, texts: list[str]) -> list[float]:
     """For each row: tokens that come back right, as a fraction."""
     scores = []
-    for given, back in zip(map(model.task.encode, texts), model.reconstruct(memory), strict=True):
+    for given, back in zip(map(model.task.encode, texts), memory.reconstruct(), strict=True):
         scores.append(sum(a == b for a, b in zip(given, back, strict=True)) / len(given))
     return scores
 

@@ -60,7 +60,7 @@ def measure(
             break
         found.rows += (batch.rows.cpu() + part[0]).tolist()
         for step, memory in _memories(method, batch, steps, controls):
-            options = {"max_new_tokens": task.answer_length, "do_sample": False, "eos_token_id": task.end_id}
+            options = task.greedy_options()
             ids = method.generate(memory, batch.prompts(), batch.rows, pad_id=task.pad_id, **options)
             found.answers.setdefault(step, []).extend(task.decode(own) for own in ids)
             for name, values in task.judge_generated(ids, batch).items():

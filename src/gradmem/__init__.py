@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from .batch import Batch, Tokens
     from .memory import Memory
     from .methods import GradMem, Method, Written
-    from .model import MemoryModel
-    from .model.abstain import Answer
+    from .model import Answer, BoundMemory, MemoryModel
     from .model.loading import load
     from .model.loading import open_memory as open  # noqa: F401
     from .model.packaged import checkpoint_names
@@ -29,6 +28,7 @@ __all__ = [
     "Answer",
     "Backbone",
     "Batch",
+    "BoundMemory",
     "Client",
     "GradMem",
     "GradmemError",
@@ -46,6 +46,7 @@ PLACES = {
     "Answer": "model",
     "Backbone": "backbone",
     "Batch": "batch",
+    "BoundMemory": "model",
     "Client": "serving.client",
     "GradMem": "methods",
     "Memory": "memory",

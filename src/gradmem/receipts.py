@@ -1,4 +1,4 @@
-"""Records: who wrote a memory, from what, and how well; and the texts that they speak of."""
+"""Receipts: who wrote a memory, from what, and how well; and the texts that were written."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 from .errors import GradmemError
 
 LARGEST = 2**63 - 1
-"""Largest integer in a receipt: databases and other programs hold no larger ones."""
+"""Largest integer in a receipt: databases and other programs cannot store larger ones."""
 MOST_OPTIONS, DEEPEST = 1000, 8
-"""Values in the options of a receipt, and how deep they may be nested."""
+"""Most values in the options of a receipt, and their deepest nesting."""
 
 
 def _anything(value: object) -> bool:
@@ -29,7 +29,7 @@ def _floats(value: object) -> bool:
 
 
 def _simple(options: dict[str, Any]) -> bool:
-    """Whether options are few, not nested deeply, and without integers that are too large."""
+    """Whether options are few enough, not nested too deeply, and without integers that are too large."""
     level: list[Any] = [options]
     for _ in range(DEEPEST):
         if any(type(one) is int and not _integer(one) for one in level):
@@ -46,7 +46,7 @@ def _simple(options: dict[str, Any]) -> bool:
 
 
 LONGEST = 4096
-"""Characters of a string in a receipt, the longest of which may be the path of a model."""
+"""Most characters of a string in a receipt; the longest may be the path of a model."""
 Digest = str
 """A SHA-256 in hexadecimal digits."""
 _KINDS: dict[str, Callable[[Any], bool]] = {
@@ -60,14 +60,32 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "dict[str, Any]": lambda value: isinstance(value, dict) and _simple(value),
     "list[Receipt]": lambda value: not any(receipt.earlier for receipt in value),
 }
-"""What a field of a receipt may hold, by its type: receipts come out of files that anybody may have written."""
+"""Check of each field by its type, as anybody may have written the file that a receipt is read from."""
+
+
+@dataclass(frozen=True)
+class Author:
+    """Who writes memories: the part of a receipt that all memories of a model share.
+
+    Attributes
+    ----------
+    method, model, backbone, checkpoint, tokenizer, options
+        As in `Receipt`.
+    """
+
+    method: str
+    model: str
+    backbone: Digest
+    checkpoint: Digest
+    tokenizer: Digest
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Receipt:
     """Provenance and write receipt of one memory: who wrote it, from what, and how well.
 
-    Of a memory that was written several times, this is the last time, and `earlier` has those before.
+    If a memory was written several times, this describes the last time, and `earlier` the times before.
 
     Attributes
     ----------
@@ -79,26 +97,26 @@ class Receipt:
         SHA-256 of the context text, UTF-8.
     context_tokens : int
     steps : int
-        Write steps taken; of a text in chunks, on the chunk that took most.
+        Write steps taken; for a text in chunks, those of the chunk that took most.
     inner_lr : list of float
-        Inner learning rate of each memory vector, step after step where each has its own (one number where all
-        share it; empty without).
+        Inner learning rate of each memory vector, step after step if each step has its own; one number if all share
+        it; empty if the method has none.
     losses : list of float
-        Mean token loss before each step (of the tokens of all chunks that took it) and after the last, nats.
+        Mean token loss before each step, over the tokens of all chunks that took it, and after the last step, nats.
     token_losses : list of float
-        Loss of each context token under the final memory, nats. Numbers only: no token is kept.
+        Loss of each context token under the final memory, nats. The tokens themselves are not stored.
     options : dict
-        Options of the method, where a plain language model wrote it: there they stand in no checkpoint.
+        Options of the method, if a plain language model wrote the memory: no checkpoint has them.
     chunks : list of int
-        Tokens of each chunk that the text was written in; empty where it was written whole.
+        Tokens of each chunk that the text was cut into; empty if it was written whole.
     earlier : list of Receipt
-        What was written into this memory before, first things first.
+        What was written into this memory before, in the order of writing.
     answers : list of float or None
-        For each answer that the text gives, as far as the task can tell (`Task.examples`), the highest loss of a token
-        that counts when READ is asked for it, nats. None where that was not measured.
+        For each answer that the task finds in the text (`Task.examples`), the highest loss of one of its tokens when
+        READ is asked for it, nats. None if this was not measured.
     measured : bool
-        Whether the losses are those under this memory. False for earlier text that nobody measured anew after more
-        was written into the same vectors: they are then those from before.
+        Whether the losses are those under this memory. False for earlier text that was not measured again after more
+        was written into the same vectors: its losses are then those from before.
     """
 
     method: str
@@ -121,39 +139,39 @@ class Receipt:
     def __post_init__(self) -> None:
         for field_ in dataclasses.fields(self):
             if not _KINDS.get(str(field_.type), _anything)(getattr(self, field_.name)):
-                raise ValueError(f"a receipt's {field_.name} is {field_.type}")
+                raise ValueError(f"a receipt's {field_.name} must be {field_.type}")
         if not self.losses:
-            raise ValueError("a receipt has losses")
+            raise ValueError("a receipt must have losses")
         if "name" in self.options:
-            raise ValueError("a receipt's options are those of its method")
+            raise ValueError("a receipt's options must not contain the name of the method")
         if self.chunks and sum(self.chunks) != self.context_tokens:
-            raise ValueError("a receipt's chunks are those of its context")
+            raise ValueError("a receipt's chunks must have as many tokens as its context")
 
     @classmethod
     def read(cls, data: dict[str, Any]) -> Receipt:
-        """The receipt that `dataclasses.asdict` made plain data of."""
+        """Build a receipt from plain data, as `dataclasses.asdict` gives it."""
         return cls(**{**data, "earlier": [cls.read(one) for one in data.get("earlier", [])]})
 
     @property
     def history(self) -> list[Receipt]:
-        """What was written into the memory, first things first."""
+        """Receipts of everything that was written into the memory, in the order of writing."""
         return [*self.earlier, self]
 
     LOST: ClassVar[float] = 0.6931471805599453
-    """Nats beyond which a token counts as lost: the memory gives it less than an even chance."""
+    """Loss in nats (ln 2) above which a token counts as lost: its probability is then below one half."""
 
     @property
     def loss_before(self) -> float:
-        """Write loss of the unwritten memory."""
+        """Write loss before the first step."""
         return self.losses[0]
 
     @property
     def loss_after(self) -> float:
-        """Write loss of this memory."""
+        """Write loss after the last step."""
         return self.losses[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """The receipt as plain data, with what follows from it; `lost` is None where nothing was measured."""
+        """The receipt as plain data, derived values included; `lost` is None if the losses are not of this memory."""
         earlier = [receipt.to_dict() for receipt in self.earlier]
         losses = {"loss_before": self.loss_before, "loss_after": self.loss_after}
         lost = {"lost": self.lost if self.measured else None, "at_risk": self.at_risk}
@@ -161,15 +179,15 @@ class Receipt:
 
     @property
     def lost(self) -> list[int]:
-        """Positions of the tokens that the memory lost; where nothing was measured since, that it had lost before."""
+        """Positions of the tokens that the memory lost; if not `measured`, of those that it had lost before."""
         return self._beyond(self.token_losses)
 
     @property
     def at_risk(self) -> list[int] | None:
-        """Numbers of the answers that may come out wrong: one of their tokens has less than an even chance.
+        """Numbers of the answers that may be wrong, because one of their tokens has a probability below one half.
 
-        Where none is at risk, every answer is right: each of its tokens is likelier than all others together. A memory
-        may well lose tokens that no answer needs. None where that was not measured.
+        If none is at risk, every answer is right: each of its tokens is likelier than all others together. A memory
+        may still lose tokens that no answer needs. None if this was not measured.
         """
         return None if self.answers is None else self._beyond(self.answers)
 
@@ -183,7 +201,14 @@ def text_digest(text: str) -> str:
 
 
 def written_texts(text: str, receipts: Sequence[Receipt], what: str) -> dict[str, str]:
-    """Find what was written: the text of one receipt, or all their texts one after the other.
+    """Find the texts of receipts in a text: the text of one receipt, or all their texts one after the other.
+
+    Parameters
+    ----------
+    text : str
+    receipts : sequence of Receipt
+    what : str
+        What messages call the text.
 
     Returns
     -------
@@ -193,7 +218,7 @@ def written_texts(text: str, receipts: Sequence[Receipt], what: str) -> dict[str
     Raises
     ------
     GradmemError
-        When `text` is not what was written.
+        If `text` is not what was written.
     """
     whole, hasher, begin = text_digest(text), hashlib.sha256(), 0
     if any(receipt.context_sha256 == whole for receipt in receipts):

@@ -17,8 +17,9 @@ from gradmem import Answer, GradmemError, MemoryModel
 from gradmem.batch import Tokens
 from gradmem.cli.main import main
 from gradmem.evaluation.calibrate import RIGHT, WRONG, Calibration, _auroc, calibrate
-from gradmem.model.abstain import FILE, Abstain, balanced, claim_losses
+from gradmem.model.abstain import FILE, Abstain, balanced
 from gradmem.model.build import build_task
+from gradmem.model.reading import statement_losses
 from helpers import tiny_model
 
 
@@ -63,13 +64,13 @@ def test_near_loss_is_that_of_the_chunk_that_says_it() -> None:
     claims = [model.task.encode(text) for text in texts]
     rows = model.method.split_chunks(memory)
     assert len(rows) == 3
-    every = [claim_losses(model.method, rows, [claim] * 3) for claim in claims]
-    found = [claim_losses(model.method, memory, [claim] * 2) for claim in claims]
+    every = [statement_losses(model.method, rows, [claim] * 3) for claim in claims]
+    found = [statement_losses(model.method, memory, [claim] * 2) for claim in claims]
     assert found == [pytest.approx([min(first, second), alone]) for first, second, alone in every]
 
 
 def test_several_answers_to_a_query_are_refused(tiny: MemoryModel) -> None:
-    with pytest.raises(GradmemError, match="one for each query"):
+    with pytest.raises(GradmemError, match="one answer for each query"):
         tiny.write(TEXT).answer("a7", num_beams=2)
 
 

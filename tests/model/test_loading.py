@@ -280,7 +280,7 @@ def test_a_name_is_asked_for_where_the_user_gives_it(
         raise OSError("no network in this test")
 
     monkeypatch.setattr("gradmem.model.loading.hf_hub_download", download)
-    monkeypatch.setattr("gradmem.model.model.snapshot_download", download)
+    monkeypatch.setattr("gradmem.model.checkpoint.snapshot_download", download)
     file = named(tiny.write(TEXT), "someone/model", tmp_path)
     with pytest.raises(GradmemError, match="no network in this test"):
         gradmem.open(file, "someone/other")

@@ -15,7 +15,7 @@ from tests.methods.test_methods import ALL, TEXT, build
 
 from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.methods.base import Written
-from gradmem.model.abstain import Answer
+from gradmem.model import Answer
 from gradmem.serving import Busy, Closed, Engine
 from gradmem.serving.prefix_cache import PrefixCache
 

@@ -33,13 +33,13 @@ def test_near_loss_of_the_text_task_is_of_the_answer_alone() -> None:
     torch.manual_seed(0)
     model = MemoryModel.from_spec({"name": "text", "chunk_size": 16}, TINY_LLAMA, TINY_GRADMEM)
     memory = model.write("the north road")
-    answer = model.answer(memory, "whatever", max_new_tokens=14)
+    answer = memory.answer("whatever", max_new_tokens=14)
     ids = model.task.encode(answer.text)
     with torch.no_grad():
         losses = model.method.token_losses(memory, Tokens.from_lists([ids]))
     assert answer.near_loss == pytest.approx(float(losses.mean()), abs=1e-4)
-    assert model.answer(memory, "[BEGIN]", max_new_tokens=14) == answer
-    assert len(model.context_ids("[BEGIN]")) == 7
+    assert memory.answer("[BEGIN]", max_new_tokens=14) == answer
+    assert len(model.encoder.context_ids("[BEGIN]")) == 7
 
 
 def test_every_byte_is_a_token_where_no_tokenizer_is_named(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_every_byte_is_a_token_where_no_tokenizer_is_named(tmp_path: Path) -> No
     model = text_model({"name": "text", "chunk_size": 8})
     model.save_pretrained(tmp_path)
     again = MemoryModel.from_pretrained(tmp_path)
-    assert again.restore(again.write(text[:4], 1)) == model.restore(model.write(text[:4], 1))
+    assert again.write(text[:4], 1).restore() == model.write(text[:4], 1).restore()
 
 
 def test_text_metrics_by_hand(books: str, bytes_tokenizer: str) -> None:

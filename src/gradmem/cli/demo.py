@@ -97,10 +97,9 @@ def _measure(model: gradmem.MemoryModel, samples: int, seed: int, file: Path) ->
         console.print(f"no figure: {error}", markup=False)
 
 
-def _open(file: Path, device: str) -> gradmem.Memory:
+def _open(file: Path, device: str) -> gradmem.BoundMemory:
     """Open a memory file on a device."""
     memory = gradmem.open(file)
-    assert memory.model is not None  # open binds
     return memory.model.to(device_named(device)).bind(memory)
 
 
@@ -140,7 +139,7 @@ def _sizes_table(model: gradmem.MemoryModel, text: str, memory: int, file: int) 
     """Build a table of the bytes of the memory, the text and the KV-cache."""
     import torch
 
-    ids = torch.tensor([model.encode(model.task.context_text(text), "context", 10**9)], device=model.device)
+    ids = torch.tensor([model.encoder.context_ids(text)], device=model.device)
     method = model.method
     vectors = f": {method.n_mem} vectors of {method.backbone.width}" if method.n_mem else ""
     sizes = [

@@ -103,7 +103,7 @@ def write(
     _freeze_objects()
     if chunk_size is not None and model.method.joins:
         model.configure({"chunk_size": chunk_size})
-    texts = [text] if model.method.chunk_size is not None else model.chunks(text, chunk_size)
+    texts = [text] if model.method.chunk_size is not None else model.encoder.chunks(text, chunk_size)
     settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps}
     entry = None
     with Interruptible() as stopped:
@@ -199,7 +199,7 @@ def ask(
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     """
     opened = _open(memory, checkpoint)
-    if opened.model is None or len(opened) != 1:
+    if len(opened) != 1:
         raise GradmemError(f"{memory} holds {len(opened)} memories: ask them from Python")
     model = opened.model.to(device_named(device))
     opened = model.bind(opened)
@@ -256,11 +256,9 @@ def restore(
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     """
     opened = _open(memory, checkpoint)
-    if opened.model is None:
-        raise GradmemError(f"{memory} is bound to no model")
     model = opened.model.to(device_named(device))
     original = None if context is None else written_texts(read_text(context), opened.history, str(context))
-    ids = model.reconstruct(model.bind(opened), progress_bar)
+    ids = model.bind(opened).reconstruct(progress_bar)
     texts = [model.task.text(row) for row in ids]
     text = "".join(texts)
     if output:
@@ -295,11 +293,11 @@ def inspect(memory: Path, checkpoint: str | None = None, context: Path | None = 
         return
     text = read_text(context) if context else None
     texts = {} if text is None else written_texts(text, loaded.history, str(context))
-    bound = gradmem.open(memory, checkpoint) if texts else loaded
+    bound = gradmem.open(memory, checkpoint) if texts else None
     for receipt in loaded.history:
         console.print(provenance_table(receipt, loaded, memory))
         written = texts.get(receipt.context_sha256)
-        console.print(receipt_table(receipt, None if written is None else tokens_of(bound, written)))
+        console.print(receipt_table(receipt, tokens_of(bound, written) if bound and written is not None else None))
 
 
 def _freeze_objects() -> None:
@@ -307,7 +305,7 @@ def _freeze_objects() -> None:
     gc.freeze()
 
 
-def _open(memory: Path, checkpoint: str | None) -> gradmem.Memory:
+def _open(memory: Path, checkpoint: str | None) -> gradmem.BoundMemory:
     """Open a memory file or, if there is none, the stored memory of this id or name."""
     if os.path.exists(memory):  # Path.exists raises if a name is too long
         return gradmem.open(memory, checkpoint)

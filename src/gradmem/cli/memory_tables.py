@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import GradmemError
 from ..receipts import Receipt, text_digest
 
 if TYPE_CHECKING:
     from ..memory import Memory
+    from ..model import BoundMemory
     from ..tasks.base import Task
 
 
@@ -152,9 +152,7 @@ def differences_table(task: Task, ids: Sequence[Sequence[int]], originals: Seque
     return built
 
 
-def tokens_of(memory: Memory, text: str) -> list[str]:
+def tokens_of(memory: BoundMemory, text: str) -> list[str]:
     """Return the tokens of a text in the form that the model reads."""
-    if memory.model is None:
-        raise GradmemError("this memory is bound to no model")
     task = memory.model.task
     return task.pieces(task.context_text(text))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 
 from ..batch import Batch
 from ..errors import GradmemError
-from ..memory import Memory
-from ..model import MemoryModel
-from ..model.abstain import Abstain, Answer, balanced, features
+from ..model import Answer, MemoryModel, reading
+from ..model.abstain import Abstain, balanced, features
 from ..model.build import build_task
+from ..progress import Progress, silent
 from ..tasks.base import WRITTEN, Split, Task
 from .figures import figure
 
@@ -157,7 +156,7 @@ def calibrate(
     samples: int = 1000,
     seed: int = 1,
     options: dict[str, Any] | None = None,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, title: batches,
+    progress: Progress = silent,
 ) -> Calibration:
     """Fit when to abstain on validation contexts, set `model.abstain`, and measure it on test contexts.
 
@@ -209,9 +208,7 @@ class _Examined:
     lengths: list[int]
 
 
-def _examine(
-    model: MemoryModel, task: Task, split: Split, samples: int, seed: int, progress: Callable[..., Iterable[Any]]
-) -> _Examined:
+def _examine(model: MemoryModel, task: Task, split: Split, samples: int, seed: int, progress: Progress) -> _Examined:
     """Write contexts of a split, and ask queries that they answer and queries that they do not."""
     there = task.size(split)
     samples = samples if there is None else min(samples, there)
@@ -219,7 +216,7 @@ def _examine(
         raise GradmemError("calibration needs at least 2 samples: it also asks the queries of other contexts")
     # A batch needs two contexts: each is asked the queries of another one.
     length = task.calibration(split, 0, min(samples, MOST_AT_ONCE), seed)[WRITTEN].context.ids.shape[1]
-    size = min(samples, MOST_AT_ONCE, max(2, model.method.backbone.tokens_at_once // length))
+    size = min(samples, MOST_AT_ONCE, max(2, model.method.backbone.contexts_at_once(length)))
     found = _Examined({RIGHT: [], WRONG: []}, {RIGHT: [], WRONG: []}, [])
     for start in progress(list(range(0, samples // size * size, size)), f"{task.label}, {split}"):
         batches = task.calibration(split, start, size, seed)
@@ -227,15 +224,16 @@ def _examine(
         found.lengths += context.lengths.tolist()
         with torch.no_grad():
             memory = model.method.write(context).memory
+            prefix = model.method.prefix(memory)
         for kind, asked in batches.items():
             if len(asked.rows):
-                _ask(model, task, memory, kind, asked, found)
+                given = model.method, model.task, memory, prefix, asked.rows.tolist(), asked.prompts()
+                _sort(task, kind, asked, *reading.answer(*given, {}), found)
     return found
 
 
-def _ask(model: MemoryModel, task: Task, memory: Memory, kind: str, asked: Batch, found: _Examined) -> None:
-    """Ask the queries of one kind."""
-    answers, states = model.evidence(memory, asked.rows.tolist(), asked.prompts())
+def _sort(task: Task, kind: str, asked: Batch, answers: list[Answer], states: torch.Tensor, found: _Examined) -> None:
+    """Sort the answers to queries of one kind by whether they are right."""
     for answer, own, labels in zip(answers, states.cpu(), asked.labels, strict=True):
         wanted = task.decode(labels[labels >= 0].tolist())
         name = kind if kind != WRITTEN else RIGHT if answer.text == wanted else WRONG

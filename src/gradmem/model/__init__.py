@@ -1,12 +1,12 @@
-"""A method with its tokenizer and task: built, trained, saved, loaded, written with and asked."""
+"""A memory method with its task: built, loaded and saved; and memories that are bound to it, to be asked."""
 
 from typing import TYPE_CHECKING
 
 from ..lazy import attach
 
 if TYPE_CHECKING:
-    from .abstain import Answer
-    from .model import MemoryModel
+    from .model import BoundMemory, MemoryModel
+    from .reading import Answer
 
-__all__ = ["Answer", "MemoryModel"]
-__getattr__ = attach(__name__, {"Answer": "abstain", "MemoryModel": "model"})
+__all__ = ["Answer", "BoundMemory", "MemoryModel"]
+__getattr__ = attach(__name__, {"Answer": "reading", "BoundMemory": "model", "MemoryModel": "model"})

@@ -1,7 +1,8 @@
-"""The difference of trained weights to the pretrained ones they began as, in four bits: a checkpoint that travels.
+"""A small checkpoint: the difference between trained weights and the pretrained ones, in four bits.
 
-SmolLM2-135M in float32 is 538 MB; what training changed of it is 60 MB so. Matrices are rounded in groups of 32
-neighbours in a row with a scale each; vectors, and what the method added, are kept whole; the rest is left out.
+SmolLM2-135M in float32 takes 538 MB, its difference after training 60 MB. Matrices are rounded in groups of 32
+neighbours of a row with a scale each; vectors, and the weights that the method added, are stored whole; unchanged
+weights are left out.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import GradmemError, refused
-from ..gguf import PACKAGED
 from ..language_model import loaded_model
 from ..memory import digest
-from ..pretrained import pretrained_place
+from ..pretrained import PACKAGED, pretrained_place
 from ..untrusted import check_counts, read_json
 from .model import MemoryModel
 
@@ -31,20 +31,20 @@ MOST = 7
 SHARD = 15 * 2**20
 """Most bytes of a file."""
 BACKBONE = "backbone.model."
-"""Where the state of a method has the weights of its language model."""
+"""Prefix of the language model's weights in the state of a method."""
 
 
 def save_delta(model: MemoryModel, pretrained: str, directory: Path, name: str | None = None) -> list[Path]:
-    """Write how a model differs from the pretrained one it began as.
+    """Write the difference between a model and the pretrained one that its training started from.
 
     Parameters
     ----------
     model : MemoryModel
     pretrained : str
-        Name or place of the pretrained model.
+        Name or directory of the pretrained model.
     directory : Path
     name : str, optional
-        The name by which those who load it have the pretrained model, where it is another.
+        The name of the pretrained model on the machine that will load it, if it differs.
 
     Returns
     -------
@@ -72,41 +72,41 @@ def save_delta(model: MemoryModel, pretrained: str, directory: Path, name: str |
 
 
 def load_delta(directory: Path, pretrained: str | None = None) -> MemoryModel:
-    """Build the model whose difference to a pretrained one `save_delta` wrote.
+    """Build a model from a pretrained one and the difference that `save_delta` wrote.
 
     Parameters
     ----------
     directory : Path
     pretrained : str, optional
-        Name or place of the pretrained model; not needed where it comes as a Python package.
+        Name or directory of the pretrained model; not needed if it comes as a Python package.
 
     Raises
     ------
     GradmemError
-        When files are missing or damaged, or the pretrained model is another one.
+        If files are missing or damaged, or the pretrained model is another one.
     """
     with refused(f"{directory} is damaged"):
         if not (directory / CONFIG).is_file():
-            raise GradmemError(f"{directory} holds no whole difference: it has no {CONFIG}")
+            raise GradmemError(f"{directory} is incomplete: it has no {CONFIG}")
         config = read_json(directory / CONFIG)
         if config["format"] != FORMAT:
             raise GradmemError(f"{directory} has format {config['format']}, this gradmem reads {FORMAT}")
         pieces: dict[str, Tensor] = {}
         for file in (directory / f"delta-{number}.safetensors" for number in range(1, config["files"] + 1)):
             if not file.is_file():
-                raise GradmemError(f"{directory} holds no whole difference: it has no {file.name}")
+                raise GradmemError(f"{directory} is incomplete: it has no {file.name}")
             pieces |= load_file(file)
         name = pretrained or config["pretrained"]
         task, method = {**config["task"], "tokenizer": name}, config["method"]
         task.pop("data", None)
         if pretrained is None and name not in PACKAGED:
             raise GradmemError(
-                f"{directory} says it is of '{name}', and a file does not decide what is loaded: name it"
+                f"{directory} is for '{name}', but a file may not decide what is loaded: name the model if you trust it"
             )
         check_counts(method, max((size for piece in pieces.values() for size in piece.shape), default=0))
     base = base_weights(name)
     if digest(base) != config["digest"]:
-        raise GradmemError(f"{directory} is the difference to another model than {name}")
+        raise GradmemError(f"{directory} is the difference to another model, not to {name}")
     model = MemoryModel.from_spec(task, {"pretrained": name}, method, trusted=False)
     with torch.no_grad():
         for key, weight in model.method.state_dict().items():
@@ -123,7 +123,7 @@ def base_weights(pretrained: str) -> dict[str, Tensor]:
 
 
 def rounded(weight: Tensor, base: Tensor) -> Tensor:
-    """A weight as it will be when its difference has travelled."""
+    """A weight as it is after its difference was saved and loaded."""
     if weight.shape != base.shape or not _rounds(weight):
         return weight
     return base + unpacked(*packed(weight - base))
@@ -161,7 +161,7 @@ def _rounds(weight: Tensor) -> bool:
 
 
 def _pieces(key: str, weight: Tensor, base: Tensor | None) -> dict[str, Tensor]:
-    """What to keep of a weight."""
+    """What is stored of a weight."""
     if base is None:
         return {f"whole.{key}": weight.cpu().clone()}
     base = base.to(weight.device)
@@ -178,7 +178,7 @@ def _pieces(key: str, weight: Tensor, base: Tensor | None) -> dict[str, Tensor]:
 
 
 def _whole(key: str, weight: Tensor, base: Tensor | None, pieces: dict[str, Tensor], directory: Path) -> Tensor:
-    """A weight from what was kept of it."""
+    """A weight from what was stored of it."""
     found: Any = pieces.get(f"whole.{key}")
     if found is None and base is not None:
         if f"rows.{key}" in pieces:
@@ -188,5 +188,5 @@ def _whole(key: str, weight: Tensor, base: Tensor | None, pieces: dict[str, Tens
         else:
             found = base
     if found is None or found.shape != weight.shape:
-        raise GradmemError(f"{directory} is damaged: it has not all of {key}")
+        raise GradmemError(f"{directory} is damaged: it lacks a part of {key}")
     return found

@@ -1,4 +1,4 @@
-"""Loading checkpoints: by name, from directories, and from the hub."""
+"""Load checkpoints by name, and open memory files with the checkpoint that wrote them."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from ..errors import GradmemError
-from ..gguf import PACKAGED, is_gguf
 from ..language_model import CONFIG
 from ..lazy import uncollected
 from ..memory import Memory
-from ..pretrained import HUB_NAME
+from ..pretrained import HUB_NAME, PACKAGED, is_gguf
 from ..untrusted import check_counts, read_json
-from .model import NAMED, MemoryModel
+from .model import NAMED, BoundMemory, MemoryModel
 from .packaged import checkpoint_names, checkpoint_path, unknown_checkpoint
 
 
 @uncollected()
 def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> MemoryModel:
-    """Load a checkpoint (a name of the package, a directory, or a hub name `owner/model`) or a plain language model.
+    """Load a checkpoint or a plain language model.
 
     Parameters
     ----------
     name : str or path
-        For a plain language model also a GGUF file, or the short name of a model that comes as a Python package.
+        A packaged checkpoint, a directory, or a hub name `owner/model`. For a plain language model also a GGUF file, or
+        the short name of a model that comes as a Python package.
     method : dict, optional
         For a plain language model: `name` and options of a method that needs no training, by default `cram`. For a
-        checkpoint: `chunk_size` and `chunk_mode`, where contexts are to be cut in another way than in training, and
-        `gauss_newton_after`, where GradMem is to go on by other steps.
+        checkpoint: `chunk_size` and `chunk_mode`, to cut contexts in another way than in training, and
+        `gauss_newton_after`, to continue GradMem's descent by Gauss-Newton steps.
 
     Raises
     ------
     GradmemError
-        When there is none of that name, it is damaged, or a checkpoint is given another method.
+        If there is none of that name, it is damaged, or a checkpoint is given another method.
     """
     name = os.fspath(name)
     if name not in checkpoint_names() and _is_language_model(name):
@@ -59,8 +59,8 @@ def _checkpoint(name: str) -> MemoryModel:
         return MemoryModel.from_pretrained(name)
     except GradmemError:
         raise
-    except Exception as error:  # the hub client raises its own, requests' and the system's errors
-        raise GradmemError(f"'{name}' is no directory, and the hub does not give it: {error}") from error
+    except Exception as error:  # the hub client raises errors of several libraries
+        raise GradmemError(f"'{name}' is no directory, and cannot be downloaded from the hub: {error}") from error
 
 
 def _is_hub_name(name: str) -> bool:
@@ -68,14 +68,14 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _is_language_model(name: str) -> bool:
-    """Whether a name stands for a plain language model, whose config is without our format."""
+    """Whether a name stands for a plain language model: its config has no checkpoint format."""
     if is_gguf(name):
         return True
     file = Path(name) / CONFIG
     if _is_hub_name(name):
         try:
             file = Path(hf_hub_download(name, CONFIG))
-        except Exception:  # whatever is wrong, loading says so
+        except Exception:  # loading will say what is wrong
             return False
     try:
         config = read_json(file)
@@ -84,33 +84,41 @@ def _is_language_model(name: str) -> bool:
     return "format" not in config and "model_type" in config
 
 
-def open_memory(path: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> Memory:
+def open_memory(path: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> BoundMemory:
     """Load a memory file together with the checkpoint that wrote it.
 
-    The file says which that is, but only checkpoints of the package are loaded because a file says so: name any other.
+    The file names its checkpoint, but a file may not decide what is loaded: unless the checkpoint comes with the
+    package, you have to name it.
 
     Parameters
     ----------
     path : str or path
     checkpoint : str or path, optional
-        Checkpoint or language model that wrote the memory, as for `load`; not needed for those of the package, and
+        Checkpoint or language model that wrote the memory, as for `load`; not needed for packaged checkpoints, and for
         those that this process has loaded before.
 
     Raises
     ------
     GradmemError
-        When the file is damaged, or its checkpoint is not found, not named or another one.
+        If the file is damaged, or its checkpoint is not found, not named, or another one.
     """
     return bind_memory(Memory.load(path), str(path), checkpoint)
 
 
-def bind_memory(memory: Memory, what: str, checkpoint: str | os.PathLike[str] | None = None) -> Memory:
-    """Bind a loaded memory to the checkpoint that wrote it, which is loaded too; see `open_memory`.
+def bind_memory(memory: Memory, what: str, checkpoint: str | os.PathLike[str] | None = None) -> BoundMemory:
+    """Bind a memory to the checkpoint that wrote it, which is loaded; see `open_memory`.
+
+    Parameters
+    ----------
+    memory : Memory
+    what : str
+        What messages call the memory.
+    checkpoint : str or path, optional
 
     Raises
     ------
     GradmemError
-        When the checkpoint is not found, not named or another one.
+        If the checkpoint is not found, not named, or another one.
     """
     if not memory.receipts:
         raise GradmemError(f"{what} does not say which model wrote it")
@@ -123,7 +131,7 @@ def bind_memory(memory: Memory, what: str, checkpoint: str | os.PathLike[str] | 
         )
     if name in checkpoint_names() or not _is_language_model(name):
         return load(name).bind(memory, what)
-    # Only a plain language model needs to be told the method: a checkpoint knows.
+    # A plain language model has no method of its own, unlike a checkpoint.
     largest = max(size for tensor in memory.tensors.values() for size in tensor.shape)
     check_counts(receipt.options, largest)
     return load(name, {"name": receipt.method, **receipt.options}).bind(memory, what)

@@ -1,10 +1,9 @@
-"""Write texts into memories through a model: in batches, with a receipt each."""
+"""Write texts into memories: in batches, with a receipt each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,52 +11,61 @@ from ..batch import Tokens
 from ..errors import GradmemError
 from ..memory import Memory
 from ..methods.base import Method, Written, last_state
-from ..receipts import Receipt, text_digest, written_texts
-from .abstain import read_answers
+from ..progress import Progress
+from ..receipts import Author, Receipt, text_digest, written_texts
+from ..tasks.base import Task
+from .reading import read_answers
 
-if TYPE_CHECKING:
-    from .model import MemoryModel
-
-Progress = Callable[..., Iterable[Any]]
-"""`progress(steps, title, total)` passes steps on and may show them, as `rich.progress.track` does."""
+MOST_STEPS = 30
+"""Most write steps of `until` if nothing else is said."""
 
 
 def write_texts(
-    model: MemoryModel,
+    method: Method,
+    task: Task,
     texts: list[str],
-    onto: Memory | None,
+    ids: list[list[int]],
+    author: Author,
+    *,
+    onto: Memory | None = None,
     steps: int,
     until: float | None,
     progress: Progress,
 ) -> Memory:
-    """Write texts, as many at once as is good; onto memories where these are given.
+    """Write texts into new memories or onto existing ones, as many at once as fit.
 
     Parameters
     ----------
-    model : MemoryModel
+    method : Method
+    task : Task
     texts : list of str
-        One for each row of `onto`, where that is given.
+        One for each row of `onto`, if that is given.
+    ids : list of list of int
+        The texts' token ids, from `TextEncoder.context_ids`.
+    author : Author
+        Who writes, for the receipts.
     onto : Memory, optional
+        Memories to append to; they are unchanged.
     steps : int
-        Write steps, or with `until` the most of them.
+        Write steps; with `until` the most of them.
     until : float, optional
         Write loss (mean nats per token) at which each text stops.
     progress : callable
+        See `gradmem.progress.Progress`.
 
     Returns
     -------
     Memory
-        One row for each text, with its receipt; bound to the model.
+        One row with a receipt for each text.
 
     Raises
     ------
     GradmemError
-        When there are no texts, or one is empty, too long or has unknown characters.
+        If there are no texts.
     """
     if not texts:
-        raise GradmemError("nothing to write")
-    ids = [model.context_ids(text) for text in texts]
-    size = max(1, model.method.backbone.tokens_at_once // max(map(len, ids)))
+        raise GradmemError("there is no text to write")
+    size = method.backbone.contexts_at_once(max(map(len, ids)))
     parts = []
     for first in range(0, len(texts), size):
         last = min(first + size, len(texts))
@@ -66,22 +74,22 @@ def write_texts(
             return progress(states, title=f"writing {last} of {len(texts)}", total=turns * steps + 1)
 
         some = None if onto is None else onto.select(range(first, last))
-        parts.append(_write_batch(model, texts[first:last], ids[first:last], some, steps, until, shown))
-    memory = Memory.join(parts)
-    memory.model = model
-    return memory
+        parts.append(_write_batch(method, task, texts[first:last], ids[first:last], author, some, steps, until, shown))
+    return Memory.join(parts)
 
 
 def _write_batch(
-    model: MemoryModel,
+    method: Method,
+    task: Task,
     texts: list[str],
     ids: list[list[int]],
+    author: Author,
     onto: Memory | None,
     steps: int,
     until: float | None,
     progress: Callable[[Iterable[Written], int], Iterable[Written]],
 ) -> Memory:
-    context, method = Tokens.from_lists(ids, model.task.pad_id).to(model.device), model.method
+    context = Tokens.from_lists(ids, task.pad_id).to(method.device)
     cuts = method.chunk_lengths(context)
     turns = max(1, *map(len, cuts)) if method.chunk_mode == "sequential" else 1
     with torch.no_grad():
@@ -90,26 +98,43 @@ def _write_batch(
         else:
             states = method.extend(onto, context, steps, until=until)
         written = last_state(progress(states, turns))
-        token_losses = method.token_losses(written.memory, context)
-    receipts = []
-    for row, text in enumerate(texts):
-        losses = token_losses[row, : len(ids[row])].tolist()
-        earlier = [] if onto is None else [_since(part, method) for part in onto.receipts[row].history]
-        receipts.append(_record(model, text, written, losses, row, cuts[row], earlier))
+        losses = method.token_losses(written.memory, context)
     memory = written.memory if onto is None else method.merge(onto, written.memory)
-    answers = answer_losses(model, memory, texts)
-    receipts = [replace(receipt, answers=own) for receipt, own in zip(receipts, answers, strict=True)]
+    answers = answer_losses(method, task, memory, texts)
+    receipts = [
+        replace(
+            _receipt(method, author, text, written, losses[row, : len(ids[row])].tolist(), row),
+            chunks=cuts[row],
+            earlier=[] if onto is None else [_since(part, method) for part in onto.receipts[row].history],
+            answers=answers[row],
+        )
+        for row, text in enumerate(texts)
+    ]
     return Memory(memory.tensors, receipts)
 
 
+def _receipt(
+    method: Method, author: Author, text: str, written: Written, token_losses: list[float], row: int
+) -> Receipt:
+    taken = int(written.taken[row])
+    return Receipt(
+        **vars(author),
+        context_sha256=text_digest(text),
+        context_tokens=len(token_losses),
+        steps=taken,
+        inner_lr=[round(rate, 6) for rate in method.inner_lrs()],
+        losses=_rounded([*written.losses[:taken, row].tolist(), _mean(token_losses)], 6),
+        token_losses=_rounded(token_losses, 3),
+    )
+
+
 def _since(part: Receipt, method: Method) -> Receipt:
-    """What is known of a text after another was appended: READ sees another memory, which WRITE may have changed."""
+    """What a receipt still says after more was written: READ sees another memory, whose vectors may have changed."""
     return replace(part, earlier=[], answers=None, measured=part.measured and method.chunk_mode == "independent")
 
 
-def answer_losses(model: MemoryModel, memory: Memory, texts: Sequence[str]) -> list[list[float]]:
-    """Ask each row of a memory for all that the task knows its text to answer; see `Receipt.answers`."""
-    task, method = model.task, model.method
+def answer_losses(method: Method, task: Task, memory: Memory, texts: Sequence[str]) -> list[list[float]]:
+    """Ask each row of a memory every query that the task finds in its text; see `Receipt.answers`."""
     asked = [(row, *task.target(*one)) for row, text in enumerate(texts) for one in task.examples(text)]
     found: list[list[float]] = [[] for _ in texts]
     if not asked:
@@ -117,10 +142,10 @@ def answer_losses(model: MemoryModel, memory: Memory, texts: Sequence[str]) -> l
     with torch.no_grad():
         prefix = method.prefix(memory)
         longest = prefix.length + max(len(query) + len(target) for _, query, target in asked)
-        size = max(1, method.backbone.tokens_at_once // longest)
+        size = method.backbone.contexts_at_once(longest)
         for first in range(0, len(asked), size):
             rows, queries, targets = (list(part) for part in zip(*asked[first : first + size], strict=True))
-            some = prefix.select(torch.tensor(rows, device=model.device))
+            some = prefix.select(torch.tensor(rows, device=method.device))
             for row, target, (logprobs, _) in zip(
                 rows, targets, read_answers(method, some, queries, targets), strict=True
             ):
@@ -130,60 +155,73 @@ def answer_losses(model: MemoryModel, memory: Memory, texts: Sequence[str]) -> l
     return found
 
 
-def _record(
-    model: MemoryModel,
-    text: str,
-    written: Written,
-    token_losses: list[float],
-    row: int,
-    chunks: list[int],
-    earlier: list[Receipt],
+def token_losses(method: Method, memory: Memory, ids: list[int]) -> list[float]:
+    """Loss of each context token when the context is read back from a memory of one row, nats."""
+    context = Tokens.from_lists([ids]).to(method.device)
+    with torch.no_grad():
+        losses: list[float] = method.token_losses(memory, context)[0].tolist()
+    return losses
+
+
+def measure_again(
+    method: Method, task: Task, memory: Memory, before: str, context_ids: Callable[[str], list[int]]
 ) -> Receipt:
-    taken = int(written.taken[row])
-    losses = [*written.losses[:taken, row].tolist(), _mean(token_losses)]
-    prints = model.fingerprints
-    return Receipt(
-        method=model.spec["method"]["name"],
-        model=model.name,
-        backbone=prints["backbone"],
-        checkpoint=prints["checkpoint"],
-        tokenizer=prints["tokenizer"],
-        context_sha256=text_digest(text),
-        context_tokens=len(token_losses),
-        steps=taken,
-        inner_lr=[round(rate, 6) for rate in model.method.inner_lrs()],
-        losses=_rounded(losses, 6),
-        token_losses=_rounded(token_losses, 3),
-        options=model.method_options,
-        chunks=chunks,
-        earlier=earlier,
-    )
+    """The receipt of a memory of one row, with what the memory still keeps of earlier texts.
 
-
-def measure_again(model: MemoryModel, memory: Memory, before: str) -> Receipt:
-    """The receipt of a memory of one row, with what it still keeps of the texts `before`.
+    Parameters
+    ----------
+    method : Method
+    task : Task
+    memory : Memory
+    before : str
+        All earlier texts, one after the other, or one of them.
+    context_ids : callable
+        Token ids of a context text.
 
     Raises
     ------
     GradmemError
-        When `before` is not what was written.
+        If `before` is not what was written.
     """
     receipt = memory.receipts[0]
     found = written_texts(before, receipt.earlier, "`before`")
     earlier = []
     for part in receipt.earlier:
         if (text := found.get(part.context_sha256)) is not None:
-            part = replace(part, answers=answer_losses(model, memory, [text])[0])
-            if model.method.chunk_mode != "independent":  # vectors of their own have not changed
-                losses = model.token_losses(memory, text)
+            part = replace(part, answers=answer_losses(method, task, memory, [text])[0])
+            if method.chunk_mode != "independent":  # there the text has vectors of its own, which have not changed
+                losses = token_losses(method, memory, context_ids(text))
                 last, tokens = _rounded([_mean(losses)], 6), _rounded(losses, 3)
                 part = replace(part, losses=[*part.losses[:-1], *last], token_losses=tokens, measured=True)
         earlier.append(part)
     return replace(receipt, earlier=earlier)
 
 
+def most_steps(method: Method, steps: int | None, until: float | None, max_steps: int | None) -> int:
+    """Write steps that these arguments of `MemoryModel.write` ask for; with `until`, the most of them.
+
+    Raises
+    ------
+    GradmemError
+        If `steps` and `until` are both given, or `until` is not a positive loss.
+    """
+    if until is None:
+        return method.write_steps if steps is None else steps
+    if steps is not None:
+        raise GradmemError("give `steps` or `until`, not both")
+    if not until > 0:
+        raise GradmemError(f"`until` must be a loss above 0, not {until}")
+    return max(MOST_STEPS, method.write_steps) if max_steps is None else max_steps
+
+
 def as_texts(text: str | Sequence[str], memory: Memory | None = None, what: str = "there are") -> list[str]:
-    """Texts as a list; refused unless there is one for each row of the memory, where there is one."""
+    """Texts as a list, one for each row of the memory if there is one.
+
+    Raises
+    ------
+    GradmemError
+        If the numbers of texts and rows differ.
+    """
     texts = [text] if isinstance(text, str) else list(text)
     if memory is not None and len(texts) != len(memory):
         raise GradmemError(f"{what} {len(texts)} texts for {len(memory)} memories: give one for each")

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx2
 
 from ..errors import GradmemError, Missing
-from ..model.abstain import Answer
+from ..model import Answer
 from ..store.entries import Entry
 from .errors import Busy
 

@@ -13,8 +13,7 @@ from typing import Any
 from ..errors import GradmemError, require
 from ..memory import Memory
 from ..methods.base import Written
-from ..model import MemoryModel
-from ..model.abstain import Answer
+from ..model import Answer, BoundMemory, MemoryModel
 from .engine_requests import AnswerStreamer, AskRequest, OnStep, OnText, WriteRequest
 from .errors import Busy, Closed
 from .prefix_cache import PrefixCache
@@ -84,13 +83,13 @@ class Engine:
     def ask(
         self,
         key: Hashable,
-        memory: Memory,
+        memory: BoundMemory,
         query: str,
         *,
         timeout: float | None = None,
         on_text: OnText | None = None,
     ) -> Future[Answer]:
-        """Queue a query. The answer is the greedy one of `MemoryModel.answer`.
+        """Queue a query. The answer is the greedy one of `BoundMemory.answer`.
 
         Parameters
         ----------
@@ -119,7 +118,7 @@ class Engine:
         GradmemError
             If the memory has several rows or belongs to another model.
         """
-        if memory.model is not self.model or len(memory) != 1:
+        if not isinstance(memory, BoundMemory) or memory.model is not self.model or len(memory) != 1:
             raise GradmemError("the engine takes one memory, opened with its own model: model.open(FILE), memory[ROW]")
         request = AskRequest(key, memory, query, on_text, float("inf") if timeout is None else timeout)
         self._accept(self._asks, request)
@@ -132,7 +131,7 @@ class Engine:
         onto: Memory | None = None,
         on_step: OnStep | None = None,
         **options: Any,
-    ) -> Future[Memory]:
+    ) -> Future[BoundMemory]:
         """Queue a text, or the chunks of one, to be written into a memory.
 
         Parameters
@@ -238,7 +237,7 @@ class Engine:
                 self._changed.wait_for(lambda: len(self._asks) >= self.max_batch or self._closed, max(0, rest))
             waiting = [self._asks.popleft() for _ in range(min(self.max_batch, len(self._asks)))]
         started = time.monotonic()
-        requests = [request for request in waiting if request.start(self.model.query_ids)]
+        requests = [request for request in waiting if request.start(self.model.encoder.query_ids)]
         if not requests:
             return
         try:
@@ -255,12 +254,11 @@ class Engine:
         row = {key: i for i, key in enumerate(memories)}
         first, *others = [self._prefix_cache.get(key, memory) for key, memory in memories.items()]
         joined = Memory.join(list(memories.values()))
-        joined.prefix = first.join(others)
         options = {}
         if any(request.on_text for request in requests):
             options["streamer"] = AnswerStreamer(requests, self.model.task.settled)
         rows, queries = [row[request.key] for request in requests], [request.ids for request in requests]
-        return self.model.answer_ids(joined, rows, queries, **options)
+        return self.model.answer_ids(joined, first.join(others), rows, queries, **options)
 
     def _next_writes(self) -> list[WriteRequest]:
         """Take the write that has waited longest, and those right behind it that fit its batch."""

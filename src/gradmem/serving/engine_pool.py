@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 
 from ..device import device_named
 from ..errors import unknown
-from ..memory import Memory
+from ..model import BoundMemory
 from ..model.loading import load
 from ..store import Entry
 from .async_store import AsyncStore
@@ -54,7 +54,7 @@ class EnginePool:
                 self.loaded[name] = await asyncio.to_thread(self._start, name)
         return self.loaded[name]
 
-    async def open(self, store: AsyncStore, entry: Entry, version: int | None = None) -> tuple[Engine, Memory]:
+    async def open(self, store: AsyncStore, entry: Entry, version: int | None = None) -> tuple[Engine, BoundMemory]:
         """Load a memory, by default its current version, and bind it to its engine's model.
 
         Raises

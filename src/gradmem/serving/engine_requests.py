@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..generation import RowStreamer
 from ..memory import Memory
 from ..methods.base import Written
-from ..model import MemoryModel
-from ..model.abstain import Answer
-from ..prefix import RowStreamer
+from ..model import Answer, BoundMemory, MemoryModel
 
 OnText = Callable[[str], object]
 OnStep = Callable[[Written, int], object]
@@ -25,7 +24,7 @@ class AskRequest:
     """A query that waits for its answer."""
 
     key: Hashable
-    memory: Memory
+    memory: BoundMemory
     query: str
     on_text: OnText | None
     timeout: float
@@ -54,7 +53,7 @@ class WriteRequest:
     onto: Memory | None
     on_step: OnStep | None
     options: dict[str, Any]
-    future: Future[Memory] = field(default_factory=Future)
+    future: Future[BoundMemory] = field(default_factory=Future)
 
     def fits_batch(self, other: WriteRequest) -> bool:
         """Whether both can be written in one batch: new memories of one text each, with the same options."""
@@ -67,7 +66,7 @@ class WriteRequest:
             return False
         try:
             for text in [self.text] if isinstance(self.text, str) else self.text:
-                model.context_ids(text)
+                model.encoder.context_ids(text)
         except Exception as error:  # any error: the engine's thread must survive it
             self.future.set_exception(error)
         return not self.future.done()

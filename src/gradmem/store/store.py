@@ -22,7 +22,7 @@ from .transaction import Quota
 
 if TYPE_CHECKING:
     from ..memory import Memory
-    from ..model import MemoryModel
+    from ..model import BoundMemory, MemoryModel
 
 PAGE = 1000
 """Most memories of one page of a listing."""
@@ -228,7 +228,7 @@ class Store:
 
         return Memory.from_bytes(self.read(ref, version), f"memory '{ref}'")
 
-    def open(self, ref: str, version: int | None = None, checkpoint: str | None = None) -> Memory:
+    def open(self, ref: str, version: int | None = None, checkpoint: str | None = None) -> BoundMemory:
         """Load a memory with the checkpoint that wrote it, ready to be asked; see `gradmem.open`."""
         from ..model.loading import bind_memory
 

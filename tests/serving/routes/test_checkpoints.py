@@ -21,7 +21,7 @@ def test_checkpoints_say_what_they_are_for(client: TestClient, served: str) -> N
     shown = about["example"]
     assert (shown["text"], [(one["query"], one["answer"]) for one in shown["questions"]]) == (text, truth)
     assert truth == model.task.examples(text)
-    ids = model.encode(model.task.context_text(text), "context", 10**6)
+    ids = model.task.encode(model.task.context_text(text))
     assert about["token_cache_bytes"] * len(ids) == model.method.backbone.cache_bytes(torch.tensor([ids]))
     refused(client.get("/v1/checkpoints/gpt2"), 404, "no such checkpoint")
     ref = written(client, served)["id"]

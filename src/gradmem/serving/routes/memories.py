@@ -12,8 +12,7 @@ from fastapi.responses import JSONResponse
 
 from ...errors import GradmemError
 from ...methods.base import Written
-from ...model import MemoryModel
-from ...model.abstain import Answer
+from ...model import Answer, MemoryModel
 from ...store import Entry, content_hash
 from ...store.listing import Filters, labels
 from ...store.store import Store

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from ...choices import Precision
-from ...model.abstain import Answer
+from ...model import Answer
 from ...store import Entry, Version
 from ..validation import Line, Query, TagLine, Tags, Text
 

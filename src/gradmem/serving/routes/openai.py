@@ -13,7 +13,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from ...errors import GradmemError
-from ...model.abstain import Answer
+from ...model import Answer
 from ...store.store import PAGE
 from ..async_store import OwnStore
 from ..engine_pool import Pool
