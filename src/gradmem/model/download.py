@@ -13,7 +13,7 @@ from ..data import digest_files
 from ..errors import GradmemError, refused
 from ..pretrained import HUB_NAME
 from ..untrusted import WEIGHTS
-from .model import FILES, MemoryModel
+from .checkpoint import FILES, MemoryModel
 from .packaged import DOWNLOADABLE, HUB, checkpoint_names, checkpoint_path, downloads, unknown_checkpoint
 
 COPIED = [*FILES, "README.md", "recipe.yaml"]

@@ -15,7 +15,8 @@ from ..lazy import uncollected
 from ..memory import Memory
 from ..pretrained import HUB_NAME, PACKAGED, is_gguf
 from ..untrusted import check_counts, read_json
-from .model import NAMED, BoundMemory, MemoryModel
+from .checkpoint_model import NAMED
+from .model import BoundMemory, MemoryModel
 from .packaged import checkpoint_names, checkpoint_path, unknown_checkpoint
 
 

@@ -1,0 +1,190 @@
+"""A memory method with its task: built, loaded, saved and configured."""
+
+from __future__ import annotations
+
+import copy
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin
+from typing_extensions import Self
+
+from ..errors import GradmemError, refused
+from ..language_model import load_weights
+from ..methods.base import Method
+from ..tasks.base import Task
+from ..untrusted import Stored, within
+from . import checkpoint
+from .abstain import Abstain
+from .build import Spec, build_backbone, build_method, build_task
+from .encoding import TextEncoder
+from .identity import fingerprints
+
+NAMED: set[str] = set()
+"""Models that this process was told to load: memories may name these, as no file decides what is loaded."""
+CHUNK_OPTIONS = ("chunk_size", "chunk_mode")
+"""Options of every method that do not depend on the weights: how contexts are cut."""
+
+
+class CheckpointModel(ModelHubMixin):
+    """What a checkpoint holds: a memory method with the task that it was trained on.
+
+    `MemoryModel` adds memories: it writes, opens and binds them.
+
+    Parameters
+    ----------
+    method : Method
+    task : Task
+    spec : dict
+        `task`, `backbone` and `method` as plain data, from which the same objects can be built.
+    name : str
+        Name or path by which `gradmem.load` finds it.
+    """
+
+    def __init__(self, method: Method, task: Task, spec: dict[str, Spec], name: str = "unnamed") -> None:
+        self.method, self.task, self.spec, self.name = method, task, spec, name
+        self.method_options: Spec = {}
+        """Options of the method that the receipts of a plain language model's memories state."""
+        self.overrides: Spec = {}
+        """Options of the method that differ from training; see `configure`."""
+        method.may_end = task.may_end
+        self.abstain: Abstain | None = None
+        """When to abstain; None if the checkpoint is not calibrated."""
+
+    @classmethod
+    def from_spec(
+        cls, task: Spec, backbone: Spec, method: Spec, *, trusted: bool = True, stored: Stored | None = None
+    ) -> Self:
+        """Build a model with fresh weights, or pretrained ones.
+
+        Parameters
+        ----------
+        task, backbone, method : dict
+        trusted : bool
+            Whether they may name a module that is not imported yet.
+        stored : Stored, optional
+            Weights that will be loaded into the model, which may not be larger.
+
+        Raises
+        ------
+        GradmemError
+            If a part is unknown, refuses an option, or is too large.
+        """
+        built_task = build_task(task, trusted=trusted)
+        built = build_backbone(backbone, built_task, stored)
+        config = built.model.config
+        fields = {**config.to_diff_dict(), "model_type": config.model_type}
+        fields.pop("_name_or_path", None)  # it may be a path on this machine
+        spec = {"task": dict(task), "backbone": fields, "method": dict(method)}
+        with within(None if stored is None else stored.limit):
+            built_method = build_method(method, built, trusted=trusted)
+        return cls(built_method, built_task, copy.deepcopy(spec))
+
+    @classmethod
+    def from_language_model(cls, name: str, method: Spec) -> Self:
+        """Build a model from a pretrained language model and a method that needs no training, such as `cram`.
+
+        Parameters
+        ----------
+        name : str
+            Directory or hub name of the language model.
+        method : dict
+            `name` and options of the method. Its random numbers are the same every time.
+
+        Raises
+        ------
+        GradmemError
+            If the model or its tokenizer cannot be loaded, or the method does not know an option.
+        """
+        with torch.random.fork_rng(), refused(f"cannot load '{name}'"):
+            torch.manual_seed(0)
+            model = cls.from_spec({"name": "raw_text", "tokenizer": name}, {"pretrained": name}, method, trusted=False)
+        model.method.requires_grad_(False)
+        NAMED.add(name)
+        model.name, model.method_options = name, {key: value for key, value in method.items() if key != "name"}
+        model.method.eval()
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        checkpoint.save(save_directory, self.method, self.task, self.spec, self.abstain)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **download: Any) -> Self:
+        """Load a checkpoint from a directory or, by its hub name, from the hub. No code in its files is executed.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path : str or path
+        download
+            For the hub: arguments of `huggingface_hub.snapshot_download`, such as `revision`.
+
+        Raises
+        ------
+        GradmemError
+            If a file is missing or damaged, the weights do not fit the config, or the config asks for more than the
+            weights hold, or names a model or code.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        NAMED.add(name)
+        with refused(f"{name} is damaged or no checkpoint"):
+            directory = checkpoint.locate(name, **download)
+            found = checkpoint.read(directory)
+            model = cls.from_spec(**found.specs, trusted=False, stored=found.stored)
+            load_weights(model.method, found.weights)
+        model.method.eval()
+        model.name = name
+        model.abstain = checkpoint.read_abstain(
+            directory, model.fingerprints["checkpoint"], model.method.backbone.width
+        )
+        return model
+
+    def configure(self, options: Spec) -> None:
+        """Set options that do not depend on the weights: `chunk_size`, `chunk_mode` and the method's `runtime_options`.
+
+        Raises
+        ------
+        GradmemError
+            If there are other options, or the method cannot write in chunks.
+        """
+        cutting = {name: value for name, value in options.items() if name in CHUNK_OPTIONS}
+        known = (*CHUNK_OPTIONS, *self.method.runtime_options)
+        if set(options) - set(known):
+            raise GradmemError(
+                f"'{self.name}' has a method of its own: only plain language models take another; a checkpoint takes "
+                + ", ".join(f"`{name}`" for name in known)
+            )
+        if cutting and not self.method.joins:
+            raise GradmemError(
+                f"'{self.name}' cannot write several chunks into one memory: cut its texts with `model.encoder.chunks`"
+            )
+        if cutting:
+            self.method.chunk_by(**{"chunk_size": self.method.chunk_size, **cutting})
+        for name in self.method.runtime_options:
+            if name in options:
+                setattr(self.method, name, options[name])
+        chosen = {*self.overrides, *options, *(CHUNK_OPTIONS if cutting else ())}
+        # Always in the same order, so that what is written with the same options has the same hash.
+        self.overrides = {name: getattr(self.method, name) for name in known if name in chosen}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of the `backbone`, the whole `checkpoint` and the `tokenizer`; see `gradmem.model.identity`."""
+        return fingerprints(self.method, self.task, self.spec)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """What turns texts into the token ids that this model reads."""
+        return TextEncoder(self.task, self.method, self.name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.method.device
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move to a device."""
+        self.method.to(device)
+        return self
