@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
@@ -128,6 +130,17 @@ def test_a_file_is_converted_once(file: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(conversion, "_convert", lambda *given: pytest.fail("converted again"))
     assert pretrained_place(str(file)) == place
     assert sorted(path.name for path in Path(place).parent.glob(".*.tmp")) == []
+
+
+def test_a_file_is_hashed_once_until_it_changes(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, digest_files = [], conversion.digest_files
+    monkeypatch.setattr(conversion, "digest_files", lambda files: hashed.extend(files) or digest_files(files))
+    same = shutil.copy(file, tmp_path / "same.gguf")
+    places = {pretrained_place(str(same)) for _ in range(3)}
+    assert hashed == [same]
+    os.utime(same, ns=(1, 1))
+    assert {pretrained_place(str(same))} == places == {pretrained_place(str(file))}
+    assert hashed.count(same) == 2
 
 
 def test_a_broken_file_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,9 +196,22 @@ def test_another_model_refuses(tiny: MemoryModel, other: MemoryModel, tmp_path: 
 
 
 def test_unbound_memory_says_so(tiny: MemoryModel, tmp_path: Path) -> None:
-    path = tiny.write(TEXT).save(tmp_path / "m.safetensors")
-    with pytest.raises(GradmemError, match=r"gradmem\.open"):
-        Memory.load(path).ask("a7")
+    memory = Memory.load(tiny.write(TEXT).save(tmp_path / "m.safetensors"))
+    for request in (lambda: memory.ask("a7"), lambda: memory.answer("a7"), lambda: memory.restore()):
+        with pytest.raises(GradmemError, match=r"gradmem\.open"):
+            request()
+    with pytest.raises(AttributeError, match="no attribute 'model'"):
+        _ = memory.model
+    assert tiny.bind(memory).ask("a7") == tiny.write(TEXT).ask("a7")
+
+
+def test_parts_of_a_bound_memory_stay_bound(tiny: MemoryModel) -> None:
+    memory = tiny.write([TEXT, "a7:Qz"])
+    alone = memory.ask([["a7"], ["a7"]])
+    for part, row in ((memory[1], 1), (memory.select([0]), 0), (memory.rounded("float32")[-1], 1)):
+        assert part.model is tiny
+        assert part.ask(["a7"]) == alone[row]
+    assert type(Memory.join([memory[0], memory[1]])) is Memory
 
 
 def damage(path: Path, how: str) -> None:

@@ -42,7 +42,7 @@ __all__ = [
     "load",
 ]
 
-PLACES = {
+MODULES = {
     "Answer": "model",
     "Backbone": "backbone",
     "Batch": "batch",
@@ -59,8 +59,8 @@ PLACES = {
     "load": "model.loading",
     "open": "model.loading:open_memory",
 }
-__getattr__ = attach(__name__, PLACES, submodules=True)
+__getattr__ = attach(__name__, MODULES, submodules=True)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *(name for name in PLACES if name not in globals())]
+    return [*globals(), *(name for name in MODULES if name not in globals())]

@@ -1,4 +1,4 @@
-"""Language models from config fields and safetensors: no code of theirs runs, and no weight is made up."""
+"""Language models from a config and safetensors: none of their code is executed, and no missing weight is drawn."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ FOREIGN = {
     "transformers_weights", "fusion_config", "distributed_config", "name_or_path", "_name_or_path",
     "num_labels", "id2label", "label2id",
 }  # fmt: skip
-"""Fields of a config that name code, kernels or files, or speak of a classifier: none of them is used."""
+"""Fields of a config that name code, kernels or files, or belong to a classifier: they are ignored."""
 FLOAT = "__float__"
-"""How transformers writes a number that JSON lacks, as {"__float__": "Infinity"}."""
+"""Key by which transformers stores a number that JSON lacks, as in {"__float__": "Infinity"}."""
 SHOWN = 3
-"""Missing weights that are named."""
+"""Most weights that a message names."""
 
 
 def built_model(fields: dict[str, Any], stored: Stored | None = None) -> PreTrainedModel:
-    """Build a randomly initialised model from the fields of its Hugging Face config, `model_type` among them.
+    """Build a randomly initialized model from the fields of its Hugging Face config, `model_type` included.
 
     Parameters
     ----------
     fields : dict
     stored : Stored, optional
-        Weights that are to be loaded into it: the model may not be larger.
+        Weights that will be loaded into the model, which may not be larger.
 
     Raises
     ------
     GradmemError
-        When transformers does not know the model type, or the model is too large.
+        If transformers does not know the model type, or the model is too large.
     """
     if stored is not None:
         _shell(config_of(fields, len(stored)), stored.limit)
@@ -52,13 +52,19 @@ def built_model(fields: dict[str, Any], stored: Stored | None = None) -> PreTrai
 
 
 def loaded_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a model from `config.json` and the safetensors of a directory; nothing else in it is read.
+    """Load a model from `config.json` and the safetensors in a directory; other files are not read.
+
+    Parameters
+    ----------
+    directory : Path
+    dtype : torch.dtype
+        Type of the loaded weights.
 
     Raises
     ------
     GradmemError
-        When a file is missing or damaged, weights are missing or of other shapes than the config says, the weights
-        are quantized, or the directory holds an adapter.
+        If a file is missing or damaged, weights are missing, quantized or of other shapes than the config says, or the
+        directory holds an adapter.
     """
     if (directory / ADAPTER).exists():
         raise GradmemError(f"{directory} holds an adapter: merge it into its model (`merge_and_unload` of peft) first")
@@ -71,7 +77,7 @@ def loaded_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
             config=shell.config,
             state_dict=dict(stored),
             dtype=dtype,
-            ignore_mismatched_sizes=True,  # they are named below
+            ignore_mismatched_sizes=True,  # checked below, with their names
             output_loading_info=True,
         )
     check_complete(found, str(directory))
@@ -79,12 +85,19 @@ def loaded_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def check_complete(found: dict[str, Any], what: str) -> None:
-    """Refuse a model of which not all weights were loaded, from the loading info of transformers.
+    """Refuse a model of which not all weights were loaded.
+
+    Parameters
+    ----------
+    found : dict
+        Loading info of transformers.
+    what : str
+        What messages call the weights.
 
     Raises
     ------
     GradmemError
-        When weights are missing, or of other shapes than the config says.
+        If weights are missing, or of other shapes than the config says.
     """
     if other := sorted(found["mismatched_keys"]):
         name, stored, wanted = other[0]
@@ -99,7 +112,7 @@ def load_weights(module: nn.Module, file: Path) -> None:
     Raises
     ------
     GradmemError
-        When the file is damaged, weights are missing, or it has others.
+        If the file is damaged, or its weights are not those of the module.
     """
     stored = Stored([file])
     for key, weight in module.state_dict().items():
@@ -113,43 +126,42 @@ def load_weights(module: nn.Module, file: Path) -> None:
 
 
 def config_of(fields: dict[str, Any], tensors: int | None) -> PretrainedConfig:
-    """Build a config from its fields, without those that name code or files.
+    """Build a config from its fields, ignoring those that name code or files.
 
     Parameters
     ----------
     fields : dict
     tensors : int, optional
-        For fields that come out of a file: tensors of its weights file.
+        For fields from a file: the number of tensors in its weights file.
 
     Raises
     ------
     GradmemError
-        When transformers does not know the model type, the weights are quantized, or there are more layers than
-        tensors.
+        If transformers does not know the model type, the weights are quantized, or there are more layers than tensors.
     """
     if tensors is not None:
         check_layers(fields, tensors)
     if fields.get("quantization_config"):
-        raise GradmemError("the weights are quantized: take the model as it was before, or a GGUF file")
+        raise GradmemError("the weights are quantized: use the model without quantization, or a GGUF file")
     own = _own(fields)
     kind = own.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
         raise GradmemError(f"transformers {transformers.__version__} knows no model type {str(kind)[:40]!r}")
     if kind == "mistral" and "layer_types" in own:
-        kind = "ministral"  # transformers reads such files so
+        kind = "ministral"  # as transformers does with such files
     with quiet():
         return AutoConfig.for_model(kind, **own)
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first of some names."""
+    """The first few of some names."""
     ordered = sorted(names)
     more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
     return ", ".join(ordered[:SHOWN]) + more
 
 
 def _own(value: Any) -> Any:
-    """A value of a config without the foreign fields in it."""
+    """A value of a config without the ignored fields in it."""
     if isinstance(value, list):
         return [_own(part) for part in value]
     if not isinstance(value, dict):
@@ -160,14 +172,14 @@ def _own(value: Any) -> Any:
 
 
 def _shell(config: PretrainedConfig, limit: int) -> PreTrainedModel:
-    """The model without weights, if it is no larger than allowed."""
+    """Build the model without weights; refuse it if it is larger than allowed."""
     with quiet(), within(limit), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave out the warnings and bars of transformers: what matters is refused."""
+    """Silence the warnings and progress bars of transformers."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Names of a package that are imported where they are first used, since PyTorch and transformers take seconds."""
+"""Import the names of a package at first use, as importing PyTorch and transformers takes seconds."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from importlib.util import find_spec
 from typing import Any
 
 
-def attach(package: str, places: dict[str, str], *, submodules: bool = False) -> Callable[[str], Any]:
+def attach(package: str, modules: dict[str, str], *, submodules: bool = False) -> Callable[[str], Any]:
     """Build the `__getattr__` of a package (PEP 562).
 
     Parameters
     ----------
     package : str
         Name of the package.
-    places : dict of str
-        The names it offers, and the submodule that each is defined in; `module:name` where it has another name there.
+    modules : dict of str
+        Public names, each with the submodule that defines it; `module:name` if the submodule calls it by another name.
     submodules : bool
-        Find submodules too, as if they had been imported.
+        Whether submodules can be used without importing them.
     """
 
     def getattr_(name: str) -> Any:
-        if name in places:
-            module, _, original = places[name].partition(":")
+        if name in modules:
+            module, _, original = modules[name].partition(":")
             with uncollected():
                 value = getattr(import_module(f"{package}.{module}"), original or name)
         elif submodules and not name.startswith("_") and find_spec(f"{package}.{name}"):
@@ -41,7 +41,7 @@ def attach(package: str, places: dict[str, str], *, submodules: bool = False) ->
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect no garbage: imports make many objects that all stay, and to search them takes a fifth of the time."""
+    """Switch garbage collection off: imports create many objects that stay, and searching them takes time."""
     collecting = gc.isenabled()
     gc.disable()
     try:

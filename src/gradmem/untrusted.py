@@ -1,4 +1,4 @@
-"""Model files of others: what they say is checked against their size before anything of that size is allocated."""
+"""Model files from others: sizes that they state are checked against their weights before memory is allocated."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .errors import GradmemError, reason
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LARGEST_JSON = 2**26
-"""Bytes of a JSON file: an index of a thousand layers has less than one hundredth of it."""
+"""Most bytes of a JSON file: the index of a thousand layers has less than one hundredth of that."""
 SPARE, COPIES = 2**26, 16
-"""Bytes that a model may take in any case, and for each number in its weights file: float32, twice where weights are
-not tied yet, and twice that."""
+"""Bytes that a model may always take, and those for each number in its weights file: four in float32, twice as many
+before weights are tied, and twice that."""
 LEAST = 2**12
-"""Bytes that a tensor counts at least: what PyTorch keeps beside its numbers."""
+"""Bytes that a tensor counts at least, for what PyTorch keeps beside its numbers."""
 COUNT = 2**16
-"""Size that an option may ask for in any case."""
+"""Size that an option may always ask for."""
 LAYERS = 2**10
-"""Layers that a model may have in any case."""
+"""Layers that a model may always have."""
 OF_LAYERS = re.compile("layer|block|depth")
 
 
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises
     ------
     GradmemError
-        When there is none, or it is too large, nested too deeply, not UTF-8, or no JSON object.
+        If it is missing, too large, nested too deeply, not UTF-8, or not a JSON object.
     """
     try:
         if not path.is_file():
@@ -54,7 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Stored(Mapping[str, Any]):
-    """The tensors of safetensors files by name, as slices that are read when they are needed.
+    """The tensors of safetensors files by name, read only when they are needed.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class Stored(Mapping[str, Any]):
     Raises
     ------
     GradmemError
-        When a file is missing or damaged.
+        If a file is missing or damaged.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -88,27 +88,27 @@ class Stored(Mapping[str, Any]):
 
     @property
     def numbers(self) -> int:
-        """How many numbers the tensors have."""
+        """Number of elements of all tensors."""
         return sum(math.prod(part.get_shape()) for part in self._slices.values())
 
     @property
     def largest(self) -> int:
-        """The largest dimension of a tensor."""
+        """The largest dimension of any tensor."""
         return max((size for part in self._slices.values() for size in part.get_shape()), default=0)
 
     @property
     def limit(self) -> int:
-        """Bytes that a model with these tensors may take."""
+        """Most bytes that a model with these tensors may take."""
         return SPARE + COPIES * self.numbers
 
 
 def stored_in(directory: Path) -> Stored:
-    """The weights in a directory: `model.safetensors`, or the files that its index names.
+    """The weights in a directory: `model.safetensors`, or the files that its index lists.
 
     Raises
     ------
     GradmemError
-        When there are none, one is missing or damaged, or the index names a file elsewhere.
+        If there are none, a file is missing or damaged, or the index lists a file in another directory.
     """
     if (directory / WEIGHTS).is_file():
         return Stored([directory / WEIGHTS])
@@ -125,12 +125,12 @@ def stored_in(directory: Path) -> Stored:
 
 
 def check_layers(fields: Mapping[str, Any], tensors: int) -> None:
-    """Refuse a config with more layers than its weights file has tensors: a config already makes lists of them.
+    """Refuse a config with more layers than its weights file has tensors, as transformers lists the layers of a config.
 
     Raises
     ------
     GradmemError
-        When a field, or one of a nested config, says so.
+        If a field, or a field of a nested config, states too many.
     """
     most = max(LAYERS, tensors)
     for name, value in fields.items():
@@ -141,12 +141,12 @@ def check_layers(fields: Mapping[str, Any], tensors: int) -> None:
 
 
 def check_counts(options: Mapping[str, Any], largest: int) -> None:
-    """Refuse options of a task or a method that ask for more than a file holds.
+    """Refuse options of a task or a method that ask for larger sizes than a file holds.
 
     Raises
     ------
     GradmemError
-        When an integer, other than a seed, is larger than all dimensions in the file.
+        If an integer other than a seed is larger than all dimensions in the file.
     """
     for name, value in options.items():
         if isinstance(value, int) and value > max(COUNT, largest) and name != "seed":
@@ -155,12 +155,12 @@ def check_counts(options: Mapping[str, Any], largest: int) -> None:
 
 @contextmanager
 def within(limit: int | None) -> Iterator[None]:
-    """Refuse to build a model that takes more bytes than this; those on the device `meta` count as if they were there.
+    """Refuse to build a model that takes more bytes than this; tensors on the device `meta` count too.
 
     Raises
     ------
     GradmemError
-        When a parameter or buffer goes beyond the limit, before it is initialised.
+        If a parameter or buffer exceeds the limit, before it is initialized.
     """
     taken, thread = 0, threading.get_ident()
 

@@ -1,4 +1,4 @@
-"""Tasks, methods and backbones from plain data: a `name` and options, as recipes and checkpoints hold them."""
+"""Build tasks, methods and backbones from plain data: a `name` and options, as in recipes and checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_method(spec: Spec, backbone: Backbone, *, trusted: bool = True) -> Met
 
 
 def default_write_steps(spec: Spec) -> int:
-    """Write steps of a method that is not built yet: its option, or what it takes without."""
+    """Default number of write steps of a method, from its options, without building it."""
     cls = find(Method, methods.__name__, "method", spec["name"])
     option = inspect.signature(cls).parameters.get("write_steps")
     return int(spec.get("write_steps", option.default if option else cls.write_steps))
@@ -46,14 +46,19 @@ def build_backbone(spec: Spec, task: Task, stored: Stored | None = None) -> Back
     spec : dict
     task : Task
     stored : Stored, optional
-        Of a checkpoint: its weights, which say how large the model is. A checkpoint names no pretrained model.
+        The weights of a checkpoint, which limit the size of the model; a checkpoint may not name a pretrained model.
+
+    Raises
+    ------
+    GradmemError
+        If a field is refused, the model is too large, or a checkpoint names a pretrained model.
     """
     if "pretrained" in spec:
         options = {key: value for key, value in spec.items() if key != "pretrained"}
         if extra := sorted(options.keys() - {"dtype"}):
-            raise GradmemError(f"a pretrained backbone is what it is: leave out {', '.join(extra)}")
+            raise GradmemError(f"a pretrained backbone takes no other options: leave out {', '.join(extra)}")
         if stored is not None:
-            raise GradmemError("its config names a pretrained model: a checkpoint has its weights with it")
+            raise GradmemError("its config names a pretrained model, but a checkpoint must hold all its weights")
         size, spare = len(task.tokenizer), unspoken(task.tokenizer)
         return Backbone.from_pretrained(spec["pretrained"], size, spare, **options)
     fields = {"vocab_size": len(task.tokenizer), "pad_token_id": task.pad_id, "eos_token_id": task.end_id}
@@ -63,7 +68,7 @@ def build_backbone(spec: Spec, task: Task, stored: Stored | None = None) -> Back
 def _construct(cls: type, kind: str, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
     check_options(cls, kind, options, ("backbone",))
     try:
-        inspect.signature(cls).bind(*given, **options)  # whose errors name options and not our functions
+        inspect.signature(cls).bind(*given, **options)  # its errors name options, not our functions
         return cls(*given, **options)
     except TypeError as error:
         raise GradmemError(f"{kind}: {reason(error)}") from error

@@ -36,8 +36,8 @@ controls (`gradmem eval DIRECTORY`).
 HERE = "."
 """In a config: the directory of the checkpoint itself."""
 FIRST_FORMAT = (
-    "train it again, or edit its config.json: rename the method's options `chunk` to `chunk_size`, `chunks` to "
-    "`chunk_mode` and `settle` to `extra_step_decay`, the task `plain` to `raw_text`, and set `format` to 2"
+    "train it again, or edit its config.json: rename the options `chunk` to `chunk_size`, `chunks` to `chunk_mode` and "
+    "`settle` to `extra_step_decay`, rename the task `plain` to `raw_text`, and set `format` to 2"
 )
 """What to do with a checkpoint of format 1."""
 
