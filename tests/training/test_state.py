@@ -45,11 +45,11 @@ def test_state_round_trip_includes_the_optimizers(tmp_path: Path) -> None:
 def test_half_written_state_is_not_taken_for_one(tmp_path: Path) -> None:
     model = MemoryModel.from_spec(TASK, BACKBONE, METHOD)
     save_state(tmp_path, 3, model.method, [], {})
-    (tmp_path / "incomplete.tmp").mkdir()
-    (tmp_path / "incomplete.tmp" / "weights.safetensors").write_bytes(b"half")
+    (tmp_path / ".0123456789abcdef.tmp").mkdir()
+    (tmp_path / ".0123456789abcdef.tmp" / "weights.safetensors").write_bytes(b"half")
     assert [path.name for path in states(tmp_path)] == ["step-00000003"]
     save_state(tmp_path, 6, model.method, [], {})
-    assert [path.name for path in states(tmp_path)] == ["step-00000006"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
 
 
 def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
