@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..data import digest_files
 from ..errors import GradmemError, refused
+from ..files import atomic_directory, digest_files
 from ..pretrained import HUB_NAME
 from ..untrusted import WEIGHTS
-from .checkpoint import FILES, MemoryModel
+from .checkpoint import FILES
+from .model import MemoryModel
 from .packaged import DOWNLOADABLE, HUB, checkpoint_names, checkpoint_path, downloads, unknown_checkpoint
 
 COPIED = [*FILES, "README.md", "recipe.yaml"]
@@ -71,17 +71,9 @@ def _fetched(name: str, source: str) -> Path:
 
 def _install(directory: Path, target: Path) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as temporary:
-            whole = Path(temporary) / target.name
-            whole.mkdir()
+        with atomic_directory(target) as whole:
             for file in {file for pattern in COPIED for file in directory.glob(pattern) if file.is_file()}:
                 shutil.copyfile(file, whole / file.name)
-            try:
-                whole.rename(target)
-            except OSError:
-                if target.name not in checkpoint_names():  # else another process was faster, which is as good
-                    raise
     except OSError as error:
         what = error.strerror or error
         raise GradmemError(f"cannot write {target} ({what}): set GRADMEM_CACHE to another directory") from error
