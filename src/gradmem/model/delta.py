@@ -101,7 +101,7 @@ def load_delta(directory: Path, pretrained: str | None = None) -> MemoryModel:
         task.pop("data", None)
         if pretrained is None and name not in PACKAGED:
             raise GradmemError(
-                f"{directory} is for '{name}', and a file does not decide what is loaded: name the model if you trust it"
+                f"{directory} is for '{name}', and a file does not decide what is loaded: name it if you trust it"
             )
         check_counts(method, max((size for piece in pieces.values() for size in piece.shape), default=0))
     base = base_weights(name)
