@@ -199,3 +199,12 @@ def check_slopes(method: GradMem, loss: Callable[[], Tensor], names: set[str] = 
         wanted = (grads[name] * direction).sum() / direction.norm()
         assert grads[name].any(), name
         assert got == pytest.approx(wanted.item(), abs=1e-6 * float(grads[name].norm()) + 1e-9), name
+
+
+MODES = ["sequential", "independent", "joint"]
+SIZE = 3
+"""Of the chunks of `make_batch`, whose contexts have then three, two and three of them."""
+
+
+def chunked(mode: str, kind: str = "gpt2", **options: Any) -> GradMem:
+    return make_gradmem(kind, chunk_size=SIZE, chunk_mode=mode, **options)

@@ -167,3 +167,46 @@ class Naive:
             learned = self.method.log_inner_lr
             return math.e ** (learned[step - 1] if self.learn_momentum else learned)
         return self.inner_lr
+
+
+EVERYTHING = {
+    "n_ctrl": 2,
+    "projection": "per_sample",
+    "write_head": "random",
+    "clip_value": 0.05,
+    "clip_norm": 0.2,
+    "learn_inner_lr": True,
+    "write_steps": 3,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "second": {},
+    "first": {"order": "first"},
+    "none": {"order": "none"},
+    "last_k": {"write_steps": 3, "last_k": 1},
+    "last_k_zero": {"last_k": 0},
+    "no_steps": {"write_steps": 0},
+    "one_vector": {"n_mem": 1},
+    "ctrl": {"n_ctrl": 2},
+    "proj": {"projection": "proj"},
+    "per_sample": {"projection": "per_sample"},
+    "per_sample_first": {"projection": "per_sample", "order": "first"},
+    "per_sample_none": {"projection": "per_sample", "order": "none"},
+    "head_copy": {"write_head": "copy"},
+    "head_random": {"write_head": "random"},
+    "clip_value": {"clip_value": 0.05},
+    "clip_norm": {"clip_norm": 0.1},
+    "learned_rate": {"learn_inner_lr": True},
+    "learned_rate_first": {"learn_inner_lr": True, "order": "first"},
+    "learned_rate_none": {"learn_inner_lr": True, "order": "none"},
+    "momentum": {"learn_inner_lr": True, "learn_momentum": True, "write_steps": 3},
+    "momentum_first": {"learn_inner_lr": True, "learn_momentum": True, "write_steps": 3, "order": "first"},
+    "momentum_none": {"learn_inner_lr": True, "learn_momentum": True, "write_steps": 3, "order": "none"},
+    "adam": {"inner_optimizer": "adam", "inner_lr": 0.05},
+    "adam_first": {"inner_optimizer": "adam", "inner_lr": 0.05, "order": "first"},
+    "adam_last_k": {"inner_optimizer": "adam", "inner_lr": 0.05, "write_steps": 3, "last_k": 2},
+    "everything": EVERYTHING,
+    "everything_last_k": EVERYTHING | {"last_k": 2},
+    "everything_adam": EVERYTHING | {"inner_optimizer": "adam", "inner_lr": 0.03},
+    "everything_momentum": EVERYTHING | {"learn_momentum": True},
+    "everything_none": EVERYTHING | {"order": "none"},
+}

@@ -106,7 +106,6 @@ SLOW_TESTS = {
     "test_packaged_checkpoints_abstain_by_their_own_numbers",
     "test_packaged_recipes_build",
     "test_parts_of_a_context_or_of_contexts_give_the_same",
-    "test_patience_halves_the_learning_rate",
     "test_plan_command",
     "test_planning_changes_nothing",
     "test_pretrained_tokenizers_see_the_files_as_they_are",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.training.test_training import BACKBONE, METHOD, TASK, recipe
 
 import gradmem
 from gradmem import GradmemError
 from gradmem.cli.training import train
 from gradmem.evaluation import evaluate
 from gradmem.model import MemoryModel
+from recipes import BACKBONE, METHOD, TASK, recipe
 
 
 def test_evaluate_agrees_with_asking_one_by_one(tmp_path: Path) -> None:

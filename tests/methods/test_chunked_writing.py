@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.methods.test_gradmem import EVERYTHING, OPTIONS
-from tests.methods.test_rmt import naive_read, naive_write
 from torch import Tensor
 
 from gradmem.backbone import Backbone
@@ -23,9 +21,12 @@ from gradmem.methods.base.chunks import Chunks
 from gradmem.model.build import build_task
 from gradmem.training.plan import AUTO
 from helpers import (
+    MODES,
+    SIZE,
     TOLERANCE,
     assert_same_gradients,
     check_slopes,
+    chunked,
     distance,
     gradients,
     make_batch,
@@ -35,11 +36,9 @@ from helpers import (
     random_tokens,
     real,
 )
-from naive import Naive
+from naive import EVERYTHING, OPTIONS, Naive
+from naive_rmt import naive_read, naive_write
 
-MODES = ["sequential", "independent", "joint"]
-SIZE = 3
-"""Of the chunks of `make_batch`, whose contexts have then three, two and three of them."""
 CASES = ["second", "first", "none", "last_k", "one_vector", "adam", "everything", "everything_last_k"]
 
 
@@ -84,10 +83,6 @@ class NaiveChunks(Naive):
 
 def naive(method: GradMem, mode: str, **options: Any) -> NaiveChunks:
     return NaiveChunks(method, **{"inner_lr": 0.3, "write_steps": 2} | options, mode=mode)
-
-
-def chunked(mode: str, kind: str = "gpt2", **options: Any) -> GradMem:
-    return make_gradmem(kind, chunk_size=SIZE, chunk_mode=mode, **options)
 
 
 # --- The naive reference ----------------------------------------------------------------------------------

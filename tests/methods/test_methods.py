@@ -2,86 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 import gradmem
-from gradmem import GradmemError, Memory, MemoryModel, methods
+from cases import ALL, TEXT, build
+from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
 from gradmem.cli.evaluation_tables import results_table
 from gradmem.evaluation import evaluate
 from gradmem.methods import Method
-from gradmem.plugins import names
 from gradmem.training.step import MetaStep
 from helpers import distance, make_batch, random_tokens, real
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-}
-MAMBA = {
-    "model_type": "mamba",
-    "hidden_size": 16,
-    "state_size": 4,
-    "num_hidden_layers": 2,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-}
-GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 2, "n_positions": 128} | {
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-}
-
-# Tiny backbone and options of each case of a method. One that is not here runs on LLAMA with its defaults.
-CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
-    "armt": [(LLAMA, {"n_mem": 2, "d_mem": 8, "reconstruction": True}), (GPT2, {"d_mem": 8, "segment_length": 3})],
-    "cram": [(LLAMA, {"n_mem": 3, "write_steps": 2}), (GPT2, {"n_mem": 1, "write_steps": 3, "start": "mean"})],
-    "full_context": [(LLAMA, {}), (GPT2, {})],
-    "gradmem": [
-        (LLAMA, {"n_mem": 3, "write_steps": 2}),
-        (GPT2, {"n_mem": 1, "n_ctrl": 1, "write_head": "random"}),
-        (GPT2, {"n_mem": 2, "n_ctrl": 1, "projection": "per_sample", "chunk_size": 5, "chunk_mode": "independent"}),
-        (LLAMA, {"n_mem": 2, "write_steps": 2, "chunk_size": 5}),
-    ],
-    "mamba": [(MAMBA, {})],
-    "rmt": [
-        (LLAMA, {"n_mem": 3, "write_steps": 2}),
-        (GPT2, {"n_mem": 1, "n_ctrl": 1, "projection": "proj_rw"}),
-        (LLAMA, {"n_mem": 2, "chunk_size": 5}),
-        (GPT2, {"n_mem": 2, "chunk_size": 5, "chunk_mode": "independent"}),
-    ],
-}
-ALL = [(name, case) for name in names(methods.__name__) for case in range(len(CASES.get(name, [0])))]
 TOLERANCE = 1e-4
-TEXT = "a7:Qz\nk2:9f\nzz:aa"
-
-
-@functools.cache
-def build(name: str, case: int) -> MemoryModel:
-    backbone, options = CASES.get(name, [(LLAMA, {})])[case]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = MemoryModel.from_spec({"name": "kv", "pairs": 3}, backbone, {"name": name, **options})
-        with torch.no_grad():
-            # No parameter is zero or the identity.
-            for parameter in model.method.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.method.eval()
-    return model
 
 
 @pytest.fixture(params=ALL, ids=lambda pair: f"{pair[0]}-{pair[1]}")

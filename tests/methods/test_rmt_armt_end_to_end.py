@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.test_training import BACKBONE, TASK
 
 import gradmem
 from gradmem import GradmemError
@@ -18,6 +17,7 @@ from gradmem.evaluation import evaluate
 from gradmem.model import MemoryModel
 from gradmem.training import Recipe, Stage
 from gradmem.training.trainer import Trainer
+from recipes import BACKBONE, TASK
 
 METHODS: dict[str, dict[str, Any]] = {
     "rmt": {"name": "rmt", "n_mem": 2, "write_head": "random", "reconstruction": True, "residual": True},

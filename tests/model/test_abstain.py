@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save as save_tensors
-from tests.methods.test_methods import ALL, TEXT, build
 
 import gradmem
+from cases import ALL, TEXT, build
 from gradmem import Answer, GradmemError, MemoryModel
 from gradmem.batch import Tokens
 from gradmem.cli.main import main

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.test_chunked_writing import MODES, SIZE, chunked
-from tests.training.test_training import recipe
 from torch import Tensor
 
 import gradmem
@@ -23,7 +21,8 @@ from gradmem.evaluation import evaluate
 from gradmem.methods import RMT, MeanPool
 from gradmem.model.writing import answer_losses
 from gradmem.receipts import Receipt
-from helpers import distance, make_gradmem, make_method, random_tokens, tiny_model
+from helpers import MODES, SIZE, chunked, distance, make_gradmem, make_method, random_tokens, tiny_model
+from recipes import recipe
 
 # --- Models, files, receipts ------------------------------------------------------------------------------
 

@@ -81,7 +81,7 @@ def test_weights_of_a_checkpoint_are_all_there(
 
 def test_a_gguf_file_with_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
-    from tests.test_backbone import write_gguf
+    from gguf_files import write_gguf
 
     monkeypatch.setenv("GRADMEM_CACHE", str(tmp_path / "cache"))
     file = write_gguf(tmp_path / "part.gguf", lambda name: "blk.1.attn_q" not in name)

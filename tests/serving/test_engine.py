@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.methods.test_methods import ALL, TEXT, build
 
+from cases import ALL, TEXT, build
 from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.methods.base import Written
 from gradmem.model import Answer

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.test_training import TASK, log, recipe
 
 from gradmem import GradmemError
 from gradmem.cli.main import main
@@ -27,6 +26,7 @@ from gradmem.training.precision import choose_precision
 from gradmem.training.recipe import Precision
 from gradmem.training.state import states
 from gradmem.training.step import MetaStep, outer_loss
+from recipes import TASK, log, recipe
 
 CPU = torch.device("cpu")
 GB = 10**9

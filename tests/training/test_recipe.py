@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tests.training.test_training import BACKBONE, METHOD, TASK, recipe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -14,6 +13,7 @@ from gradmem import GradmemError
 from gradmem.model import MemoryModel
 from gradmem.training import Stage
 from gradmem.training.recipe import load_recipe, recipe_names
+from recipes import BACKBONE, METHOD, TASK, recipe
 
 
 def test_stages_take_the_write_steps_of_the_method() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.test_training import BACKBONE, METHOD, TASK, recipe, same
 
 import gradmem
 from gradmem import GradmemError
@@ -16,6 +15,7 @@ from gradmem.model import MemoryModel
 from gradmem.training.optimizers import build_optimizers
 from gradmem.training.state import load_state, save_state, states, take_weights
 from helpers import make_batch
+from recipes import BACKBONE, METHOD, TASK, recipe, same
 
 
 def test_state_round_trip_includes_the_optimizers(tmp_path: Path) -> None:
