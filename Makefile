@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo serve test quick test-system load lint audit bench clean
+.PHONY: demo serve test quick test-system docs load lint audit bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/gradmem demo $(if $(PAIRS),--pairs "$(PAIRS)")
@@ -22,6 +22,10 @@ quick: $(INSTALLED)
 
 test-system: $(INSTALLED)
 	$(BIN)/python -m pytest tests/system $(ARGS)
+
+# The site, in site/. Needs no network, and neither do its pages.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 load: $(INSTALLED)
 	$(BIN)/python tests/system/load.py $(ARGS)
@@ -47,4 +51,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo-out
+	rm -rf .venv build dist site demo-out

@@ -45,7 +45,7 @@ def run(*command: str) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where pictures of the page are kept."""
-    parser.addoption("--screenshots", type=Path, help="directory for pictures of the page, as docs")
+    parser.addoption("--screenshots", type=Path, help="directory for pictures of the page, as docs/howto")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Every causal language model that transformers knows: right, or refused with one line; and the page that says which.
 
-`GRADMEM_WRITE_TABLE=1` writes the page, docs/models.md, from what the tests found.
+`GRADMEM_WRITE_TABLE=1` writes the page, docs/reference/models.md, from what the tests found.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from families import FAMILIES, NOT_TRIED, check, made
 from gradmem import GradmemError
 from gradmem.methods import GradMem
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 FOUND: dict[str, tuple[str, str]] = {}
 """Of each family: whether it is accepted, and a note."""
 HEAD = """# Models that can serve as a backbone

@@ -13,7 +13,7 @@ from gradmem import Client
 
 
 def test_screenshots(server: Server, windows: Windows, screenshots: Path) -> None:
-    """The page as the documentation shows it; `--screenshots docs` renews the pictures there."""
+    """The page as the documentation shows it; `--screenshots docs/howto` renews the pictures there."""
     client = Client(server.url)
     for entry in client.list(limit=1000):
         client.delete(entry.id)
