@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import io
 import os
+import pkgutil
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 from unittest import mock
 
 import docstring_parser
@@ -70,7 +72,9 @@ def help_of(*command: str) -> str:
 
 def fields_of(kind: type) -> str:
     """A table of the fields of a dataclass with attribute docstrings."""
-    texts = {one.arg_name: one.description or "" for one in docstring_parser.parse_from_object(kind).params}
+    parts = [docstring_parser.parse_from_object(one).params for one in reversed(kind.__mro__[:-1])]
+    texts = {one.arg_name: one.description or "" for params in parts for one in params}
+    hints = get_type_hints(kind)
     rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(kind):
         if field.default is not dataclasses.MISSING:
@@ -79,9 +83,16 @@ def fields_of(kind: type) -> str:
             default = f"`{field.default_factory()}`"
         else:
             default = "required"
-        named = str(field.type).replace("|", "\\|")
-        rows.append(f"| `{field.name}` | `{named}` | {default} | {one_line(texts[field.name])} |")
+        rows.append(
+            f"| `{field.name}` | `{type_named(hints[field.name])}` | {default} | {one_line(texts[field.name])} |"
+        )
     return "\n".join(rows)
+
+
+def type_named(hint: Any) -> str:
+    """A type as it is written in Python."""
+    shown_as = hint.__name__ if type(hint) is type else re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", str(hint))
+    return shown_as.replace("|", "\\|")
 
 
 def recipes() -> str:
@@ -102,6 +113,29 @@ def recipes() -> str:
             "",
         ]
     )
+
+
+def methods() -> str:
+    """Options of every method."""
+    from gradmem import methods as package
+    from gradmem.methods.base.options import Options
+
+    page = [
+        "# Method options\n",
+        NOTE,
+        "Options stand under `method` in a recipe, beside its `name`, and are options of `gradmem train` too:",
+        "`--method.n_mem 16`. How to add a method: [how-to](../howto/add-method.md).\n",
+    ]
+    for file in pkgutil.iter_modules(package.__path__):
+        if file.name == "base":
+            continue
+        members = list(vars(importlib.import_module(f"{package.__name__}.{file.name}")).values())
+        own = [one for one in members if inspect.isclass(one) and one.__module__ == f"{package.__name__}.{file.name}"]
+        (method,) = (one for one in own if issubclass(one, package.Method))
+        found = [one for one in members if inspect.isclass(one) and issubclass(one, Options)]
+        page += [f"## `{file.name}`\n", (method.__doc__ or "").splitlines()[0] + "\n"]
+        page += [fields_of(max(found, key=lambda one: len(one.__mro__))) + "\n"] if found else []
+    return "\n".join(page)
 
 
 def http() -> str:
@@ -196,7 +230,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-PAGES = {"cli.md": commands, "recipe.md": recipes, "http.md": http}
+PAGES = {"cli.md": commands, "recipe.md": recipes, "methods.md": methods, "http.md": http}
 """Pages by name, and what writes them."""
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_alike() -> None:
     assert not alike("a", "a b")
 
 
-@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "http.md"])
+@pytest.mark.parametrize("name", ["cli.md", "recipe.md", "methods.md", "http.md"])
 def test_what_is_generated_is_current(name: str) -> None:
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
