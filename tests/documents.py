@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from gradmem.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +51,15 @@ def blocks(page: Path) -> list[Block]:
     """The blocks of a page."""
     text = page.read_text(encoding="utf-8")
     return [Block(m[1] or "", m[2], m[3] or "", m[4], text[: m.start(4)].count("\n") + 1) for m in BLOCK.finditer(text)]
+
+
+def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in a directory of its own, with a terminal of one width and keys of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("GRADMEM_KEYS", str(tmp_path / "keys"))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}")
+    monkeypatch.syspath_prepend(str(tmp_path))
 
 
 class Runner:

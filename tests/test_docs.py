@@ -8,22 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from documents import PAGES, ROOT, Runner, alike
+from documents import PAGES, ROOT, Runner, alike, own_directory
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own_directory(tmp_path, monkeypatch)
     Runner(page, slow=False).run()
-
-
-def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in a directory of its own, with a terminal of one width and keys of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("GRADMEM_KEYS", str(tmp_path / "keys"))
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}")
-    monkeypatch.syspath_prepend(str(tmp_path))
 
 
 @pytest.mark.parametrize(

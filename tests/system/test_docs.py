@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from documents import PAGES, ROOT, Runner, blocks
-from test_docs import own_directory
+from documents import PAGES, ROOT, Runner, blocks, own_directory
 
 SLOW = [page for page in PAGES if any(block.mark == "slow" for block in blocks(page))]
 
