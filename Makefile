@@ -21,7 +21,7 @@ quick: $(INSTALLED)
 		-p no:schemathesis -p no:hypothesispytest $(ARGS)
 
 test-system: $(INSTALLED)
-	$(BIN)/python -m pytest tests/system $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/system $(ARGS)
 
 # The site, in site/. Needs no network, and neither do its pages.
 docs: $(INSTALLED)

@@ -22,10 +22,11 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 @pytest.fixture(autouse=True)
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the kernel's files out of the user's directories, and the kernel off the network."""
+    """Keep the kernel's files out of the user's directories, off the network, and to one thread on a busy machine."""
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}.items():
+        monkeypatch.setenv(name, value)
 
 
 def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
