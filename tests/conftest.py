@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-import standin  # noqa: F401 - makes its device known before anything is differentiated
-from babi_solver import SMALL
-from gradmem.model import MemoryModel
-from helpers import tiny_model
 from quick import mark_quick
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from gradmem.model import MemoryModel
+
+
+def pytest_collectstart() -> None:
+    """Import PyTorch in the processes that run tests, and not in the one that hands them out, which takes seconds."""
+    import torch
+
+    import standin  # noqa: F401 - makes its device known before anything is differentiated
+
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,18 +42,25 @@ def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny() -> MemoryModel:
     """An untrained KV model."""
+    from helpers import tiny_model
+
     return tiny_model(0)
 
 
 @pytest.fixture(scope="session")
 def other() -> MemoryModel:
     """The same architecture with other weights."""
+    from helpers import tiny_model
+
     return tiny_model(1)
 
 
 @pytest.fixture(scope="session")
 def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a tokenizer as GPT-2's is, but of single bytes: its one special token begins, ends and pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("tokenizer")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*letters, "<|endoftext|>"])}, []))
@@ -74,6 +85,8 @@ def books(tmp_path: Path) -> str:
 @pytest.fixture
 def small_babi(tmp_path: Path) -> Path:
     """A directory with qa1 in small."""
+    from babi_solver import SMALL
+
     (tmp_path / "qa1_single_train.txt").write_text(SMALL)
     (tmp_path / "qa1_single_test.txt").write_text(SMALL.replace("garden", "kitchen"))
     return tmp_path
