@@ -141,6 +141,7 @@ def methods() -> str:
 def http() -> str:
     """The HTTP API, from its OpenAPI document."""
     from gradmem.serving.app import create_app
+    from gradmem.serving.http_errors import ERROR_RESPONSES
     from gradmem.store import Store
 
     with tempfile.TemporaryDirectory() as directory, Store(f"{directory}/store.db") as store:
@@ -153,7 +154,7 @@ def http() -> str:
         "Bodies are JSON and say so (`Content-Type: application/json`). Errors have one form,",
         '`{"error": {"message": ..., "type": ...}}`:\n',
         "| status | meaning |\n|---|---|",
-        *(f"| {status} | {meaning} |" for status, meaning in STATUSES.items()),
+        *(f"| {status} | {STATUSES[int(status)]} |" for status in ERROR_RESPONSES),
         "",
     ]
     for path, methods in api["paths"].items():
@@ -163,9 +164,12 @@ def http() -> str:
 
 
 STATUSES = {
+    400: "this is no HTTP/1.1 request, or its head is too long",
     401: "a key is missing or wrong",
     403: "a full quota, or a page of another site",
     404: "no such memory or checkpoint",
+    405: "the path has no such method",
+    408: "the request did not arrive in time",
     409: "the name is taken, or the memory is pinned",
     413: "too large",
     415: "the body is not what it should be",
@@ -174,6 +178,7 @@ STATUSES = {
     503: "not now: `Retry-After` likewise",
     504: "it took too long",
 }
+"""What each status of an error means."""
 
 
 def endpoint(method: str, path: str, about: Plain, schemas: Plain) -> str:

@@ -108,6 +108,13 @@ def make_batch(seed: int = 0) -> Batch:
     return Batch(random_tokens([7, 5, 8], seed), queries, labels, torch.tensor([2, 0, 0, 1, 2]))
 
 
+def make_later_batch() -> Batch:
+    """Make the same batch, but the first token of a query is no target: the published losses leave it out."""
+    made = make_batch()
+    made.labels[:, 0] = -100
+    return made
+
+
 def real(tokens: Tokens, row: int) -> Tensor:
     """The tokens of a row without its pads."""
     return tokens.ids[row, tokens.mask[row]]

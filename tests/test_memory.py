@@ -200,6 +200,7 @@ def test_unbound_memory_says_so(tiny: MemoryModel, tmp_path: Path) -> None:
     for request in (lambda: memory.ask("a7"), lambda: memory.answer("a7"), lambda: memory.restore()):
         with pytest.raises(GradmemError, match=r"gradmem\.open"):
             request()
+    assert not hasattr(memory, "ask")
     with pytest.raises(AttributeError, match="no attribute 'model'"):
         _ = memory.model
     assert tiny.bind(memory).ask("a7") == tiny.write(TEXT).ask("a7")

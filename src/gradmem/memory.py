@@ -32,6 +32,10 @@ LONGEST_NAME = 200
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
+class NotBound(GradmemError, AttributeError):
+    """A memory without a model was asked; an `AttributeError` too, so that `hasattr` answers False."""
+
+
 @dataclass
 class Memory:
     """Memories of one or more contexts.
@@ -62,7 +66,7 @@ class Memory:
 
         def __getattr__(self, name: str) -> NoReturn:
             if name in ("ask", "answer", "restore"):
-                raise GradmemError(
+                raise NotBound(
                     "this memory is not bound to a model: open it with gradmem.open(FILE) or model.open(FILE), or bind "
                     "it with model.bind(MEMORY)"
                 )

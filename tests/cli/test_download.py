@@ -116,6 +116,21 @@ def test_weights_that_are_not_the_published_ones_are_refused(elsewhere: Path, so
     assert installed(elsewhere / "cache") == []
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [('"inner_lr": 1.0', '"inner_lr": 2.0'), ('"rms_norm_eps": ', '"rms_norm_eps": 1')]
+)
+def test_settings_that_are_not_the_published_ones_are_refused(
+    old: str, new: str, elsewhere: Path, source: Path
+) -> None:
+    config = source / "kv-64-k1" / "config.json"
+    text = config.read_text()
+    assert old in text
+    config.write_text(text.replace(old, new))
+    with pytest.raises(GradmemError, match="not the published 'kv-64-k1': nothing was installed"):
+        download("kv-64-k1", source)
+    assert installed(elsewhere / "cache") == []
+
+
 @pytest.mark.parametrize("text", ["{", '{"format": 1}'])
 def test_a_config_that_does_not_load_is_refused(text: str, elsewhere: Path, source: Path) -> None:
     (source / "kv-64-k1" / "config.json").write_text(text)

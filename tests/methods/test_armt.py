@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradmem.batch import Batch, Tokens
+from gradmem.batch import Tokens
 from gradmem.errors import GradmemError
 from gradmem.methods import ARMT
 from helpers import (
@@ -19,6 +19,7 @@ from helpers import (
     distance,
     gradients,
     make_batch,
+    make_later_batch,
     make_method,
     random_tokens,
     real,
@@ -36,13 +37,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def make_armt(kind: str = "gpt2", **options: Any) -> ARMT:
     return make_method(ARMT, kind, **{"n_mem": 2, "d_mem": 4} | options)
-
-
-def batch() -> Batch:
-    """Nothing stands before a query's first token."""
-    made = make_batch()
-    made.labels[:, 0] = -100
-    return made
 
 
 # --- The naive reference ----------------------------------------------------------------------------------
@@ -96,7 +90,7 @@ def naive_write(method: ARMT, nu: int, correction: bool, length: int | None, ids
 @pytest.mark.parametrize("name", OPTIONS)
 def test_equals_naive(name: str) -> None:
     """State, logits, loss and all gradients; the naive query has its memory tokens behind it, as published."""
-    options, data = OPTIONS[name], batch()
+    options, data = OPTIONS[name], make_later_batch()
     method = make_armt("llama", **options)
     nu, correction = options.get("nu", 3), options.get("correction", True)
     memory = method.write(data.context).memory
@@ -131,7 +125,7 @@ def test_equals_naive(name: str) -> None:
 def test_reading_starts_as_doing_nothing() -> None:
     """Values start at zero, so the first answers are the backbone's own, and only values take a gradient."""
     torch.manual_seed(0)
-    data, backbone = batch(), make_armt().backbone
+    data, backbone = make_later_batch(), make_armt().backbone
     method = ARMT(backbone, n_mem=2, d_mem=4)
     logits = method.read(method.write(data.context).memory, data.queries, data.rows)
     plain = backbone.model(input_ids=data.queries.ids, attention_mask=data.queries.mask.long()).logits

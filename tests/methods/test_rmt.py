@@ -22,6 +22,7 @@ from helpers import (
     distance,
     gradients,
     make_batch,
+    make_later_batch,
     make_method,
     random_tokens,
     real,
@@ -42,13 +43,6 @@ def make_rmt(kind: str = "gpt2", **options: Any) -> RMT:
     return make_method(RMT, kind, **{"n_mem": 3, "write_steps": 2} | options)
 
 
-def batch() -> Batch:
-    """Nothing but a prefix stands before a query's first token, which the published loss leaves out."""
-    made = make_batch()
-    made.labels[:, 0] = -100
-    return made
-
-
 # --- The naive reference ----------------------------------------------------------------------------------
 
 
@@ -62,7 +56,7 @@ def naive_loss(method: RMT, options: dict[str, Any], batch: Batch) -> tuple[Tens
 
 def check_against_naive(kind: str, options: dict[str, Any]) -> None:
     options = {"n_mem": 3, **options}
-    method, data = make_rmt(kind, **options), batch()
+    method, data = make_rmt(kind, **options), make_later_batch()
     written = method.write(data.context)
     logits = method.read(written.memory, data.queries, data.rows)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), data.labels.flatten())

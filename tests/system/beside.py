@@ -10,7 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from load import CHECKPOINT, PATIENCE, Account, Killer, User, quantiles
+from clients import CHECKPOINT, PATIENCE, Account, User
+from load import Killer, quantiles
 from rich.table import Table
 
 

@@ -101,6 +101,19 @@ def read_stdin() -> str:
         raise GradmemError(f"cannot read standard input: {error.strerror or error}") from error
 
 
+def new_bar(**options: Any) -> Progress:
+    """Make a bar on standard error, drawn on a terminal only. Its tasks have a field `detail`: text beside the bar."""
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    return Progress(*columns, console=notes, disable=not notes.is_terminal, **options)
+
+
 def progress_bar(
     batches: Iterable[T],
     title: str = "",
@@ -123,17 +136,8 @@ def progress_bar(
     """
     if total is None and isinstance(batches, Sized):
         total = len(batches)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[detail]}")]
-    bar = Progress(
-        *columns,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=notes,
-        transient=True,
-        disable=not notes.is_terminal,
-    )
     printed = time.monotonic()
-    with bar:
+    with new_bar(transient=True) as bar:
         task = bar.add_task(title, total=total, detail="")
         for done, batch in enumerate(batches, 1):
             shown = detail(batch) if detail else ""

@@ -9,7 +9,8 @@ from .console import console
 def download(checkpoint: str, source: str = HUB) -> None:
     """Download a checkpoint that is not in the package; then it loads by its name, without a network.
 
-    It is kept in the cache directory (GRADMEM_CACHE: another one), if its files are the published ones.
+    It is kept in the cache directory (GRADMEM_CACHE: another one), if its weights, settings and tokenizer are the
+    published ones.
 
     Parameters
     ----------

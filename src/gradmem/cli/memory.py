@@ -92,8 +92,8 @@ def write(
     device
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     options
-        Options of the method, such as --n_mem 32 --inner_lr 0.03. The method of a checkpoint takes only --chunk_mode
-        sequential, independent or joint.
+        Options of the method, such as --n_mem 32 --inner_lr 0.03. A checkpoint takes only --chunk_mode sequential,
+        independent or joint and, with GradMem, --gauss_newton_after 1: Gauss-Newton steps after the first.
     """
     if not store and (name is not None or tags):
         raise GradmemError("--name and --tags need --store")

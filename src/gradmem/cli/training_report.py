@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from ..training.progress import Report
 from ..training.recipe import Stage
 from ..training.state import RunState
-from .console import notes
+from .console import new_bar, notes
 
 EVERY = 25
 """Steps between the lines that show progress where no terminal could show a bar."""
@@ -33,17 +24,8 @@ class ConsoleReport(Report):
 
     def __init__(self, stages: int) -> None:
         self.stages = stages
-        self.bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=notes,
-            disable=not notes.is_terminal,
-        )
-        self.task = self.bar.add_task("", total=1, numbers="")
+        self.bar = new_bar()
+        self.task = self.bar.add_task("", total=1, detail="")
 
     def __enter__(self) -> ConsoleReport:
         """Start the bar."""
@@ -66,7 +48,7 @@ class ConsoleReport(Report):
         """Show a step."""
         match = sum(state.recent) / len(state.recent)
         numbers = f"loss {row['loss']:.3f} EM {match:.1%} {state.step / state.seconds:.2f} steps/s"
-        self.bar.update(self.task, completed=state.stage_step, numbers=numbers)
+        self.bar.update(self.task, completed=state.stage_step, detail=numbers)
         if not notes.is_terminal and state.stage_step % EVERY == 0:
             self.say(f"step {state.stage_step} {numbers} lr x{row['lr_scale']:.3g}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from ..errors import GradmemError, refused
-from ..files import atomic_directory, digest_files
+from ..files import atomic_directory
 from ..pretrained import HUB_NAME
 from ..untrusted import WEIGHTS
 from .checkpoint import FILES
@@ -23,8 +23,8 @@ COPIED = [*FILES, "README.md", "recipe.yaml"]
 def download(name: str, source: str | os.PathLike[str] = HUB) -> Path:
     """Fetch a checkpoint into the cache, where `gradmem.load` finds it by name; one that is there is left alone.
 
-    It appears whole or not at all, and only if its weights are the published ones and it loads. Nothing that its files
-    contain is executed.
+    It appears whole or not at all, and only if it loads and has the published weights, settings and tokenizer. Nothing
+    that its files contain is executed.
 
     Parameters
     ----------
@@ -40,8 +40,8 @@ def download(name: str, source: str | os.PathLike[str] = HUB) -> Path:
     Raises
     ------
     GradmemError
-        If there is no such checkpoint, the source does not give it, its files are not the published ones, or they
-        cannot be written.
+        If there is no such checkpoint, the source does not have it, it is not the published one, or it cannot be
+        written.
     """
     if name not in DOWNLOADABLE or name in checkpoint_names():
         here = checkpoint_path(name)
@@ -49,9 +49,8 @@ def download(name: str, source: str | os.PathLike[str] = HUB) -> Path:
             raise unknown_checkpoint(name)
         return here
     directory = _fetched(name, os.fspath(source))
-    if digest_files([directory / WEIGHTS]) != [DOWNLOADABLE[name]]:
-        raise GradmemError(f"{directory / WEIGHTS} is damaged or not the published '{name}': nothing was installed")
-    MemoryModel.from_pretrained(directory)
+    if MemoryModel.from_pretrained(directory).fingerprints["checkpoint"] != DOWNLOADABLE[name]:
+        raise GradmemError(f"{directory} is damaged or not the published '{name}': nothing was installed")
     _install(directory, downloads() / name)
     return downloads() / name
 

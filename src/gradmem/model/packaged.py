@@ -11,12 +11,12 @@ from ..files import cache_directory
 HUB = "gradmem/checkpoints"
 """Where checkpoints are downloaded from, unless the user names another place."""
 DOWNLOADABLE = {
-    "kv-128": "8a88448f3918d62a9f5c1d4048ae1234b3151d71294d85ea0a5cc12718fce6d3",
-    "kv-64": "7b9ba4c4a54e810a1eecb3133ac6f7d843b97d80382c809ebd7c270212e93f65",
-    "kv-64-k1": "e0babee813652004283e3909a34e04f324f587e60847283392d4ef18544c2405",
-    "kv-96": "1c8602a39b2af80ae1aeda90b1250f193b55d3938bc3302742de6784f396b703",
+    "kv-128": "e667713e4fd24d0e20344d4f2effc1b699a3fc7ebb5a91fc9128f28ce45110c8",
+    "kv-64": "8586f7270843c233493866fe59f5537ff24f101e59d40f739e1db7def96d2497",
+    "kv-64-k1": "a28252a011edc16af154aa3013ad40e0784c1310cc459b40d789147ea61e3f40",
+    "kv-96": "e968dcbdb9a4ec5f05108e0eab7fa8a7bdb08a87b9eb2069f9869da7c5d9182f",
 }
-"""Checkpoints that are not in the package, and the SHA-256 of their weights."""
+"""Checkpoints that are not in the package, and their fingerprints: SHA-256 of weights, settings and tokenizer."""
 
 
 def downloads() -> Path:

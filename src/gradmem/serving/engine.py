@@ -95,7 +95,7 @@ class Engine:
         ----------
         key : hashable
             Key of the memory in the prefix cache. Each memory, and each version of it, needs its own key.
-        memory : Memory
+        memory : BoundMemory
             One row, bound to the engine's model.
         query : str
         timeout : float, optional
