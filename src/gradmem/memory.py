@@ -41,7 +41,7 @@ class Memory:
     """Memories of one or more contexts.
 
     A memory whose size depends on its context has a tensor `lengths`, int64, shape (batch,). The second dimension of
-    its other tensors is then that length, padded with zeros at the end.
+    its floating-point tensors is then that length, padded with zeros at the end.
 
     To ask a memory, bind it to the model that wrote it; see `BoundMemory`.
 
@@ -78,7 +78,7 @@ class Memory:
         tensors = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
         if LENGTHS in tensors:
             longest = max(tensors[LENGTHS].tolist(), default=0)
-            tensors = {name: tensor[:, :longest] if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+            tensors = {name: t[:, :longest] if t.is_floating_point() else t for name, t in tensors.items()}
         receipts = [self.receipts[row] for row in index.tolist()] if self.receipts else []
         return dataclasses.replace(self, tensors=tensors, receipts=receipts)
 
@@ -88,7 +88,7 @@ class Memory:
         tensors = {}
         for name in memories[0].tensors:
             parts = [memory.tensors[name] for memory in memories]
-            if LENGTHS in memories[0].tensors and parts[0].ndim > 1:
+            if LENGTHS in memories[0].tensors and parts[0].is_floating_point():
                 longest = max(part.shape[1] for part in parts)
                 pads = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
                 parts = [F.pad(part, pad) for part, pad in zip(parts, pads, strict=True)]
@@ -107,7 +107,7 @@ class Memory:
 
     def _count(self, tensor: Tensor) -> int:
         """Numbers in a tensor, padding not counted."""
-        if LENGTHS in self.tensors and tensor.ndim > 1:
+        if LENGTHS in self.tensors and tensor.is_floating_point():
             return int(self.tensors[LENGTHS].sum()) * math.prod(tensor.shape[2:])
         return tensor.numel()
 

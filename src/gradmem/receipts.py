@@ -57,6 +57,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "list[int]": lambda value: isinstance(value, list) and all(map(_integer, value)),
     "list[float]": _floats,
     "list[float] | None": lambda value: value is None or _floats(value),
+    "dict[str, float] | None": lambda value: value is None or (isinstance(value, dict) and _floats([*value.values()])),
     "dict[str, Any]": lambda value: isinstance(value, dict) and _simple(value),
     "list[Receipt]": lambda value: not any(receipt.earlier for receipt in value),
 }
@@ -114,6 +115,12 @@ class Receipt:
     answers : list of float or None
         For each answer that the task finds in the text (`Task.examples`), the highest loss of one of its tokens when
         READ is asked for it, nats. None if this was not measured.
+    fidelity : dict of float or None
+        How well the memory answers, measured when it was written on `questions` that no writer had seen, with answers
+        of `tokens` tokens in all. KL divergence, in nats per token, from the model with the whole text along its own
+        greedy answers: `kl_unwritten` without the text, `kl_start` after the first writer, `kl` of this memory. How
+        often the likeliest token is the same: `agreement_unwritten` without the text, `agreement` with this memory.
+        None if this was not measured.
     measured : bool
         Whether the losses are those under this memory. False for earlier text that was not measured again after more
         was written into the same vectors: its losses are then those from before.
@@ -134,6 +141,7 @@ class Receipt:
     chunks: list[int] = field(default_factory=list)
     earlier: list[Receipt] = field(default_factory=list)
     answers: list[float] | None = None
+    fidelity: dict[str, float] | None = None
     measured: bool = True
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ def write_texts(
     """
     if not texts:
         raise GradmemError("there is no text to write")
-    size = method.backbone.contexts_at_once(max(map(len, ids)))
+    size = method.texts_at_once(max(map(len, ids)))
     parts = []
     for first in range(0, len(texts), size):
         last = min(first + size, len(texts))
@@ -107,6 +107,7 @@ def _write_batch(
             chunks=cuts[row],
             earlier=[] if onto is None else [_since(part, method) for part in onto.receipts[row].history],
             answers=answers[row],
+            fidelity=None if written.fidelity is None else written.fidelity[row],
         )
         for row, text in enumerate(texts)
     ]

@@ -50,6 +50,8 @@ class Method(nn.Module, ABC):
     that have only one way ignore it."""
     runtime_options: Sequence[str] = ()
     """Names of options that do not depend on the weights; they are attributes that may be set at any time."""
+    reads_together: bool = False
+    """Whether the rows of a memory are chunks of one document, which a question reads together."""
     joins: bool = False
     """Whether several chunks of a context can be written into one memory; if not, each needs a memory of its own."""
     caution: str = ""
@@ -144,6 +146,10 @@ class Method(nn.Module, ABC):
     def max_query(self) -> int:
         """Longest query and answer in tokens."""
         return self.max_context
+
+    def texts_at_once(self, length: int) -> int:
+        """Texts of so many tokens that are written in one batch."""
+        return self.backbone.contexts_at_once(length)
 
     def inner_lrs(self) -> list[float]:
         """Return the inner learning rates for the receipt; empty if the method has none."""

@@ -20,7 +20,7 @@ Constructor = TypeVar("Constructor", bound=Callable[..., None])
 class Options:
     """Base of all options of methods.
 
-    A field may be an int, a float, a bool or a `Literal` of texts, or one of these or None. Each value is checked
+    A field may be an int, a float, a bool, a text or a `Literal` of texts, or several of these, or None. Each value is checked
     against the type of its field. Subclasses check ranges in their `__post_init__`, after that of this class.
 
     Raises
@@ -65,7 +65,7 @@ def _described(kind: Any) -> str:
     """What a value of a type is, for an error message."""
     if get_origin(kind) is Literal:
         return _either(list(get_args(kind)))
-    return {int: "a whole number", float: "a number that float32 holds", bool: "true or false"}.get(kind, "null")
+    return {int: "a whole number", float: "a number that float32 holds", bool: "true or false", str: "a text"}.get(kind, "null")
 
 
 def _either(choices: list[str]) -> str:

@@ -24,16 +24,20 @@ class Written:
         write loss.
     taken : Tensor, int64, shape (batch,)
         Number of steps that each sample took.
+    fidelity : list of dict or None, optional
+        How well each memory answers, if the method measures it; see `Receipt.fidelity`.
     """
 
     memory: Memory
     losses: Tensor
     taken: Tensor
+    fidelity: list[dict[str, float] | None] | None = None
 
     def rows(self) -> list[Written]:
         """Split the result into one for each context."""
         columns = zip(self.losses.split(1, 1), self.taken.split(1), strict=True)
-        return [Written(self.memory[row], *own) for row, own in enumerate(columns)]
+        measured = [None] * len(self.taken) if self.fidelity is None else [[one] for one in self.fidelity]
+        return [Written(self.memory[row], *own, measured[row]) for row, own in enumerate(columns)]
 
 
 def last_state(trajectory: Iterable[Written]) -> Written:

@@ -1,0 +1,66 @@
+"""Entries of a key-value cache, as many for each head as it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..memory import LENGTHS, Memory
+
+TENSORS = ("keys", "values", "counts", "start", LENGTHS)
+"""Names of the tensors of a memory of keys and values."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Keys and values of one text. A head with fewer entries than others has zeros behind its own.
+
+    Attributes
+    ----------
+    keys, values : Tensor, shapes (layers, key-value heads, most entries, width)
+        Rotary positions are applied to the keys.
+    counts : Tensor, int64, shape (layers, key-value heads)
+        Entries of each head.
+    start : int
+        Position of the first token after them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor
+    start: int
+
+    @property
+    def used(self) -> Tensor:
+        """Which places hold an entry: bool, shape (layers, key-value heads, most entries)."""
+        places = torch.arange(self.keys.shape[2], device=self.counts.device)
+        return places < self.counts[..., None]
+
+    def memory(self) -> Memory:
+        """The entries as a memory of one row; see `gradmem.methods.compact`."""
+        used = self.used.to(self.keys.device)
+        total = int(self.counts.sum())
+        tensors = {
+            "keys": self.keys[used][None],
+            "values": self.values[used][None],
+            "counts": self.counts[None].cpu(),
+            "start": torch.tensor([self.start]),
+            LENGTHS: torch.tensor([total]),
+        }
+        return Memory(tensors)
+
+    @classmethod
+    def of(cls, memory: Memory, row: int) -> Entries:
+        """The entries of one row of a memory."""
+        tensors = memory.tensors
+        counts, total = tensors["counts"][row].cpu(), int(tensors[LENGTHS][row])
+        used = torch.arange(int(counts.max())) < counts[..., None]
+        padded = []
+        for name in ("keys", "values"):
+            flat = tensors[name][row, :total]
+            dense = flat.new_zeros(*used.shape, flat.shape[-1])
+            dense[used.to(flat.device)] = flat
+            padded.append(dense)
+        return cls(*padded, counts, int(tensors["start"][row]))

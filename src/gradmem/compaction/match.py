@@ -1,0 +1,93 @@
+"""Match: move the kept entries until questions find in them what they find in the whole cache (arXiv 2602.16284)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .entries import Entries
+from .text import References, attention
+
+STEPS, RATE = 100, 0.02
+"""Steps of Adam, and their rate relative to the size of a head's keys and values."""
+QUERIES = 200
+"""Reference queries of a step."""
+RIDGE = 1e-4
+"""What an error weighs in directions that the layer's output does not see, as a part of the mean weight."""
+NUMBERS_AT_ONCE = 2**19
+"""Most attention probabilities of a step: heads that fit are moved together."""
+ALIKE = 0.75
+"""Least entries of such a head, as a part of those of the one that has most."""
+
+
+def match(entries: Entries, references: References, metric: Tensor) -> Entries:
+    """Move keys and values by gradient descent, towards the attention outputs of the whole cache.
+
+    Each head is moved for itself, and no step passes through the model. The error of a query is that of its attention
+    output over the entries and all that is outside of the text, weighed by what it does to the output of the layer;
+    so the mass of attention is matched too.
+
+    Parameters
+    ----------
+    entries : Entries
+        The start.
+    references : References
+    metric : Tensor, shape (layers, key-value heads, query heads each, value width, value width)
+        What a change of a head's output weighs in the output of its layer.
+    """
+    keys, values = entries.keys.clone(), entries.values.clone()
+    flat = [tensor.flatten(0, 1) for tensor in (keys, values, entries.counts)]
+    for heads in _groups(flat[2], references.queries.shape[2] * QUERIES):
+        most = int(flat[2][heads].max())
+        given = References(
+            *(
+                tensor.flatten(0, 1)[heads]
+                for tensor in (references.queries, references.mass, references.output, references.wanted)
+            ),
+            references.seen,
+            references.cap,
+        )
+        unused = torch.arange(most) >= flat[2][heads][:, None]
+        start = (flat[0][heads, :most].float(), flat[1][heads, :most].float())
+        moved = _moved(start, unused.to(keys.device), given, metric.flatten(0, 1)[heads])
+        flat[0][heads, :most], flat[1][heads, :most] = (tensor.to(keys.dtype) for tensor in moved)
+    return Entries(*(tensor.view(entries.keys.shape[:2] + tensor.shape[1:]) for tensor in flat[:2]), entries.counts, entries.start)
+
+
+def _groups(counts: Tensor, rows: int) -> Iterator[Tensor]:
+    """Heads that are moved together: those with about as many entries."""
+    order = counts.argsort(descending=True)
+    while len(order):
+        most = int(counts[order[0]])
+        alike = int((counts[order] >= ALIKE * most).sum())
+        size = max(1, min(alike, NUMBERS_AT_ONCE // (rows * most)))
+        yield order[:size]
+        order = order[size:]
+
+
+@torch.enable_grad()
+def _moved(start: tuple[Tensor, Tensor], unused: Tensor, references: References, metric: Tensor) -> list[Tensor]:
+    """Keys and values (heads, entries, width) after the descent."""
+    eye = torch.eye(metric.shape[-1], device=metric.device)
+    root = torch.linalg.cholesky(metric + RIDGE * metric.diagonal(dim1=-2, dim2=-1).mean((1, 2))[:, None, None, None] * eye)
+    count = (~unused).sum(1)[:, None, None]
+    sizes = [(tensor.square().sum((1, 2), keepdim=True) / (count * tensor.shape[2])).sqrt() for tensor in start]
+    moves = [torch.zeros_like(tensor, requires_grad=True) for tensor in start]
+    optimizer = torch.optim.Adam(moves, lr=RATE, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(0)
+    total, first = references.queries.shape[2], None
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - step / STEPS))
+        some = torch.randperm(total, generator=generator)[:QUERIES].to(metric.device)
+        keys, values = (tensor + move * size for tensor, move, size in zip(start, moves, sizes, strict=True))
+        inside, outside = attention(references.queries[:, :, some], references.mass[:, :, some], keys, references.cap, unused)
+        error = torch.einsum("hrnm,hmd->hrnd", inside, values) - references.wanted[:, :, some]
+        error = error + outside[..., None] * references.output[:, :, some]
+        losses = torch.einsum("hrnd,hrde->hrne", error, root).square().mean((1, 2, 3))
+        first = losses.detach() + 1e-12 if first is None else first
+        optimizer.zero_grad()
+        (losses / first).sum().backward()
+        optimizer.step()
+    return [(tensor + move * size).detach().masked_fill(unused[..., None], 0) for tensor, move, size in zip(start, moves, sizes, strict=True)]

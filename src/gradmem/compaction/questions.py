@@ -1,0 +1,30 @@
+"""Questions that can be asked of any text: nothing of a text's own questions is known when it is written."""
+
+from __future__ import annotations
+
+STOCK = (
+    "Who is mentioned in the text?",
+    "What is the text about?",
+    "Where does it take place?",
+    "When did it happen?",
+    "How many are there?",
+    "Why did it happen?",
+    "What happened first?",
+    "What happened last?",
+    "Which names are mentioned?",
+    "Which numbers are mentioned?",
+    "What was the result?",
+    "Who did what?",
+)
+"""Questions whose answers a memory is fitted to."""
+HELD_OUT = (
+    "What is the most important fact in the text?",
+    "Which places are mentioned?",
+    "Which dates or times are mentioned?",
+    "Who or what is the main subject?",
+)
+"""Questions by which a memory is measured, and to which it is not fitted."""
+REPEAT = "Repeat the text."
+"""What is asked for the text itself."""
+ANSWER = 24
+"""Most tokens of an answer to one of these questions."""

@@ -1,0 +1,243 @@
+"""What compaction knows of a text: its whole key-value cache, and what questions look for in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import Backbone
+from ..batch import Tokens
+from ..errors import GradmemError
+from ..generation import generate
+from ..ops.head_attention import head_attention
+from ..prefix import Prefix
+from ..tasks.base import Task
+from .entries import Entries
+from .questions import ANSWER, HELD_OUT, REPEAT, STOCK
+
+MOST_QUERIES = 1024
+"""Most reference queries of a head. More take longer and say little that is new."""
+
+
+@dataclass(frozen=True)
+class References:
+    """Queries of the model with the whole text, and what they find.
+
+    Attributes
+    ----------
+    queries : Tensor, shape (layers, key-value heads, query heads each, queries, width)
+        Already scaled.
+    mass : Tensor, shape (layers, key-value heads, query heads each, queries)
+        Log of the attention mass outside of the text: the sum of exponentials of scores.
+    output : Tensor, shape (layers, key-value heads, query heads each, queries, value width)
+        Attention output of what is outside of the text alone.
+    wanted : Tensor, as `output`
+        Attention output of everything.
+    seen : Tensor, shape (layers, key-value heads, query heads each, entries)
+        Mean square of the attention to each entry of the text.
+    cap : float or None
+        Cap of attention scores, for models that have one.
+    """
+
+    queries: Tensor
+    mass: Tensor
+    output: Tensor
+    wanted: Tensor
+    seen: Tensor
+    cap: float | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions with the greedy answers of the model that has the whole text.
+
+    Attributes
+    ----------
+    queries, answers : list of list of int
+        Token ids.
+    hidden : Tensor, shape (answer tokens, d)
+        Hidden states that predict the tokens of all answers, one answer after the other.
+    """
+
+    queries: list[list[int]]
+    answers: list[list[int]]
+    hidden: Tensor
+
+    @classmethod
+    def read(cls, backbone: Backbone, prefix: Prefix, queries: list[list[int]], answers: list[list[int]]) -> Asked:
+        """Read questions with their answers after a prefix of one row."""
+        pairs = zip(queries, answers, strict=True)
+        states = [read(backbone, prefix, [*query, *answer])[len(query) - 1 : -1] for query, answer in pairs]
+        return cls(queries, answers, torch.cat(states))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that was read whole.
+
+    Attributes
+    ----------
+    ids : list of int
+        Tokens of the text itself.
+    whole : Entries
+        Its cache, with what the task puts before it.
+    references : References
+    study : Asked
+        Questions that writers may fit to.
+    held_out : Asked
+        Questions that no writer sees.
+    """
+
+    ids: list[int]
+    whole: Entries
+    references: References
+    study: Asked
+    held_out: Asked
+
+
+def read_text(backbone: Backbone, task: Task, ids: list[int], questions: Sequence[str] = ()) -> Text:
+    """Read a text whole, let the model answer questions about it, and note what it looks for.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    task : Task
+        It says what stands before a text and around a question.
+    ids : list of int
+        Tokens of the text.
+    questions : sequence of str
+        The user's own questions, besides those that fit any text. Every fourth is held out.
+
+    Raises
+    ------
+    GradmemError
+        If the model's attention cannot be observed.
+    """
+    with torch.no_grad():
+        prefix = whole_prefix(backbone, task, ids)
+        own = [task.encode_query(question) for question in questions]
+        held_out = [*map(task.encode_query, HELD_OUT), *own[3::4]]
+        study = [*map(task.encode_query, STOCK), *(query for i, query in enumerate(own) if i % 4 != 3)]
+        answers = greedy_answers(backbone, task, prefix, [*held_out, *study])
+        known = Asked.read(backbone, prefix, held_out, answers[: len(held_out)])
+        answers, repeat = answers[len(held_out) :], task.encode_query(REPEAT)
+        tokens = len(repeat) + len(ids) + sum(map(len, [*study, *answers]))
+        observer = _Observer(prefix.length, tokens)
+        with head_attention(backbone.model, observer=observer):
+            studied = Asked.read(backbone, prefix, study, answers)
+            read(backbone, prefix, repeat + ids)
+        keys, values = (
+            torch.stack([getattr(layer, name)[0] for layer in prefix.cache.layers]) for name in ("keys", "values")
+        )
+        whole = Entries(keys, values, torch.full(keys.shape[:2], keys.shape[2]), prefix.length)
+        return Text(list(ids), whole, observer.found(keys, values), studied, known)
+
+
+def whole_prefix(backbone: Backbone, task: Task, ids: list[int]) -> Prefix:
+    """Run a text, with what the task puts before it."""
+    given = torch.tensor([[*task.before_context, *ids]], device=backbone.model.device)
+    return backbone.prefix(backbone.embed(given))
+
+
+def read(backbone: Backbone, prefix: Prefix, ids: list[int]) -> Tensor:
+    """Hidden states of tokens after a prefix of one row: shape (tokens, d)."""
+    device = prefix.last.device
+    own = prefix.select(torch.zeros(1, dtype=torch.long, device=device))
+    with own.active():
+        embeds = backbone.embed(torch.tensor([ids], device=device))
+        return backbone.hidden(embeds, own.cache, **own.continued(len(ids)))[0]
+
+
+def greedy_answers(backbone: Backbone, task: Task, prefix: Prefix, queries: list[list[int]]) -> list[list[int]]:
+    """Let the model answer after a prefix of one row; each answer is up to its end token, or cut off."""
+    rows = torch.zeros(len(queries), dtype=torch.long, device=prefix.last.device)
+    options: dict[str, Any] = task.greedy_options() | {"max_new_tokens": ANSWER}
+    found = generate(backbone, prefix.select(rows), queries, task.pad_id, **options)
+    return [ids[: ids.index(task.end_id) + 1] if task.end_id in ids else ids for ids in found]
+
+
+class _Observer:
+    """Notes the queries of tokens that are read after the text.
+
+    Parameters
+    ----------
+    first : int
+        Entries of the text.
+    tokens : int
+        Tokens that will be read in all; if these are too many, a random part of them is noted.
+    """
+
+    def __init__(self, first: int, tokens: int) -> None:
+        self.first, self.share = first, min(1.0, MOST_QUERIES / tokens)
+        self.layers: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self.cap: float | None = None
+        self.generator = torch.Generator().manual_seed(0)
+        self.chosen = torch.zeros(0, dtype=torch.long)
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+    ) -> None:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        length, heads = query.shape[2], key.shape[1]
+        if layer == 0:
+            count = max(1, round(self.share * length))
+            self.chosen = torch.randperm(length, generator=self.generator)[:count].sort().values.to(query.device)
+        self.cap = options.get("softcap")
+        scaling = options.get("scaling")
+        queries = query[0, :, self.chosen] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        queries = queries.unflatten(0, (heads, -1)).float()
+        own = scores(queries, key[0, :, self.first :].float(), self.cap)
+        later = torch.arange(length, device=query.device) > self.chosen[:, None]
+        own = own.masked_fill(later, -torch.inf)
+        output = torch.einsum("hrnm,hmd->hrnd", own.softmax(-1), value[0, :, self.first :].float())
+        self.layers.setdefault(layer, []).append((queries, own.logsumexp(-1), output))
+
+    def found(self, keys: Tensor, values: Tensor) -> References:
+        """What the noted queries find in keys and values of shape (layers, key-value heads, entries, width)."""
+        if sorted(self.layers) != list(range(len(keys))):
+            raise GradmemError("the model's attention cannot be observed: take another model, or the method cram")
+        layers = []
+        for layer in range(len(keys)):
+            queries, mass, output = (torch.cat(parts, 2) for parts in zip(*self.layers.pop(layer), strict=True))
+            inside, outside = attention(queries, mass, keys[layer].float(), self.cap)
+            wanted = torch.einsum("hrnm,hmd->hrnd", inside, values[layer].float()) + outside[..., None] * output
+            layers.append((queries, mass, output, wanted, inside.square().mean(2)))
+        return References(*map(torch.stack, zip(*layers, strict=True)), self.cap)
+
+
+def scores(queries: Tensor, keys: Tensor, cap: float | None) -> Tensor:
+    """Attention scores (..., query heads, queries, entries) of scaled queries (..., query heads, queries, width)."""
+    found = torch.einsum("...rnd,...md->...rnm", queries, keys)
+    return found if cap is None else cap * (found / cap).tanh()
+
+
+def attention(
+    queries: Tensor, mass: Tensor, keys: Tensor, cap: float | None, unused: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention to entries, and to all that is outside of them.
+
+    Parameters
+    ----------
+    queries : Tensor, shape (..., query heads, queries, width)
+        Already scaled.
+    mass : Tensor, shape (..., query heads, queries)
+        Log of the mass outside.
+    keys : Tensor, shape (..., entries, width)
+    cap : float, optional
+    unused : Tensor, bool, shape (..., entries), optional
+        Places without an entry.
+
+    Returns
+    -------
+    inside : Tensor, shape (..., query heads, queries, entries)
+    outside : Tensor, shape (..., query heads, queries)
+    """
+    found = scores(queries, keys, cap)
+    if unused is not None:
+        found = found.masked_fill(unused[..., None, None, :], -torch.inf)
+    total = torch.logaddexp(found.logsumexp(-1), mass)
+    return (found - total[..., None]).exp(), (mass - total).exp()

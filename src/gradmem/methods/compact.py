@@ -1,0 +1,285 @@
+"""Compact: the key-value cache of a text in a fraction of its entries, for any language model, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..backbone import Backbone
+from ..batch import Tokens
+from ..compaction.budget import entries_of
+from ..compaction.entries import TENSORS, Entries
+from ..compaction.fidelity import compared, fidelity
+from ..compaction.heads import output_metric
+from ..compaction.match import match
+from ..compaction.questions import REPEAT
+from ..compaction.select import Score, select
+from ..compaction.study import study
+from ..compaction.text import Text, read_text, whole_prefix
+from ..errors import GradmemError, require
+from ..inner.objective import token_losses
+from ..memory import LENGTHS, Memory
+from ..prefix import Prefix
+from .base import Method, Written
+from .base.head_prefix import HeadPrefix
+from .base.options import Options, keywords_of
+
+WRITERS = ("select", "match", "study")
+"""Writers, in the order in which they run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactOptions(Options):
+    """Options of `compact`."""
+
+    budget: float | str = 0.1
+    """How much to keep of the key-value cache. Up to 1: this fraction of its entries. Above 1: this many entries for
+    each head, on average. A text such as 200KB or 2MB: bytes of keys and values in float32."""
+    writers: Literal["select", "select,match", "select,match,study"] = "select,match"
+    """Writers, one after the other. select keeps entries as they are. match moves them until questions find in them what
+    they find in the whole cache, without a pass through the model. study moves them by gradients through the model, on
+    answers to questions about the text."""
+    score: Score = "contribution"
+    """How select ranks entries: by what they add to the output of their layer, by squared attention alone, by small
+    norm of the key, or the last ones first."""
+    shared: bool = True
+    """Whether all heads of all layers share one budget. If not, every head keeps as many entries, and other programs
+    can read the memory (`gradmem export`)."""
+    positions: Literal["text", "memory"] | None = None
+    """Where a question begins: after the end of the text, or right after the memory, whose keys move to positions 0 to
+    m - 1. Default: text if heads share a budget, else memory."""
+    read_chunks: int = 8
+    """Most chunks of a long document that a question reads: those that it attends to most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        entries_of(self.budget, 2**40, 1)  # refuses what is no budget
+        require("read_chunks", self.read_chunks, self.read_chunks >= 1, "at least 1")
+        if self.shared and self.positions == "memory":
+            raise GradmemError("`positions: memory` needs as many entries in every head: give `shared: false`")
+
+
+class Compact(Method):
+    """The key-value cache of a text, compacted to a fraction of its entries: a memory that answers questions.
+
+    The model reads the text once and answers questions that fit any text. Its own queries say which entries count, and
+    what attention should find in them. Nothing is trained, and the questions that people will ask need not be known.
+
+    A memory holds `keys` and `values`, shapes (batch, entries, width), of all heads one after the other: layer 0 head 0,
+    layer 0 head 1, and so on. `counts`, int64, shape (batch, layers, heads), says how many each head has; `start`,
+    int64, shape (batch,), at which position a question begins; `lengths` how many entries a row has. A row is a chunk
+    of a document, and a question reads the rows that it attends to most.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    **options
+        The fields of `CompactOptions`.
+
+    Raises
+    ------
+    GradmemError
+        If layers restrict attention to a window, keep no keys and values, or differ in shape.
+    """
+
+    task_name = "document"
+    reads_together = True
+    runtime_options = ("read_chunks",)
+    questions: Sequence[str] = ()
+    """The user's own questions, for the next texts that are written."""
+
+    @keywords_of(CompactOptions)
+    def __init__(self, backbone: Backbone, **options: Any) -> None:
+        own = CompactOptions(**options)
+        super().__init__(backbone)
+        self.options, self.read_chunks = own, own.read_chunks
+        self.writers = own.writers.split(",")
+        self.write_steps = len(self.writers)
+        kind = backbone.model.config.model_type
+        if backbone.windows:
+            raise GradmemError(
+                f"compact needs full attention in every layer, and '{kind}' has {backbone.windows[0]}: switch it off in "
+                "its config (often `sliding_window: null`) or take another model"
+            )
+        try:
+            with torch.no_grad(), backbone.without_dropout():
+                cache = backbone.prefix(backbone.model.get_input_embeddings().weight[:1, None]).cache
+                keys, values = (torch.stack([getattr(x, n)[0] for x in cache.layers]) for n in ("keys", "values"))
+        except (RuntimeError, TypeError) as error:
+            raise GradmemError(f"compact needs layers with keys and values of one shape: {error}") from error
+        self.layers, self.heads = keys.shape[:2]
+        self.widths = {"keys": keys.shape[3], "values": values.shape[3]}
+
+    @cached_property
+    def metric(self) -> Tensor:
+        """What a change of a head's output weighs; see `output_metric`."""
+        return output_metric(self.backbone)
+
+    # WRITE
+
+    @property
+    def max_context(self) -> int:
+        """Longest context in tokens: so that it can be repeated after itself."""
+        return (self.backbone.max_positions - len(self.task.before_context) - 64) // 2
+
+    @property
+    def max_query(self) -> int:
+        """Longest query and answer in tokens."""
+        return self.max_context
+
+    def texts_at_once(self, length: int) -> int:
+        """One: what is known of a text takes more room than its cache."""
+        return 1
+
+    def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
+        """Yield the memory before the first writer and after each; see `Method.trajectory`.
+
+        The memory before is that of no text: what the task puts before every text.
+        """
+        self._check_write(context, steps)
+        self._refuse_until(until)
+        lengths = context.values.lengths.tolist()
+        rows = [self._write_row(row[:length].tolist()) for row, length in zip(context.ids, lengths, strict=True)]
+        for taken in range(min(steps, self.write_steps) + 1):
+            memories, measured = zip(*map(next, rows), strict=True)
+            none = torch.zeros(0, len(rows))
+            yield Written(Memory.join(memories), none, torch.full((len(rows),), taken), list(measured))
+
+    def _write_row(self, ids: list[int]) -> Iterator[tuple[Memory, dict[str, float] | None]]:
+        yield self.unwritten, None
+        text = self.read_text(ids)
+        unwritten = fidelity(self.backbone, self.prefix(self.unwritten), text.held_out)
+        start = None
+        for _, memory in self.compacted(text, self.options.budget):
+            found = fidelity(self.backbone, self.prefix(memory), text.held_out)
+            start = found if start is None else start
+            yield memory, compared(unwritten, start, found, text.held_out)
+
+    def read_text(self, ids: list[int]) -> Text:
+        """Read a text whole, with what questions look for in it: done once, for memories of any size."""
+        with self.backbone.without_dropout():
+            return read_text(self.backbone, self.task, ids, self.questions)
+
+    def compacted(self, text: Text, budget: float | str) -> Iterator[tuple[str, Memory]]:
+        """Run the writers one after the other.
+
+        Parameters
+        ----------
+        text : Text
+        budget : float or str
+            As the option.
+
+        Yields
+        ------
+        tuple of str and Memory
+            Name of the writer, and the memory that it left.
+
+        Raises
+        ------
+        GradmemError
+            If the budget is less than one entry for each head.
+        """
+        bytes_of_entry = self.layers * self.heads * sum(self.widths.values()) * 4
+        count = entries_of(budget, text.whole.keys.shape[2], bytes_of_entry)
+        entries = select(text, count, self.metric, self.options.score, self.options.shared)
+        yield "select", entries.memory()
+        if "match" in self.writers:
+            entries = match(entries, text.references, self.metric)
+            yield "match", entries.memory()
+        if "study" in self.writers:
+            entries = study(entries, text, self.backbone, self._entries_prefix)
+            yield "study", entries.memory()
+
+    @cached_property
+    def unwritten(self) -> Memory:
+        """The memory of no text."""
+        head = self.task.before_context
+        if not head:
+            return self._empty()
+        with torch.no_grad(), self.backbone.without_dropout():
+            prefix = whole_prefix(self.backbone, self.task, [])
+        keys, values = (torch.stack([getattr(x, n)[0] for x in prefix.cache.layers]) for n in ("keys", "values"))
+        return Entries(keys, values, torch.full(keys.shape[:2], len(head)), len(head)).memory()
+
+    def _empty(self) -> Memory:
+        model = self.backbone.model
+        none = {
+            name: torch.zeros(1, 0, width, dtype=model.dtype, device=model.device) for name, width in self.widths.items()
+        }
+        counts = torch.zeros(1, self.layers, self.heads, dtype=torch.long)
+        return Memory({**none, "counts": counts, "start": torch.zeros(1, dtype=torch.long), LENGTHS: torch.tensor([0])})
+
+    # READ
+
+    def prefix(self, memory: Memory) -> Prefix:
+        """Put keys and values into a cache; nothing is run."""
+        rows = [Entries.of(memory, row) for row in range(len(memory))]
+        first, *others = [self._entries_prefix(row) for row in rows]
+        return first.join(others) if others else first
+
+    def _entries_prefix(self, entries: Entries) -> HeadPrefix:
+        model, cache = self.backbone.model, self.backbone.new_cache()
+        if entries.keys.shape[2]:
+            for layer, (keys, values) in enumerate(zip(entries.keys, entries.values, strict=True)):
+                cache.update(keys[None].to(model.dtype), values[None].to(model.dtype), layer)
+        plain = Prefix(torch.zeros(1, self.backbone.width, dtype=model.dtype, device=model.device), cache)
+        plain.start = torch.tensor([entries.start], device=model.device)
+        return HeadPrefix(plain, self.backbone, ~entries.used[None].to(model.device))
+
+    def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
+        """Compute the loss of each token of the text when the model is asked to repeat it: (batch, length), in nats."""
+        query = torch.tensor(self.task.encode_query(REPEAT), device=context.ids.device).expand(len(context), -1)
+        ids = torch.cat([query, context.ids[:, :-1]], 1)
+        mask = torch.cat([torch.ones_like(query, dtype=torch.bool), context.mask[:, :-1]], 1)
+        hidden = self.read_hidden(self.prefix(memory), Tokens(ids, mask))[:, query.shape[1] :]
+        return token_losses(hidden, self.backbone.head, context.ids, context.mask)
+
+    @torch.no_grad()
+    def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
+        """Let the model repeat the texts by greedy decoding; see `Method.reconstruct`."""
+        query = self.task.encode_query(REPEAT)
+        found = []
+        for row, length in enumerate(lengths):
+            options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+            found += self.generate(memory[row], [query], pad_id=self.task.pad_id, **options)
+        return found
+
+    def together(self, memory: Memory) -> Memory:
+        """Put the entries of all rows into one row, so that a question reads them together."""
+        rows = [Entries.of(memory, row) for row in range(len(memory))]
+        return joined(rows).memory()
+
+    def check(self, memory: Memory, what: str) -> None:
+        """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
+        found = memory.tensors
+        if set(found) == set(TENSORS) and all(found[n].is_floating_point() == (n in self.widths) for n in found):
+            counts, lengths = found["counts"], found[LENGTHS]
+            shaped = all(t.shape[2:] == ((self.widths[n],) if n in self.widths else t.shape[2:]) for n, t in found.items())
+            fits = counts.shape[1:] == (self.layers, self.heads) and found["start"].ndim == lengths.ndim == 1
+            if shaped and fits and bool((counts >= 0).all()) and bool((counts.sum((1, 2)) == lengths).all()):
+                most = found["keys"].shape[1] == found["values"].shape[1] == max(lengths.tolist(), default=0)
+                if most and bool((found["start"] >= 0).all()) and int(found["start"].max()) <= self.backbone.max_positions:
+                    return
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in found.items()}
+        raise GradmemError(f"{what} holds {shapes}, which is no compacted cache of this model")
+
+
+def joined(rows: Sequence[Entries]) -> Entries:
+    """The entries of several texts, head by head one text after the other."""
+    counts = torch.stack([row.counts for row in rows]).sum(0)
+    layers, heads = counts.shape
+    parts = []
+    for name in ("keys", "values"):
+        pieces = [
+            torch.cat([getattr(row, name)[layer, head, : int(row.counts[layer, head])] for row in rows])
+            for layer in range(layers)
+            for head in range(heads)
+        ]
+        padded = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        parts.append(padded.view(layers, heads, *padded.shape[1:]))
+    return Entries(*parts, counts, max(row.start for row in rows))
