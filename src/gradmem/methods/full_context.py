@@ -17,7 +17,8 @@ class FullContext(OnePassMethod):
     """Keys and values of every context token: nothing is compressed, so this is the upper bound.
 
     The memory holds `keys` and `values`, shapes (batch, length, layers, heads, head width), with rotary positions
-    applied, and on the CPU `lengths`, the number of tokens of each row. It has no options.
+    applied, and on the CPU `lengths`, the number of tokens of each row: those that the task puts before every context
+    (`Task.before_context`) and those of the context itself. It has no options.
 
     Parameters
     ----------
@@ -29,6 +30,8 @@ class FullContext(OnePassMethod):
     GradmemError
         If a layer of the backbone does not attend to all earlier tokens, or its layers differ in shape.
     """
+
+    task_name = "document"
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
@@ -48,7 +51,7 @@ class FullContext(OnePassMethod):
     @property
     def max_context(self) -> int:
         """Longest context in tokens: half of the backbone's positions, so that it can be reconstructed after itself."""
-        return self.backbone.max_positions // 2
+        return self.backbone.max_positions // 2 - len(self.before_context)
 
     def prefix(self, memory: Memory) -> Prefix:
         """Put keys and values into a cache; nothing is run."""
@@ -89,15 +92,21 @@ class FullContext(OnePassMethod):
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
         found = memory.tensors
-        if _forms(memory) == _forms(self._unwritten(1)):
+        if _forms(memory) == _forms(self._empty(1)):
             lengths, length = found["lengths"], found["keys"].shape[1]
             good = bool(((lengths >= 0) & (lengths <= length)).all())
-            if good and found["values"].shape[1] == length <= self.max_context:
+            if good and found["values"].shape[1] == length <= self.backbone.max_positions // 2:
                 return
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in found.items()}
         raise GradmemError(f"{what} holds {shapes}, which is no key-value cache of this backbone")
 
     def _unwritten(self, batch: int) -> Memory:
+        """The memory of no text: what stands before every context."""
+        if not self.before_context:
+            return self._empty(batch)
+        return self._of(torch.tensor([self.before_context] * batch, device=self.device), torch.zeros(batch).long())
+
+    def _empty(self, batch: int) -> Memory:
         model = self.backbone.model
         none = torch.zeros(batch, dtype=torch.long)
         empty = {
@@ -107,8 +116,14 @@ class FullContext(OnePassMethod):
         return Memory({**empty, "lengths": none})
 
     def _written(self, context: Tokens) -> Memory:
-        keys, values = self._run(self.backbone.embed(context.ids))
-        lengths = context.values.lengths.cpu()
+        before = torch.tensor(self.before_context, dtype=torch.long, device=context.ids.device)
+        ids = torch.cat([before.expand(len(context), -1), context.ids], dim=1)
+        return self._of(ids, context.values.lengths.cpu())
+
+    def _of(self, ids: Tensor, lengths: Tensor) -> Memory:
+        """The memory of tokens (batch, length): what stands before every context, and `lengths` tokens after it."""
+        keys, values = self._run(self.backbone.embed(ids))
+        lengths = lengths + len(self.before_context)
         pads = ~_real(lengths, keys.shape[1]).to(keys.device, non_blocking=True)[:, :, None, None, None]
         tensors = {"keys": keys.masked_fill(pads, 0), "values": values.masked_fill(pads, 0)}
         return Memory({**tensors, "lengths": lengths})

@@ -22,7 +22,7 @@ from .abstain import Abstain
 from .build import Spec
 
 FORMAT = 2
-FILES = [CONFIG, WEIGHTS, ABSTAIN, "tokenizer*.json", "special_tokens_map.json"]
+FILES = [CONFIG, WEIGHTS, ABSTAIN, "tokenizer*.json", "special_tokens_map.json", "chat_template.jinja"]
 """Files of a checkpoint."""
 MODEL_CARD = """---
 {{ card_data }}

@@ -19,7 +19,7 @@ from ..tasks.base import Task
 from ..untrusted import Stored, within
 from . import checkpoint
 from .abstain import Abstain
-from .build import Spec, build_backbone, build_method, build_task
+from .build import Spec, build_backbone, build_method, build_task, method_class
 from .encoding import TextEncoder
 from .identity import fingerprints
 
@@ -50,7 +50,7 @@ class CheckpointModel(ModelHubMixin):
         """Options of the method that the receipts of a plain language model's memories state."""
         self.overrides: Spec = {}
         """Options of the method that differ from training; see `configure`."""
-        method.may_end = task.may_end
+        method.task, method.may_end = task, task.may_end
         self.abstain: Abstain | None = None
         """When to abstain; None if the checkpoint is not calibrated."""
 
@@ -101,7 +101,8 @@ class CheckpointModel(ModelHubMixin):
         """
         with torch.random.fork_rng(), refused(f"cannot load '{name}'"):
             torch.manual_seed(0)
-            model = cls.from_spec({"name": "raw_text", "tokenizer": name}, {"pretrained": name}, method, trusted=False)
+            task = {"name": method_class(method["name"], trusted=False).task_name, "tokenizer": name}
+            model = cls.from_spec(task, {"pretrained": name}, method, trusted=False)
         model.method.requires_grad_(False)
         NAMED.add(name)
         model.name, model.method_options = name, {key: value for key, value in method.items() if key != "name"}

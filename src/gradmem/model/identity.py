@@ -42,6 +42,8 @@ def fingerprints(method: Method, task: Task, spec: dict[str, dict[str, Any]]) ->
     tokenizer = digest_tokenizer(task.tokenizer)
     backbone = {"config": model_config(method.backbone.model.config)}
     own = {"method": options_of(method, spec["method"]), "task": options_of(task, spec["task"])}
+    if task.prompt_template is not None:
+        own["task"] = {**own["task"], "prompt_template": task.prompt_template}
     return {
         "backbone": digest_of(backbone, method.backbone.state_dict()),
         "checkpoint": digest_of({**backbone, **own, "tokenizer": tokenizer}, method.state_dict()),

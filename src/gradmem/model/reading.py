@@ -111,11 +111,11 @@ def answer(
     """
     if copies(options) > 1:
         raise GradmemError("`answer` gives one answer for each query: use `ask` for beams and several sequences")
-    generated, end = generate(method, task, prefix, rows, queries, options), task.end_id
-    ids = [row[: row.index(end) + 1] if end in row else row for row in generated]
+    ends = set(task.end_ids)
+    ids = [_up_to_end(row, ends) for row in generate(method, task, prefix, rows, queries, options)]
     texts = [task.decode(row) for row in ids]
     stated = [task.statement(task.text(query), text) for query, text in zip(queries, texts, strict=True)]
-    statements = [task.encode(one) or [end] for one in stated]  # an empty text is no more than its end
+    statements = [task.encode(one) or [task.end_id] for one in stated]  # an empty text is no more than its end
     with torch.no_grad():
         index = torch.tensor(rows, device=method.device)
         logprobs, states = zip(*read_answers(method, prefix.select(index), queries, ids), strict=True)
@@ -123,13 +123,19 @@ def answer(
     answers = [
         replace(
             answer,
-            finish_reason="stop" if end in row else "length",
+            finish_reason="stop" if row[-1] in ends else "length",
             query_tokens=len(query),
             answer_tokens=len(row),
         )
         for answer, query, row in zip(map(assess, texts, ids, logprobs, losses), queries, ids, strict=True)
     ]
     return answers, torch.stack(states)
+
+
+def _up_to_end(ids: list[int], ends: set[int]) -> list[int]:
+    """Generated tokens up to the first that ends the answer."""
+    last = next((at for at, one in enumerate(ids) if one in ends), len(ids))
+    return ids[: last + 1]
 
 
 def read_answers(

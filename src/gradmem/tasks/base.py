@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,8 @@ OTHER_TEXTS = (
     "(gradmem write MODEL FILE), which recites the text and does not answer questions about it"
 )
 """End of an error message: what to do with a text that a checkpoint was not trained on."""
+Conversation = Sequence[dict[str, str]]
+"""Messages with `role` and `content`, the oldest first."""
 WRITTEN = "written here"
 """The kind of queries that their context answers."""
 
@@ -43,6 +46,9 @@ class Task(ABC):
     generates: bool = False
     """Whether evaluation generates answers, for `judge_generated`."""
 
+    prompt_template: str | None = None
+    """The template that stands around text and question, if the tokenizer brings one: part of the fingerprint."""
+
     @property
     def label(self) -> str:
         """Name of the task in tables."""
@@ -62,9 +68,20 @@ class Task(ABC):
         """Id of the token that ends an answer."""
         return int(self.tokenizer.eos_token_id)
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids of all tokens at which generation of an answer ends, `end_id` among them."""
+        return [self.end_id]
+
+    @property
+    def before_context(self) -> list[int]:
+        """Token ids that stand before every context and are no part of it: methods that read it with the model read
+        these first. None by default."""
+        return []
+
     def greedy_options(self) -> dict[str, Any]:
-        """Options of generation for an answer of always the likeliest next token, up to the end token."""
-        return {"max_new_tokens": self.answer_length, "do_sample": False, "eos_token_id": self.end_id}
+        """Options of generation for an answer of always the likeliest next token, up to an end token."""
+        return {"max_new_tokens": self.answer_length, "do_sample": False, "eos_token_id": self.end_ids}
 
     @cached_property
     def longest_token(self) -> int:
@@ -90,6 +107,17 @@ class Task(ABC):
     def encode_query(self, text: str) -> list[int]:
         """Token ids of a query as users write it."""
         return self.encode(self.query_text(text))
+
+    def encode_conversation(self, messages: Conversation) -> list[int]:
+        """Token ids of a conversation about a context, up to where the next answer begins.
+
+        By default this is the last message of the user, encoded as a query.
+        """
+        return self.encode_query(self.conversation_text(messages))
+
+    def conversation_text(self, messages: Conversation) -> str:
+        """What `encode_conversation` encodes, as text: by default the last message of the user."""
+        return next((one["content"] for one in reversed(messages) if one["role"] == "user"), "")
 
     def target(self, query: str, answer: str) -> tuple[list[int], list[int]]:
         """Tokens of a query as users write it, and of its target, an answer as in `examples`."""

@@ -60,6 +60,10 @@ class Method(nn.Module, ABC):
     """Most tokens of a chunk; None if contexts are written whole. Set it with `chunk_by`."""
     chunk_mode: ChunkMode = "sequential"
     """How the chunks of a context are written into one memory; see `ChunkedMethod`. Set it with `chunk_by`."""
+    task_name: str = "raw_text"
+    """The task through which a plain language model is read with this method: `document` if it answers questions."""
+    task: Any = None
+    """The task that the method is used for, which encodes texts and questions; `MemoryModel` sets it."""
     may_end: Callable[[Tensor], Tensor] = staticmethod(anywhere)
     """Maps token ids to whether a chunk may end after each; `MemoryModel` sets it to `Task.may_end` of its task."""
 
@@ -77,6 +81,11 @@ class Method(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @property
+    def before_context(self) -> list[int]:
+        """Token ids that the task puts before every context; see `Task.before_context`."""
+        return [] if self.task is None else list(self.task.before_context)
 
     @abstractmethod
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
