@@ -107,7 +107,8 @@ class Receipt:
     token_losses : list of float
         Loss of each context token under the final memory, nats. The tokens themselves are not stored.
     options : dict
-        Options of the method, if a plain language model wrote the memory: no checkpoint has them.
+        Options of the method, if it is not a checkpoint's own: a plain language model's, or another that was put on
+        a checkpoint.
     chunks : list of int
         Tokens of each chunk that the text was cut into; empty if it was written whole.
     earlier : list of Receipt

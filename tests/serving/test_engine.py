@@ -245,7 +245,7 @@ def test_prefixes_are_kept_within_the_budget(tiny: MemoryModel, monkeypatch: pyt
     one = tiny.method.prefix(memories[0]).nbytes
     # ApiKeys and values of 8 positions in 2 layers of width 16, and the last hidden state, 4 bytes each.
     assert one == 4 * (2 * 8 * 2 * 16 + 16)
-    kept = PrefixCache(tiny.method, 2 * one + 1)
+    kept = PrefixCache(2 * one + 1)
     run: list[Memory] = []
     prefix = tiny.method.prefix
     monkeypatch.setattr(tiny.method, "prefix", lambda memory: run.append(memory) or prefix(memory))
@@ -253,7 +253,7 @@ def test_prefixes_are_kept_within_the_budget(tiny: MemoryModel, monkeypatch: pyt
         kept.get(i, memories[i])
         assert kept.nbytes <= kept.budget
     assert [next(i for i, m in enumerate(memories) if m is memory) for memory in run] == [0, 1, 2, 1]
-    tight = PrefixCache(tiny.method, one - 1)
+    tight = PrefixCache(one - 1)
     tight.get(0, memories[0])
     assert tight.nbytes == 0
 

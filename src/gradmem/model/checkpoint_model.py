@@ -47,7 +47,9 @@ class CheckpointModel(ModelHubMixin):
     def __init__(self, method: Method, task: Task, spec: dict[str, Spec], name: str = "unnamed") -> None:
         self.method, self.task, self.spec, self.name = method, task, spec, name
         self.method_options: Spec = {}
-        """Options of the method that the receipts of a plain language model's memories state."""
+        """Options of the method, which receipts state if the method is no checkpoint's own."""
+        self.plain = False
+        """Whether this is a plain language model."""
         self.overrides: Spec = {}
         """Options of the method that differ from training; see `configure`."""
         method.task, method.may_end = task, task.may_end
@@ -103,11 +105,50 @@ class CheckpointModel(ModelHubMixin):
             torch.manual_seed(0)
             task = {"name": method_class(method["name"], trusted=False).task_name, "tokenizer": name}
             model = cls.from_spec(task, {"pretrained": name}, method, trusted=False)
-        model.method.requires_grad_(False)
         NAMED.add(name)
-        model.name, model.method_options = name, {key: value for key, value in method.items() if key != "name"}
-        model.method.eval()
-        return model
+        model.name, model.plain = name, True
+        return model._untrained(method)
+
+    @property
+    def takes_methods(self) -> bool:
+        """Whether other methods can be put on its backbone: it is plain, or full_context, which changes nothing."""
+        return self.plain or self.spec["method"]["name"] == "full_context"
+
+    def with_method(self, method: Spec) -> Self:
+        """The same backbone, which is shared, under another method that needs no training.
+
+        A checkpoint keeps its task; a plain language model is read through the task of the method.
+
+        Parameters
+        ----------
+        method : dict
+            `name` and options. Its random numbers are the same every time.
+
+        Raises
+        ------
+        GradmemError
+            If the checkpoint has a method that was trained, or the method does not know an option.
+        """
+        if not self.takes_methods:
+            raise self._own_method()
+        task, spec = self.task, self.spec["task"]
+        name = method_class(method["name"], trusted=False).task_name
+        if self.plain and name != spec["name"]:
+            spec = {"name": name, "tokenizer": self.name}
+            task = build_task(spec)
+        with torch.random.fork_rng(), refused(f"cannot put {method['name']} on '{self.name}'"):
+            torch.manual_seed(0)
+            built = build_method(method, self.method.backbone, trusted=False).to(self.device)
+        model = type(self)(built, task, copy.deepcopy({**self.spec, "task": spec, "method": dict(method)}), self.name)
+        model.plain = self.plain
+        return model._untrained(method)
+
+    def _untrained(self, method: Spec) -> Self:
+        """This model, ready to write with a method that needs no training."""
+        self.method_options = {key: value for key, value in method.items() if key != "name"}
+        self.method.requires_grad_(False)
+        self.method.eval()
+        return self
 
     def _save_pretrained(self, save_directory: Path) -> None:
         checkpoint.save(save_directory, self.method, self.task, self.spec, self.abstain)
@@ -153,10 +194,7 @@ class CheckpointModel(ModelHubMixin):
         cutting = {name: value for name, value in options.items() if name in CHUNK_OPTIONS}
         known = (*CHUNK_OPTIONS, *self.method.runtime_options)
         if set(options) - set(known):
-            raise GradmemError(
-                f"'{self.name}' has a method of its own: only plain language models take another; a checkpoint takes "
-                + ", ".join(f"`{name}`" for name in known)
-            )
+            raise self._own_method()
         if cutting and not self.method.joins:
             raise GradmemError(
                 f"'{self.name}' cannot write several chunks into one memory: cut its texts with `model.encoder.chunks`"
@@ -169,6 +207,13 @@ class CheckpointModel(ModelHubMixin):
         chosen = {*self.overrides, *options, *(CHUNK_OPTIONS if cutting else ())}
         # Always in the same order, so that what is written with the same options has the same hash.
         self.overrides = {name: getattr(self.method, name) for name in known if name in chosen}
+
+    def _own_method(self) -> GradmemError:
+        known = ", ".join(f"`{name}`" for name in (*CHUNK_OPTIONS, *self.method.runtime_options))
+        return GradmemError(
+            f"'{self.name}' has a method of its own: only plain language models and checkpoints of full_context take "
+            f"another; this checkpoint takes {known}"
+        )
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import GradmemError
 from ..methods.base import Method
-from ..tasks.base import OTHER_TEXTS, Task
+from ..tasks.base import OTHER_TEXTS, Conversation, Task
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,13 @@ class TextEncoder:
         text = self.task.context_text(text)
         return self._checked(self.task.encode(text), text, "context", limit)
 
-    def query_ids(self, text: str, options: dict[str, Any] | None = None, taken: int = 0) -> list[int]:
+    def query_ids(self, query: str | Conversation, options: dict[str, Any] | None = None, taken: int = 0) -> list[int]:
         """Tokenize a query that will be answered with these options of generation.
 
         Parameters
         ----------
-        text : str
+        query : str or list of dict
+            A query, or the messages of a conversation about what was written; see `Task.encode_conversation`.
         options : dict, optional
         taken : int
             Positions that the memory's prefix takes, if these may be more than usual.
@@ -60,8 +61,10 @@ class TextEncoder:
         """
         room = min(self.method.max_query, self.method.backbone.max_positions - taken)
         limit = room - int((options or {}).get("max_new_tokens", self.task.answer_length))
+        text = query if isinstance(query, str) else self.task.conversation_text(query)
         self._check_length(text, "query", limit)
-        return self._checked(self.task.encode_query(text), self.task.query_text(text), "query", limit)
+        ids = self.task.encode_query(query) if isinstance(query, str) else self.task.encode_conversation(query)
+        return self._checked(ids, self.task.query_text(text), "query", limit)
 
     def chunks(self, text: str, size: int | None = None) -> list[str]:
         """Cut a long text into chunks for a memory each.
@@ -114,7 +117,7 @@ class TextEncoder:
             raise GradmemError(f"the {what} has {len(ids)} tokens; the limit of '{self.name}' is {limit}{advice}")
         unknown_id = self.task.tokenizer.unk_token_id
         if unknown_id is not None and unknown_id in ids:
-            pieces = zip(self.task.pieces(text), ids, strict=True)
+            pieces = zip(self.task.pieces(text), self.task.encode(text), strict=True)
             alien = sorted({piece.strip() or piece for piece, i in pieces if i == unknown_id})
             other = f"; {OTHER_TEXTS}" if what == "context" else ""
             kind = "characters" if max(map(len, alien)) == 1 else "words"

@@ -30,9 +30,10 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
         A packaged checkpoint, a directory, or a hub name `owner/model`. For a plain language model also a GGUF file, or
         the short name of a model that comes as a Python package.
     method : dict, optional
-        For a plain language model: `name` and options of a method that needs no training, by default `cram`. For a
-        checkpoint: `chunk_size` and `chunk_mode`, to cut contexts in another way than in training, and
-        `gauss_newton_after`, to continue GradMem's descent by Gauss-Newton steps.
+        For a plain language model, or a checkpoint of `full_context`: `name` and options of a method that needs no
+        training, by default `cram` and the checkpoint's own. For any checkpoint: `chunk_size` and `chunk_mode`, to cut
+        contexts in another way than in training, and `gauss_newton_after`, to continue GradMem's descent by
+        Gauss-Newton steps.
 
     Raises
     ------
@@ -43,6 +44,8 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
     if name not in checkpoint_names() and _is_language_model(name):
         return MemoryModel.from_language_model(name, {"name": "cram"} | (method or {}))
     model = _checkpoint(name)
+    if method and "name" in method and model.takes_methods:
+        return model.with_method(method)
     model.configure(method or {})
     return model
 
@@ -133,6 +136,5 @@ def bind_memory(memory: Memory, what: str, checkpoint: str | os.PathLike[str] | 
     if name in checkpoint_names() or not _is_language_model(name):
         return load(name).bind(memory, what)
     # A plain language model has no method of its own, unlike a checkpoint.
-    largest = max(size for tensor in memory.tensors.values() for size in tensor.shape)
-    check_counts(receipt.options, largest)
+    check_counts(receipt.options, max(size for tensor in memory.tensors.values() for size in tensor.shape))
     return load(name, {"name": receipt.method, **receipt.options}).bind(memory, what)

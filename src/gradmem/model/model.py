@@ -15,6 +15,7 @@ from ..memory import Memory
 from ..prefix import Prefix
 from ..progress import Progress, silent
 from ..receipts import Author
+from ..untrusted import check_counts
 from . import checkpoint, reading, writing
 from .checkpoint_model import CheckpointModel
 from .reading import Answer
@@ -197,14 +198,21 @@ class MemoryModel(
         what : str
             What messages call the memory.
 
+        Returns
+        -------
+        BoundMemory
+            If another method on the same backbone wrote it (see `takes_methods`), its model has that method.
+
         Raises
         ------
         GradmemError
             If another model wrote it.
         """
-        mine = self.fingerprints["checkpoint"]
         if not memory.receipts:
             raise GradmemError(f"{what} does not say which model wrote it")
+        if (other := self._sibling(memory)) is not None:
+            return other.bind(memory, what)
+        mine = self.fingerprints["checkpoint"]
         for receipt in memory.history:
             if receipt.checkpoint != mine:
                 raise GradmemError(
@@ -216,6 +224,25 @@ class MemoryModel(
         found = memory.tensors.items()
         tensors = {name: tensor.to(self.device) if tensor.is_floating_point() else tensor for name, tensor in found}
         return BoundMemory(tensors, memory.receipts, model=self)
+
+    def _sibling(self, memory: Memory) -> MemoryModel | None:
+        """This backbone under the method that wrote a memory; None if that is this model's own, or it takes none."""
+        receipt, mine = memory.receipts[0], self.fingerprints
+        if receipt.checkpoint == mine["checkpoint"] or receipt.backbone != mine["backbone"] or not self.takes_methods:
+            return None
+        if receipt.checkpoint not in self._siblings:
+            # The options come from a file: none may ask for more than the file holds.
+            check_counts(receipt.options, max(size for tensor in memory.tensors.values() for size in tensor.shape))
+            found = self.with_method({"name": receipt.method, **receipt.options})
+            if found.fingerprints["checkpoint"] != receipt.checkpoint:
+                return None
+            self._siblings[receipt.checkpoint] = found
+        return self._siblings[receipt.checkpoint]
+
+    @cached_property
+    def _siblings(self) -> dict[str, MemoryModel]:
+        """By fingerprint: other methods on this backbone that wrote memories."""
+        return {}
 
     def answer_ids(
         self, memory: Memory, prefix: Prefix, rows: list[int], queries: list[list[int]], **options: Any

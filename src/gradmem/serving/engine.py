@@ -14,6 +14,7 @@ from ..errors import GradmemError, require
 from ..memory import Memory
 from ..methods.base import Written
 from ..model import Answer, BoundMemory, MemoryModel
+from ..tasks.base import Conversation
 from .engine_requests import AnswerStreamer, AskRequest, OnStep, OnText, WriteRequest
 from .errors import Busy, Closed
 from .prefix_cache import PrefixCache
@@ -69,7 +70,7 @@ class Engine:
         require("prefix_cache_bytes", prefix_cache_bytes, prefix_cache_bytes >= 0, "at least 0")
         self.model = model
         self.max_batch, self.max_wait, self.max_queue = max_batch, max_wait_ms / 1000, max_queue
-        self._prefix_cache = PrefixCache(model.method, prefix_cache_bytes)
+        self._prefix_cache = PrefixCache(prefix_cache_bytes)
         self._changed = threading.Condition()
         self._asks: deque[AskRequest] = deque()
         self._writes: deque[WriteRequest] = deque()
@@ -84,7 +85,7 @@ class Engine:
         self,
         key: Hashable,
         memory: BoundMemory,
-        query: str,
+        query: str | Conversation,
         *,
         timeout: float | None = None,
         on_text: OnText | None = None,
@@ -96,8 +97,9 @@ class Engine:
         key : hashable
             Key of the memory in the prefix cache. Each memory, and each version of it, needs its own key.
         memory : BoundMemory
-            One row, bound to the engine's model.
-        query : str
+            One row, bound to the engine's model, or by it: another method may read the same backbone.
+        query : str or list of dict
+            A query, or the messages of a conversation; see `Task.encode_conversation`.
         timeout : float, optional
             Most seconds to wait. If they pass before the query is started, the future raises `TimeoutError`.
         on_text : callable
@@ -118,7 +120,8 @@ class Engine:
         GradmemError
             If the memory has several rows or belongs to another model.
         """
-        if not isinstance(memory, BoundMemory) or memory.model is not self.model or len(memory) != 1:
+        known = isinstance(memory, BoundMemory) and memory.model.method.backbone is self.model.method.backbone
+        if not known or len(memory) != 1:
             raise GradmemError("the engine takes one memory, opened with its own model: model.open(FILE), memory[ROW]")
         request = AskRequest(key, memory, query, on_text, float("inf") if timeout is None else timeout)
         self._accept(self._asks, request)
@@ -237,28 +240,33 @@ class Engine:
                 self._changed.wait_for(lambda: len(self._asks) >= self.max_batch or self._closed, max(0, rest))
             waiting = [self._asks.popleft() for _ in range(min(self.max_batch, len(self._asks)))]
         started = time.monotonic()
-        requests = [request for request in waiting if request.start(self.model.encoder.query_ids)]
-        if not requests:
+        of_model: dict[int, list[AskRequest]] = {}
+        for request in waiting:
+            if request.start():
+                of_model.setdefault(id(request.memory.model), []).append(request)
+        if not of_model:
             return
-        try:
-            for request, answer in zip(requests, self._read(requests), strict=True):
-                if not request.future.done():
-                    request.future.set_result(answer)
-        except Exception as error:  # any error: it belongs to the futures, and this thread must survive it
-            _fail(requests, error)
+        for requests in of_model.values():
+            try:
+                for request, answer in zip(requests, self._read(requests), strict=True):
+                    if not request.future.done():
+                        request.future.set_result(answer)
+            except Exception as error:  # any error: it belongs to the futures, and this thread must survive it
+                _fail(requests, error)
         self._batch_seconds = time.monotonic() - started
 
     def _read(self, requests: list[AskRequest]) -> list[Answer]:
-        """Answer queries from the joined prefixes of their memories, each of which is joined once."""
+        """Answer queries to memories of one model from their joined prefixes, each of which is joined once."""
+        model = requests[0].memory.model
         memories = {request.key: request.memory for request in requests}
         row = {key: i for i, key in enumerate(memories)}
         first, *others = [self._prefix_cache.get(key, memory) for key, memory in memories.items()]
         joined = Memory.join(list(memories.values()))
         options = {}
         if any(request.on_text for request in requests):
-            options["streamer"] = AnswerStreamer(requests, self.model.task.settled)
+            options["streamer"] = AnswerStreamer(requests, model.task.settled)
         rows, queries = [row[request.key] for request in requests], [request.ids for request in requests]
-        return self.model.answer_ids(joined, first.join(others), rows, queries, **options)
+        return model.answer_ids(joined, first.join(others), rows, queries, **options)
 
     def _next_writes(self) -> list[WriteRequest]:
         """Take the write that has waited longest, and those right behind it that fit its batch."""

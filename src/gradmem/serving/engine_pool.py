@@ -17,6 +17,9 @@ from .async_store import AsyncStore
 from .engine import Engine
 from .errors import Closed, NotServed
 
+ANSWERS = "full_context"
+"""The method with which a plain language model writes here: one whose memories answer questions."""
+
 
 class EnginePool:
     """Engines by the names of their checkpoints.
@@ -66,7 +69,7 @@ class EnginePool:
             raise NotServed(f"the memory was written by '{entry.model}', which is not served here")
         engine = await self.get(entry.model)
         memory = await store.read(lambda s: s.load(entry.id, version or entry.current.number))
-        return engine, engine.model.bind(memory)
+        return engine, await asyncio.to_thread(engine.model.bind, memory)  # another method may have to be put on it
 
     async def close(self, grace: float | None = None) -> None:
         """Accept no more requests and finish those that were accepted; see `Engine.close`."""
@@ -79,6 +82,7 @@ class EnginePool:
 
     def _start(self, name: str) -> Engine:
         model = load(name).to(device_named(self.device))
+        model = model.with_method({"name": ANSWERS}) if model.plain else model
         # Computed here, since later only the engine's thread may use the weights.
         _ = model.fingerprints, model.method.backbone.token_cache_bytes
         return Engine(model, max_queue=self.max_queue)

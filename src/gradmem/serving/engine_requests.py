@@ -14,6 +14,7 @@ from ..generation import RowStreamer
 from ..memory import Memory
 from ..methods.base import Written
 from ..model import Answer, BoundMemory, MemoryModel
+from ..tasks.base import Conversation
 
 OnText = Callable[[str], object]
 OnStep = Callable[[Written, int], object]
@@ -25,21 +26,21 @@ class AskRequest:
 
     key: Hashable
     memory: BoundMemory
-    query: str
+    query: str | Conversation
     on_text: OnText | None
     timeout: float
     future: Future[Answer] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
     ids: list[int] = field(default_factory=list)
 
-    def start(self, tokenize: Callable[[str], list[int]]) -> bool:
+    def start(self) -> bool:
         """Tokenize the query. Return False if it was cancelled, came too late or is invalid."""
         if not self.future.set_running_or_notify_cancel():
             return False
         try:
             if time.monotonic() > self.arrived + self.timeout:
                 raise TimeoutError(f"the query waited longer than its {self.timeout:g} s")
-            self.ids = tokenize(self.query)
+            self.ids = self.memory.model.encoder.query_ids(self.query)
         except Exception as error:  # any error: the engine's thread must survive it
             self.future.set_exception(error)
         return not self.future.done()

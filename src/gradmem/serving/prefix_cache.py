@@ -7,8 +7,7 @@ from collections.abc import Hashable
 
 import torch
 
-from ..memory import Memory
-from ..methods.base import Method
+from ..model import BoundMemory
 from ..prefix import Prefix
 
 
@@ -17,23 +16,22 @@ class PrefixCache:
 
     Parameters
     ----------
-    method : Method
     budget : int
         Most bytes to keep. A larger prefix is not cached.
     """
 
-    def __init__(self, method: Method, budget: int) -> None:
-        self.method, self.budget = method, budget
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
         self.nbytes = 0
         self._entries: OrderedDict[Hashable, Prefix] = OrderedDict()
 
-    def get(self, key: Hashable, memory: Memory) -> Prefix:
+    def get(self, key: Hashable, memory: BoundMemory) -> Prefix:
         """Return the prefix of a memory. Compute it if the cache has none under this key."""
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
         with torch.no_grad():
-            prefix = self.method.prefix(memory)
+            prefix = memory.model.method.prefix(memory)
         if prefix.nbytes <= self.budget:
             self._entries[key] = prefix
             self.nbytes += prefix.nbytes

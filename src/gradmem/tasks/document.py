@@ -47,14 +47,10 @@ class Document(Task):
         require("answer_length", answer_length, answer_length >= 1, "at least 1")
         self.tokenizer = plain_tokenizer(tokenizer)
         self.chunk_size, self.answer_length = chunk_size, answer_length
+        template = self.tokenizer.chat_template
+        self.prompt_template = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template
         if self.prompt_template is not None:
             self._between([("user", ""), ("assistant", ""), ("user", "")])  # refuse other templates now
-
-    @property
-    def prompt_template(self) -> str | None:
-        """The chat template of the tokenizer; None if it has none."""
-        template = self.tokenizer.chat_template
-        return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
 
     @property
     def pad_id(self) -> int:
@@ -62,7 +58,7 @@ class Document(Task):
         return int(self.tokenizer.eos_token_id) if self.tokenizer.pad_token_id is None else super().pad_id
 
     @cached_property
-    def end_id(self) -> int:  # type: ignore[override]
+    def end_id(self) -> int:
         """Id of the token that ends a turn of the chat template or, if there is none, of the tokenizer's end token."""
         if self.prompt_template is not None:
             *_, after = self._between([("user", ""), ("assistant", "")], answered=True)
@@ -72,7 +68,7 @@ class Document(Task):
         return int(self.tokenizer.eos_token_id)
 
     @cached_property
-    def end_ids(self) -> list[int]:  # type: ignore[override]
+    def end_ids(self) -> list[int]:
         """Ids of the tokens that end an answer; of a plain prompt, all tokens with a line break."""
         ends = dict.fromkeys([self.end_id, int(self.tokenizer.eos_token_id)])
         if self.prompt_template is None:
@@ -81,7 +77,7 @@ class Document(Task):
         return list(ends)
 
     @cached_property
-    def before_context(self) -> list[int]:  # type: ignore[override]
+    def before_context(self) -> list[int]:
         """The beginning of the user's turn, up to the text: the template's own beginning, and what to do."""
         if self.prompt_template is not None:
             return self._template_ids(self._between([("user", "")])[0] + INSTRUCTION)
@@ -143,7 +139,9 @@ class Document(Task):
 
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
         """Refuse: there are no samples."""
-        raise GradmemError("the task document has no samples to train or evaluate on: use another task, such as `squad`")
+        raise GradmemError(
+            "the task document has no samples to train or evaluate on: use another task, such as `squad`"
+        )
 
     def _template_ids(self, text: str) -> list[int]:
         """Token ids of a part of the template, in which the names of special tokens stand for these tokens."""

@@ -54,8 +54,10 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """A question. Only the last message of the user is answered: a memory does not see the conversation.
+    """A conversation, whose last message of the user is answered.
 
+    A plain language model (task `document`) reads the whole conversation behind its memory; what is said as `system` or
+    `developer` stands before the first question. A checkpoint of another task reads the last message of the user alone.
     Each request gets one answer, which is greedy and as short as those of the task. Other options are ignored.
     """
 
@@ -132,12 +134,12 @@ async def models(store: OwnStore, engines: Pool) -> Models:
 
 @router.post("/chat/completions", response_model=Completion, response_model_exclude_none=True)
 async def complete(asked: CompletionRequest, store: OwnStore, engines: Pool) -> Any:
-    """Answer the last message of the user from a memory alone."""
+    """Answer the last message of the user from a memory, which stands before the conversation."""
     checkpoint, _, ref = asked.model.partition(":")
     if not (ref := asked.memory_id or ref):
         raise GradmemError("no memory is named: give its id as `memory_id`, or CHECKPOINT:MEMORY as `model`")
-    query = next((message.text for message in reversed(asked.messages) if message.role == "user"), None)
-    if query is None:
+    query = [{"role": message.role, "content": message.text} for message in asked.messages]
+    if not any(message["role"] == "user" for message in query):
         raise GradmemError("the conversation has no message with the role `user`")
     engine, memory, key = await open_memory(ref, store, engines)
     if engine.model.name != checkpoint:
