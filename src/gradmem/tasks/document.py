@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +15,8 @@ INSTRUCTION = "Read the text, then answer the question with a few words from it.
 QUESTION = "\n\nQuestion: "
 ANSWER = "\nAnswer:"
 """What a plain prompt has behind the question: models without a chat template continue it."""
-DATE = datetime(2024, 7, 26)
-"""The date that a chat template is told, so that a model reads the same every day."""
+SAME_DATE = "{% macro strftime_now(style) %}26 July 2024{% endmacro %}"
+"""What stands before a chat template: one that tells the date would change every memory every day."""
 
 
 class Document(Task):
@@ -47,9 +45,9 @@ class Document(Task):
         require("answer_length", answer_length, answer_length >= 1, "at least 1")
         self.tokenizer = plain_tokenizer(tokenizer)
         self.chunk_size, self.answer_length = chunk_size, answer_length
-        template = self.tokenizer.chat_template
-        self.prompt_template = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template
-        if self.prompt_template is not None:
+        if self.tokenizer.chat_template is not None:
+            with refused("the tokenizer has no chat template for conversations"):
+                self.prompt_template = self.tokenizer.get_chat_template()
             self._between([("user", ""), ("assistant", ""), ("user", "")])  # refuse other templates now
 
     @property
@@ -155,8 +153,8 @@ class Document(Task):
         """
         marks = [f"GRADMEM{place}TURN" for place in range(len(turns))]
         messages = [{"role": role, "content": mark} for (role, _), mark in zip(turns, marks, strict=True)]
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": not answered}
-        options |= {"enable_thinking": False, "strftime_now": DATE.strftime}
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": not answered, "enable_thinking": False}
+        options["chat_template"] = f"{SAME_DATE}{self.prompt_template}"
         with refused("the chat template of this model fails"):
             rest: str = self.tokenizer.apply_chat_template(messages, **options)
         parts = []
