@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.serving.requesting import TEXT, authorized, chat, client_of, refused, written
 
+from chat_models import save_model
 from gradmem import MemoryModel, load
 from gradmem.serving.api_keys import ApiKeys
 
@@ -70,3 +71,46 @@ def test_keys_are_as_the_openai_client_sends_them(served: str, keys: ApiKeys, tm
         asked = {"model": f"{served}:notes", "messages": [{"role": "user", "content": "a7"}]}
         found = client.post("/v1/chat/completions", json=asked).json()
         assert found["choices"][0]["message"]["content"] == load(served).write(TEXT).ask("a7")
+
+
+def test_a_conversation_about_a_document(tmp_path: Path, keys: ApiKeys) -> None:
+    """Several turns stand behind the memory, and what the client says as the system; a long one is refused."""
+    name = save_model(tmp_path / "lm")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who signed?"},
+        {"role": "assistant", "content": "Ann."},
+        {"role": "user", "content": "When?"},
+    ]
+    with client_of(name, keys, tmp_path) as client:
+        new = {"text": "Ann signed the report.", "checkpoint": name, "name": "notes"}
+        assert client.post("/v1/memories", json=new).status_code == 201
+        model = client.app.state.engines.loaded[name].model
+        answer = chat(client, name, messages=messages).json()
+        ids = model.task.encode_conversation(messages)
+        memory = model.write(new["text"])
+        (wanted,) = model.answer_ids(memory, memory.prefix, [0], [ids])
+        assert answer["choices"][0]["message"]["content"] == wanted.text
+        assert answer["usage"]["prompt_tokens"] == len(ids) > len(model.task.encode_query("When?"))
+        lines = chat(client, name, messages=messages, stream=True).text.split("\n\n")
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert "".join(one["delta"].get("content") or "" for c in chunks for one in c["choices"]) == wanted.text
+        refused(chat(client, name, messages=messages[:1]), 422, "no message with the role `user`")
+        refused(chat(client, name, messages=[*messages[:2], *messages[2:] * 40]), 422, "the limit of")
+        refused(chat(client, name, messages=[{"role": "user", "content": " "}]), 422, "the query is empty")
+
+
+def test_several_methods_of_one_model(tmp_path: Path, keys: ApiKeys) -> None:
+    """Memories that were written elsewhere answer through the engine of their model, in one batch."""
+    name = save_model(tmp_path / "lm")
+    with client_of(name, keys, tmp_path) as client:
+        answers = {}
+        for method in ({"name": "cram", "n_mem": 2, "write_steps": 2}, {"name": "full_context"}):
+            memory = load(name, method).write("Ann signed the report.")
+            url = f"/v1/memories/files?name={method['name']}"
+            assert client.post(url, content=memory.to_bytes()).status_code == 201
+            answers[method["name"]] = memory.ask("Who signed?")
+        for ref, answer in answers.items():
+            asked = client.post(f"/v1/memories/{ref}/ask", json={"queries": ["Who signed?"]}).json()
+            assert asked["answers"][0]["text"] == answer
+        assert list(client.app.state.engines.loaded) == [name]
