@@ -36,8 +36,6 @@ ACTIVATIONS_SHARE = 8
 """On another device these activations may take one part in this many of its memory; tokens are not limited there."""
 WINDOW = re.compile(r"window(?!_layers)|local_attention|attention_types|chunk_size$|index_topk|block_size")
 """Names of config fields that limit how far attention reaches."""
-ORIGINAL = "original_max_position_embeddings"
-"""Config field with the longest input for which rotary angles are those of short inputs."""
 
 
 class Backbone(ModelRunner):
@@ -149,17 +147,6 @@ class Backbone(ModelRunner):
             if vocabulary is not None:
                 _fit(model, vocabulary, unspoken, name)
             return cls(model)
-
-    @property
-    def max_positions(self) -> int:
-        """Longest input in tokens before rotary angles would change, as those of keys in the cache cannot."""
-        config = self.model.config.get_text_config(decoder=True)
-        most = [getattr(config, "max_position_embeddings", None)]
-        turned = getattr(config, "rope_parameters", None) or {}
-        for rope in [turned, *(value for value in turned.values() if isinstance(value, dict))]:
-            if rope.get("rope_type") in ("dynamic", "longrope"):
-                most += [rope.get(ORIGINAL), getattr(config, ORIGINAL, None)]
-        return min((int(length) for length in most if length), default=2**31 - 1)
 
     @property
     def attends(self) -> bool:

@@ -19,6 +19,8 @@ from .prefix import Prefix
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache_params")
 """Arguments of generation that are tensors and caches."""
+ORIGINAL = "original_max_position_embeddings"
+"""Config field with the longest input for which rotary angles are those of short inputs."""
 
 _one_sequence_a_row: ContextVar[bool] = ContextVar("one_sequence_a_row", default=False)
 _find_packed_sequences = masking_utils.find_packed_sequence_indices
@@ -57,6 +59,17 @@ class ModelRunner(nn.Module):
     def body(self) -> Any:
         """The model without its output layer."""
         return self.model.model if self.model.base_model is self.model else self.model.base_model
+
+    @property
+    def max_positions(self) -> int:
+        """Longest input in tokens before rotary angles would change, as those of keys in the cache cannot."""
+        config = self.model.config.get_text_config(decoder=True)
+        most = [getattr(config, "max_position_embeddings", None)]
+        turned = getattr(config, "rope_parameters", None) or {}
+        for rope in [turned, *(value for value in turned.values() if isinstance(value, dict))]:
+            if rope.get("rope_type") in ("dynamic", "longrope"):
+                most += [rope.get(ORIGINAL), getattr(config, ORIGINAL, None)]
+        return min((int(length) for length in most if length), default=2**31 - 1)
 
     @property
     def takes_positions(self) -> bool:
