@@ -16,6 +16,17 @@ from gradmem.methods import ARMT, RMT, FullContext, GradMem
 
 # Windows in the cache, windows of its own, positions counted by the mask, and capped logits.
 SIX = ["bloom", "gemma2", "gpt2", "gpt_neo", "llama", "mistral"]
+WHOLE: list[tuple[str, dict[str, Any]]] = [
+    *[(kind, {}) for kind in ("bloom", "falcon", "gemma", "gpt2", "gpt_neox", "llama", "olmo", "olmo2", "phi", "phi3")],
+    *[(kind, {}) for kind in ("qwen2", "qwen3", "smollm3", "cohere", "gptj", "opt")],
+    ("falcon", {"alibi": True, "new_decoder_architecture": False}),
+    *[(kind, {"sliding_window": 24}) for kind in ("cohere2", "gemma2", "gemma3_text", "mistral", "phi3")],
+    (
+        "qwen2",
+        {"sliding_window": 24, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+]
+"""Families whose layers all attend to all earlier tokens, or do within windows of 24."""
 
 
 @pytest.mark.parametrize("kind", SIX)
@@ -116,9 +127,9 @@ def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
 
 
 def test_methods_that_need_more_than_that_refuse_windows() -> None:
+    with pytest.raises(GradmemError, match="'gpt_neo' restricts them by attention_types and window_size"):
+        FullContext(Backbone(tiny_model("gpt_neo")))
     for kind in ("mistral", "gpt_neo"):
-        with pytest.raises(GradmemError, match="needs full attention"):
-            FullContext(Backbone(tiny_model(kind)))
         with pytest.raises(GradmemError, match="needs attention masks"):
             ARMT(Backbone(tiny_model(kind)))
     with pytest.raises(GradmemError, match="needs attention masks"):
@@ -138,6 +149,30 @@ def test_rmt_reads_windows() -> None:
             alone = method.write(Tokens.from_lists([ids])).memory
             assert torch.allclose(alone.tensors["memory"][0], memory.tensors["memory"][row], atol=1e-5)
             assert method.generate(alone, [queries[row]], max_new_tokens=5) == [both[row]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "fields"), WHOLE)
+def test_full_context_is_one_pass(kind: str, fields: dict[str, Any]) -> None:
+    """Two contexts and queries of different lengths; with a window, a context and a query that fill it."""
+    method = FullContext(Backbone(tiny_model(kind, **fields).double())).eval()
+    plain = tiny_model(kind, **fields | dict.fromkeys(fields.keys() & {"sliding_window"}, 64)).double()
+    if "sliding_window" in fields:
+        assert method.max_context == 12
+        longer = torch.arange(3, 28)[None]
+        hidden = [model(longer, use_cache=False).logits[0] for model in (method.backbone.model, plain)]
+        assert [torch.allclose(*(rows[n - 1] for rows in hidden)) for n in (24, 25)] == [True, False]
+    texts = [[5, 9, 11, 7, 30, 12, 8, 3, 40, 41, 4, 6], [30, 3, 17, 22, 9]]
+    queries, new = [[7, 8, 9, 25, 31, 4, 19, 8], [30, 6, 44]], 4
+    memory = method.write(Tokens.from_lists(texts)).memory
+    read = method.read(memory, Tokens.from_lists(queries))
+    answers = method.generate(memory, queries, max_new_tokens=new, suppress_tokens=[0, 1, 2])
+    for row, (text, query, answer) in enumerate(zip(texts, queries, answers, strict=True)):
+        wanted = plain(torch.tensor([text + query + answer]), use_cache=False).logits[0, len(text) :]
+        asked, largest = len(query), float(wanted.abs().max())
+        assert torch.allclose(read[row, 1 : asked + 1], wanted[:asked], rtol=0, atol=1e-5 * largest)
+        assert answer == (wanted[asked - 1 : -1, 3:].argmax(1) + 3).tolist()
+        assert len(answer) == new
 
 
 def test_full_context_in_batches_of_models_that_count_for_themselves() -> None:
@@ -166,4 +201,4 @@ def test_inputs_end_where_rotary_angles_would_change(rope: str) -> None:
 
 
 def test_gradmem_alone_takes_models_that_full_context_refuses() -> None:
-    assert isinstance(made("mistral"), GradMem)
+    assert isinstance(made("gpt_neo"), GradMem)

@@ -162,6 +162,19 @@ class Backbone(ModelRunner):
         fields = self.model.config.get_text_config(decoder=True).to_dict()
         return [name for name, value in fields.items() if value and WINDOW.search(name)]
 
+    @property
+    def max_full_attention(self) -> int:
+        """Longest input in tokens in which every token attends to all earlier ones, whatever windows the layers have.
+
+        It is 0 if the config restricts attention by more than a `sliding_window` of so many tokens.
+        """
+        # A switch and a pattern only say which layers have the window.
+        sizes = {name for name in self.windows if not name.endswith("pattern") and name != "use_sliding_window"}
+        if not sizes:
+            return self.max_positions
+        window = self.model.config.get_text_config(decoder=True).sliding_window if sizes == {"sliding_window"} else 0
+        return min(window, self.max_positions) if isinstance(window, int) else 0
+
     @cached_property
     def takes_masks(self) -> bool:
         """Whether the attention obeys masks that say which positions each position attends to."""

@@ -32,7 +32,8 @@ backbone is built. A model that computes something else is refused with one line
 - With rotary angles that change with the length of the input (`dynamic`, `longrope`), inputs end where the angles
   would change.
 
-`full_context` and `armt` need more: they refuse models with windows.
+`full_context` takes a `sliding_window` of a plain size: a context and its query then end where the window would hide
+something. It refuses other windows, and `armt` refuses all.
 
 The table is of transformers {version}. `GRADMEM_WRITE_TABLE=1 make test-system ARGS="-k families"` tries every family
 with random weights and a small size, and writes this page. A family that is not tried is not refused for that: what

@@ -23,12 +23,13 @@ class FullContext(OnePassMethod):
     Parameters
     ----------
     backbone : Backbone
-        With full attention in every layer.
+        With full attention in every layer, or with sliding windows: then a context and a query together are at most
+        as long as the window, which therefore hides nothing.
 
     Raises
     ------
     GradmemError
-        If a layer of the backbone does not attend to all earlier tokens, or its layers differ in shape.
+        If the backbone restricts attention in another way, or its layers differ in shape.
     """
 
     task_name = "document"
@@ -36,10 +37,10 @@ class FullContext(OnePassMethod):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         kind = backbone.model.config.model_type
-        if backbone.windows:
+        if backbone.max_full_attention < 2:
             raise GradmemError(
-                f"full_context needs full attention in every layer, and '{kind}' has {backbone.windows[0]}: switch it "
-                "off in its config (often `sliding_window: null`) or take another backbone"
+                f"full_context needs layers that attend to all earlier tokens, and '{kind}' restricts them by "
+                f"{' and '.join(backbone.windows)}: take another backbone"
             )
         try:
             with torch.no_grad(), backbone.without_dropout():
@@ -50,8 +51,8 @@ class FullContext(OnePassMethod):
 
     @property
     def max_context(self) -> int:
-        """Longest context in tokens: half of the backbone's positions, so that it can be reconstructed after itself."""
-        return self.backbone.max_positions // 2 - len(self.before_context)
+        """Longest context in tokens: half of what attention reaches, so that it can be reconstructed after itself."""
+        return self.backbone.max_full_attention // 2 - len(self.before_context)
 
     def prefix(self, memory: Memory) -> Prefix:
         """Put keys and values into a cache; nothing is run."""
