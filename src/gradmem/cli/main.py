@@ -23,6 +23,7 @@ from . import evaluation, memory, serving, training
 from .console import use_utf8
 from .demo import demo
 from .download import download
+from .export import export
 from .launch import launch
 from .parsers import (
     HelpFormatter,
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "ask": memory.ask,
     "restore": memory.restore,
     "inspect": memory.inspect,
+    "export": export,
     "serve": serving.serve,
     "demo": demo,
     "list": memory.show_list,
