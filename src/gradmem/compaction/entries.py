@@ -25,12 +25,15 @@ class Entries:
         Entries of each head.
     start : int
         Position of the first token after them.
+    places : Tensor, int64, shape (layers, key-value heads, most entries), optional
+        Positions of the entries, while these are known.
     """
 
     keys: Tensor
     values: Tensor
     counts: Tensor
     start: int
+    places: Tensor | None = None
 
     @property
     def used(self) -> Tensor:
@@ -63,4 +66,5 @@ class Entries:
             dense = flat.new_zeros(*used.shape, flat.shape[-1])
             dense[used.to(flat.device)] = flat
             padded.append(dense)
-        return cls(*padded, counts, int(tensors["start"][row]))
+        keys, values = padded
+        return cls(keys, values, counts, int(tensors["start"][row]))

@@ -57,7 +57,7 @@ def output_metric(backbone: Backbone) -> Tensor:
     for layer in sorted(modules):
         heads, each, width = shapes[layer]
         weight = last[layer].weight if layer in last else None
-        if weight is None or heads * each * width not in weight.shape:
+        if not isinstance(weight, Tensor) or heads * each * width not in weight.shape:
             raise GradmemError(f"'{backbone.model.config.model_type}' has no linear output after its attention")
         rows = weight if isinstance(last[layer], Conv1D) else weight.T
         part = rows.float().unflatten(0, (heads, each, width))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,23 +38,18 @@ def match(entries: Entries, references: References, metric: Tensor) -> Entries:
     metric : Tensor, shape (layers, key-value heads, query heads each, value width, value width)
         What a change of a head's output weighs in the output of its layer.
     """
-    keys, values = entries.keys.clone(), entries.values.clone()
-    flat = [tensor.flatten(0, 1) for tensor in (keys, values, entries.counts)]
-    for heads in _groups(flat[2], references.queries.shape[2] * QUERIES):
-        most = int(flat[2][heads].max())
-        given = References(
-            *(
-                tensor.flatten(0, 1)[heads]
-                for tensor in (references.queries, references.mass, references.output, references.wanted)
-            ),
-            references.seen,
-            references.cap,
-        )
-        unused = torch.arange(most) >= flat[2][heads][:, None]
-        start = (flat[0][heads, :most].float(), flat[1][heads, :most].float())
-        moved = _moved(start, unused.to(keys.device), given, metric.flatten(0, 1)[heads])
-        flat[0][heads, :most], flat[1][heads, :most] = (tensor.to(keys.dtype) for tensor in moved)
-    return Entries(*(tensor.view(entries.keys.shape[:2] + tensor.shape[1:]) for tensor in flat[:2]), entries.counts, entries.start)
+    keys, values, counts = (
+        entries.keys.flatten(0, 1).clone(),
+        entries.values.flatten(0, 1).clone(),
+        entries.counts.flatten(),
+    )
+    for heads in _groups(counts, references.queries.shape[2] * QUERIES):
+        most = int(counts[heads].max())
+        unused = (torch.arange(most) >= counts[heads][:, None]).to(keys.device)
+        start = keys[heads, :most].float(), values[heads, :most].float()
+        moved = _moved(start, unused, references.of(heads), metric.flatten(0, 1)[heads])
+        keys[heads, :most], values[heads, :most] = (tensor.to(keys.dtype) for tensor in moved)
+    return replace(entries, keys=keys.view_as(entries.keys), values=values.view_as(entries.values), places=None)
 
 
 def _groups(counts: Tensor, rows: int) -> Iterator[Tensor]:
@@ -70,24 +66,24 @@ def _groups(counts: Tensor, rows: int) -> Iterator[Tensor]:
 @torch.enable_grad()
 def _moved(start: tuple[Tensor, Tensor], unused: Tensor, references: References, metric: Tensor) -> list[Tensor]:
     """Keys and values (heads, entries, width) after the descent."""
-    eye = torch.eye(metric.shape[-1], device=metric.device)
-    root = torch.linalg.cholesky(metric + RIDGE * metric.diagonal(dim1=-2, dim2=-1).mean((1, 2))[:, None, None, None] * eye)
+    mean = metric.diagonal(dim1=-2, dim2=-1).mean((1, 2))[:, None, None, None]
+    root = torch.linalg.cholesky(metric + RIDGE * mean * torch.eye(metric.shape[-1], device=metric.device))
     count = (~unused).sum(1)[:, None, None]
     sizes = [(tensor.square().sum((1, 2), keepdim=True) / (count * tensor.shape[2])).sqrt() for tensor in start]
     moves = [torch.zeros_like(tensor, requires_grad=True) for tensor in start]
     optimizer = torch.optim.Adam(moves, lr=RATE, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(0)
-    total, first = references.queries.shape[2], None
+    first = None
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - step / STEPS))
-        some = torch.randperm(total, generator=generator)[:QUERIES].to(metric.device)
+        given = references.some(torch.randperm(references.queries.shape[2], generator=generator)[:QUERIES])
         keys, values = (tensor + move * size for tensor, move, size in zip(start, moves, sizes, strict=True))
-        inside, outside = attention(references.queries[:, :, some], references.mass[:, :, some], keys, references.cap, unused)
-        error = torch.einsum("hrnm,hmd->hrnd", inside, values) - references.wanted[:, :, some]
-        error = error + outside[..., None] * references.output[:, :, some]
-        losses = torch.einsum("hrnd,hrde->hrne", error, root).square().mean((1, 2, 3))
+        inside, outside = attention(given.queries, given.mass, keys, given.cap, unused)
+        found = torch.einsum("hrnm,hmd->hrnd", inside, values) + outside[..., None] * given.output
+        losses = torch.einsum("hrnd,hrde->hrne", found - given.wanted, root).square().mean((1, 2, 3))
         first = losses.detach() + 1e-12 if first is None else first
         optimizer.zero_grad()
         (losses / first).sum().backward()
         optimizer.step()
-    return [(tensor + move * size).detach().masked_fill(unused[..., None], 0) for tensor, move, size in zip(start, moves, sizes, strict=True)]
+    ends = (tensor + move.detach() * size for tensor, move, size in zip(start, moves, sizes, strict=True))
+    return [end.masked_fill(unused[..., None], 0) for end in ends]

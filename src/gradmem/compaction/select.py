@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..key_positions import KeyMover
 from .entries import Entries
-from .text import Text
+from .text import References, Text
 
 Score = Literal["contribution", "attention", "key_norm", "last"]
 
@@ -54,7 +56,31 @@ def compacted(whole: Entries, kept: Tensor) -> Entries:
         tensor.take_along_dim(places[..., None], 2).masked_fill(unused[..., None], 0)
         for tensor in (whole.keys, whole.values)
     )
-    return Entries(keys, values, counts.cpu(), whole.start)
+    return Entries(keys, values, counts.cpu(), whole.start, places)
+
+
+def renumbered(entries: Entries, references: References, mover: KeyMover) -> tuple[Entries, References]:
+    """Move entries to positions 0 to m - 1, and questions right behind them.
+
+    Parameters
+    ----------
+    entries : Entries
+        As many in every head.
+    references : References
+        Their queries move too.
+    mover : KeyMover
+    """
+    count, device = entries.keys.shape[2], entries.keys.device
+    assert entries.places is not None
+    new = torch.arange(count, device=device)
+    keys = [
+        mover.move(own, layer, new - old)
+        for layer, (own, old) in enumerate(zip(entries.keys, entries.places, strict=True))
+    ]
+    back = torch.tensor(count - entries.start, device=device)
+    queries = [mover.move(own, layer, back) for layer, own in enumerate(references.queries)]
+    moved = replace(entries, keys=torch.stack(keys), start=count, places=None)
+    return moved, replace(references, queries=torch.stack(queries))
 
 
 def _scores(text: Text, metric: Tensor, score: Score) -> Tensor:

@@ -1,3 +1,7 @@
 """Study."""
-def study(entries, text, backbone, prefix):
+
+from typing import Any
+
+
+def study(entries: Any, text: Any, backbone: Any, prefix: Any) -> Any:
     return entries

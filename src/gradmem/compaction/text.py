@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
-from ..batch import Tokens
 from ..errors import GradmemError
 from ..generation import generate
 from ..ops.head_attention import head_attention
@@ -49,6 +48,19 @@ class References:
     wanted: Tensor
     seen: Tensor
     cap: float | None
+
+    def of(self, heads: Tensor) -> References:
+        """Those of some key-value heads, numbered over all layers; layers and heads are then one dimension."""
+        return self._map(lambda tensor: tensor.flatten(0, 1)[heads])
+
+    def some(self, numbers: Tensor) -> References:
+        """Some queries of references without layers, numbered."""
+        own = numbers.to(self.queries.device)
+        return self._map(lambda tensor: tensor[:, :, own])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> References:
+        tensors = map(change, (self.queries, self.mass, self.output, self.wanted))
+        return References(*tensors, seen=self.seen, cap=self.cap)
 
 
 @dataclass(frozen=True)
@@ -178,9 +190,7 @@ class _Observer:
         self.generator = torch.Generator().manual_seed(0)
         self.chosen = torch.zeros(0, dtype=torch.long)
 
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
-    ) -> None:
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         length, heads = query.shape[2], key.shape[1]
         if layer == 0:
@@ -206,7 +216,8 @@ class _Observer:
             inside, outside = attention(queries, mass, keys[layer].float(), self.cap)
             wanted = torch.einsum("hrnm,hmd->hrnd", inside, values[layer].float()) + outside[..., None] * output
             layers.append((queries, mass, output, wanted, inside.square().mean(2)))
-        return References(*map(torch.stack, zip(*layers, strict=True)), self.cap)
+        queries, mass, output, wanted, seen = map(torch.stack, zip(*layers, strict=True))
+        return References(queries, mass, output, wanted, seen, self.cap)
 
 
 def scores(queries: Tensor, keys: Tensor, cap: float | None) -> Tensor:

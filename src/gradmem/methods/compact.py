@@ -18,11 +18,12 @@ from ..compaction.fidelity import compared, fidelity
 from ..compaction.heads import output_metric
 from ..compaction.match import match
 from ..compaction.questions import REPEAT
-from ..compaction.select import Score, select
+from ..compaction.select import Score, renumbered, select
 from ..compaction.study import study
 from ..compaction.text import Text, read_text, whole_prefix
 from ..errors import GradmemError, require
 from ..inner.objective import token_losses
+from ..key_positions import KeyMover
 from ..memory import LENGTHS, Memory
 from ..prefix import Prefix
 from .base import Method, Written
@@ -31,6 +32,8 @@ from .base.options import Options, keywords_of
 
 WRITERS = ("select", "match", "study")
 """Writers, in the order in which they run."""
+ROOM = 64
+"""Positions for what stands between a text and its repetition."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +101,15 @@ class Compact(Method):
         own = CompactOptions(**options)
         super().__init__(backbone)
         self.options, self.read_chunks = own, own.read_chunks
+        self.positions = own.positions or ("text" if own.shared else "memory")
+        self.mover = KeyMover(backbone) if self.positions == "memory" else None
         self.writers = own.writers.split(",")
         self.write_steps = len(self.writers)
-        kind = backbone.model.config.model_type
-        if backbone.windows:
+        if not backbone.max_full_attention:
+            kind, field = backbone.model.config.model_type, backbone.windows[0]
             raise GradmemError(
-                f"compact needs full attention in every layer, and '{kind}' has {backbone.windows[0]}: switch it off in "
-                "its config (often `sliding_window: null`) or take another model"
+                f"compact needs full attention in every layer, and '{kind}' has {field}: switch it off in its config or "
+                "take another model"
             )
         try:
             with torch.no_grad(), backbone.without_dropout():
@@ -125,12 +130,12 @@ class Compact(Method):
     @property
     def max_context(self) -> int:
         """Longest context in tokens: so that it can be repeated after itself."""
-        return (self.backbone.max_positions - len(self.task.before_context) - 64) // 2
+        return max(0, self.backbone.max_full_attention - len(self.before_context) - ROOM) // 2
 
     @property
     def max_query(self) -> int:
         """Longest query and answer in tokens."""
-        return self.max_context
+        return self.backbone.max_full_attention - len(self.before_context)
 
     def texts_at_once(self, length: int) -> int:
         """One: what is known of a text takes more room than its cache."""
@@ -186,10 +191,12 @@ class Compact(Method):
         """
         bytes_of_entry = self.layers * self.heads * sum(self.widths.values()) * 4
         count = entries_of(budget, text.whole.keys.shape[2], bytes_of_entry)
-        entries = select(text, count, self.metric, self.options.score, self.options.shared)
+        entries, references = select(text, count, self.metric, self.options.score, self.options.shared), text.references
+        if self.mover is not None:
+            entries, references = renumbered(entries, references, self.mover)
         yield "select", entries.memory()
         if "match" in self.writers:
-            entries = match(entries, text.references, self.metric)
+            entries = match(entries, references, self.metric)
             yield "match", entries.memory()
         if "study" in self.writers:
             entries = study(entries, text, self.backbone, self._entries_prefix)
@@ -198,8 +205,7 @@ class Compact(Method):
     @cached_property
     def unwritten(self) -> Memory:
         """The memory of no text."""
-        head = self.task.before_context
-        if not head:
+        if not (head := self.before_context):
             return self._empty()
         with torch.no_grad(), self.backbone.without_dropout():
             prefix = whole_prefix(self.backbone, self.task, [])
@@ -209,7 +215,8 @@ class Compact(Method):
     def _empty(self) -> Memory:
         model = self.backbone.model
         none = {
-            name: torch.zeros(1, 0, width, dtype=model.dtype, device=model.device) for name, width in self.widths.items()
+            name: torch.zeros(1, 0, width, dtype=model.dtype, device=model.device)
+            for name, width in self.widths.items()
         }
         counts = torch.zeros(1, self.layers, self.heads, dtype=torch.long)
         return Memory({**none, "counts": counts, "start": torch.zeros(1, dtype=torch.long), LENGTHS: torch.tensor([0])})
@@ -245,7 +252,7 @@ class Compact(Method):
         query = self.task.encode_query(REPEAT)
         found = []
         for row, length in enumerate(lengths):
-            options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+            options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
             found += self.generate(memory[row], [query], pad_id=self.task.pad_id, **options)
         return found
 
@@ -259,11 +266,17 @@ class Compact(Method):
         found = memory.tensors
         if set(found) == set(TENSORS) and all(found[n].is_floating_point() == (n in self.widths) for n in found):
             counts, lengths = found["counts"], found[LENGTHS]
-            shaped = all(t.shape[2:] == ((self.widths[n],) if n in self.widths else t.shape[2:]) for n, t in found.items())
+            shaped = all(
+                t.shape[2:] == ((self.widths[n],) if n in self.widths else t.shape[2:]) for n, t in found.items()
+            )
             fits = counts.shape[1:] == (self.layers, self.heads) and found["start"].ndim == lengths.ndim == 1
             if shaped and fits and bool((counts >= 0).all()) and bool((counts.sum((1, 2)) == lengths).all()):
                 most = found["keys"].shape[1] == found["values"].shape[1] == max(lengths.tolist(), default=0)
-                if most and bool((found["start"] >= 0).all()) and int(found["start"].max()) <= self.backbone.max_positions:
+                if (
+                    most
+                    and bool((found["start"] >= 0).all())
+                    and int(found["start"].max()) <= self.backbone.max_positions
+                ):
                     return
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in found.items()}
         raise GradmemError(f"{what} holds {shapes}, which is no compacted cache of this model")
@@ -273,7 +286,7 @@ def joined(rows: Sequence[Entries]) -> Entries:
     """The entries of several texts, head by head one text after the other."""
     counts = torch.stack([row.counts for row in rows]).sum(0)
     layers, heads = counts.shape
-    parts = []
+    parts: dict[str, Tensor] = {}
     for name in ("keys", "values"):
         pieces = [
             torch.cat([getattr(row, name)[layer, head, : int(row.counts[layer, head])] for row in rows])
@@ -281,5 +294,5 @@ def joined(rows: Sequence[Entries]) -> Entries:
             for head in range(heads)
         ]
         padded = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        parts.append(padded.view(layers, heads, *padded.shape[1:]))
-    return Entries(*parts, counts, max(row.start for row in rows))
+        parts[name] = padded.view(layers, heads, *padded.shape[1:])
+    return Entries(parts["keys"], parts["values"], counts, max(row.start for row in rows))

@@ -65,7 +65,9 @@ def _described(kind: Any) -> str:
     """What a value of a type is, for an error message."""
     if get_origin(kind) is Literal:
         return _either(list(get_args(kind)))
-    return {int: "a whole number", float: "a number that float32 holds", bool: "true or false", str: "a text"}.get(kind, "null")
+    return {int: "a whole number", float: "a number that float32 holds", bool: "true or false", str: "a text"}.get(
+        kind, "null"
+    )
 
 
 def _either(choices: list[str]) -> str:
