@@ -28,3 +28,14 @@ REPEAT = "Repeat the text."
 """What is asked for the text itself."""
 ANSWER = 24
 """Most tokens of an answer to one of these questions."""
+ASK = (
+    "Write one short question about a person or a name in the text.",
+    "Write one short question about a number, a date or a time in the text.",
+    "Write one short question about a place or a thing in the text.",
+    "Write one short question that begins with why or how and that the text answers.",
+)
+"""What the model is told in order to ask itself, in several styles."""
+CLOZE = 'Which words follow "{}" in the text?'
+"""A question that is cut from a sentence of the text."""
+LONGEST = 32
+"""Most tokens of a question that the model asks itself."""

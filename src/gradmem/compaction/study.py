@@ -1,7 +1,141 @@
-"""Study."""
+"""Study: a few small gradient steps through the model, on answers to questions about the text.
 
+Training a memory on the text itself teaches it to recite. What it should learn is how the model with the whole text
+answers, so the loss is the KL divergence to that model along its own answers.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
 
-def study(entries: Any, text: Any, backbone: Any, prefix: Any) -> Any:
-    return entries
+from ..backbone import Backbone
+from ..batch import Tokens
+from ..generation import generate
+from ..prefix import Prefix
+from ..tasks.base import Task
+from .entries import Entries
+from .fidelity import divergence, fidelity
+from .questions import ASK, CLOZE, LONGEST
+from .text import Asked, Text, greedy_answers, text_prefix
+
+STEPS, RATE = 16, 0.005
+"""Most steps of Adam, and their rate relative to the size of a head's keys and values."""
+QUESTIONS = 4
+"""Questions of a step."""
+EVERY = 4
+"""Steps between two checks by questions that are not studied."""
+SAMPLES = 6
+"""Questions that the model asks itself in each style."""
+HELD_OUT = 4
+"""One in so many questions is not studied and decides which step's memory is kept."""
+
+
+def study(
+    entries: Entries, text: Text, backbone: Backbone, task: Task, prefix_of: Callable[[Entries], Prefix]
+) -> Entries:
+    """Take gradient steps on keys and values, and keep the best state; the start, if nothing gets better.
+
+    Parameters
+    ----------
+    entries : Entries
+        The start.
+    text : Text
+    backbone : Backbone
+    task : Task
+    prefix_of : callable
+        Puts entries into the cache of the model, differentiably.
+    """
+    asked = questions_about(text, backbone, task)
+    known, studied = asked.split(HELD_OUT)
+    batches = _batches([*text.study.each(), *studied.each()])
+    sizes = [_size(tensor, entries.used) for tensor in (entries.keys, entries.values)]
+    moves = [
+        torch.zeros_like(tensor, dtype=torch.float, requires_grad=True) for tensor in (entries.keys, entries.values)
+    ]
+    optimizer = torch.optim.Adam(moves, lr=RATE, betas=(0.9, 0.95))
+
+    def moved() -> Entries:
+        keys, values = (
+            tensor + (move * size).to(tensor.dtype)
+            for tensor, move, size in zip((entries.keys, entries.values), moves, sizes, strict=True)
+        )
+        return replace(entries, keys=keys, values=values, places=None)
+
+    best, least = entries, fidelity(backbone, prefix_of(entries), known)[0]
+    for step in range(1, STEPS + 1):
+        optimizer.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - (step - 1) / STEPS))
+        with torch.enable_grad():
+            loss = _loss(backbone, prefix_of(moved()), next(batches))
+            gradients = torch.autograd.grad(loss, moves)
+        for move, gradient in zip(moves, gradients, strict=True):
+            move.grad = gradient
+        optimizer.step()
+        if step % EVERY == 0:
+            with torch.no_grad():
+                state = moved()
+            if (found := fidelity(backbone, prefix_of(state), known)[0]) < least:
+                best, least = state, found
+    return best
+
+
+@torch.no_grad()
+def questions_about(text: Text, backbone: Backbone, task: Task) -> Asked:
+    """Questions that the model asks itself and questions cut from sentences, with the answers of the whole text."""
+    prefix = text_prefix(backbone, text.whole)
+    own = [task.encode_query(style) for style in ASK for _ in range(SAMPLES)]
+    options: dict[str, Any] = task.greedy_options() | {"max_new_tokens": LONGEST, "do_sample": True, "temperature": 0.8}
+    rows = torch.zeros(len(own), dtype=torch.long, device=prefix.last.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        said = [task.decode(ids) for ids in generate(backbone, prefix.select(rows), own, task.pad_id, **options)]
+    questions = dict.fromkeys([*filter(None, map(_question, said)), *_clozes(task.text(text.ids))])
+    order = list(questions)
+    random.Random(0).shuffle(order)
+    queries = [task.encode_query(question) for question in order]
+    return Asked.read(backbone, prefix, queries, greedy_answers(backbone, task, prefix, queries))
+
+
+def _question(said: str) -> str | None:
+    """The question in what the model said; None if there is none."""
+    found = re.search(r"[A-Z][^?\n]{8,}\?", said)
+    return found[0] if found else None
+
+
+def _clozes(text: str) -> list[str]:
+    """Questions for the continuation of each sentence's beginning."""
+    sentences = [sentence.split() for sentence in re.split(r"(?<=[.!?])\s+", text)]
+    return [CLOZE.format(" ".join(words[: len(words) // 2])) for words in sentences if len(words) >= 8]
+
+
+def _batches(pool: list[Asked]) -> Any:
+    """Questions without end: fresh ones at every step, until all were used."""
+    order = random.Random(0)
+    while True:
+        order.shuffle(pool)
+        yield from (pool[i : i + QUESTIONS] for i in range(0, len(pool) - QUESTIONS + 1, QUESTIONS))
+
+
+def _loss(backbone: Backbone, prefix: Prefix, asked: list[Asked]) -> Tensor:
+    """Mean KL divergence along the answers, all questions read in one batch."""
+    pairs = [(one.queries[0], one.answers[0]) for one in asked]
+    tokens = Tokens.from_lists([query + answer for query, answer in pairs]).to(prefix.last.device)
+    own = prefix.select(torch.zeros(len(pairs), dtype=torch.long, device=prefix.last.device))
+    with own.active():
+        embeds = backbone.embed(tokens.ids)
+        hidden = backbone.hidden(embeds, own.cache, **own.continued(embeds.shape[1]))
+    found = [hidden[row, len(query) - 1 : len(query) + len(answer) - 1] for row, (query, answer) in enumerate(pairs)]
+    parts = divergence(backbone, torch.cat([one.hidden for one in asked]), torch.cat(found))
+    return torch.cat([divergences for divergences, _ in parts]).mean()
+
+
+def _size(tensor: Tensor, used: Tensor) -> Tensor:
+    """Root mean square of each head's entries: shape (layers, key-value heads, 1, 1)."""
+    count = used.sum(2).to(tensor.device)[..., None, None] * tensor.shape[3]
+    return (tensor.float().square().sum((2, 3), keepdim=True) / count).sqrt()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class References:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> References:
         tensors = map(change, (self.queries, self.mass, self.output, self.wanted))
-        return References(*tensors, seen=self.seen, cap=self.cap)
+        return References(*tensors, self.seen, self.cap)
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,24 @@ class Asked:
         pairs = zip(queries, answers, strict=True)
         states = [read(backbone, prefix, [*query, *answer])[len(query) - 1 : -1] for query, answer in pairs]
         return cls(queries, answers, torch.cat(states))
+
+    def each(self) -> Iterator[Asked]:
+        """The questions one by one."""
+        states = self.hidden.split([len(answer) for answer in self.answers])
+        for query, answer, hidden in zip(self.queries, self.answers, states, strict=True):
+            yield Asked([query], [answer], hidden)
+
+    def split(self, part: int) -> tuple[Asked, Asked]:
+        """Two parts: one question in `part`, and the rest."""
+        every = list(self.each())
+        first, rest = every[::part], [one for number, one in enumerate(every) if number % part]
+        return Asked.join(first), Asked.join(rest)
+
+    @classmethod
+    def join(cls, parts: Sequence[Asked]) -> Asked:
+        """All questions of several parts."""
+        queries, answers = ([one for part in parts for one in getattr(part, name)] for name in ("queries", "answers"))
+        return cls(queries, answers, torch.cat([part.hidden for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,14 @@ def whole_prefix(backbone: Backbone, task: Task, ids: list[int]) -> Prefix:
     """Run a text, with what the task puts before it."""
     given = torch.tensor([[*task.before_context, *ids]], device=backbone.model.device)
     return backbone.prefix(backbone.embed(given))
+
+
+def text_prefix(backbone: Backbone, whole: Entries) -> Prefix:
+    """The prefix of a text that was run before, from its whole cache."""
+    cache = backbone.new_cache()
+    for layer, (keys, values) in enumerate(zip(whole.keys, whole.values, strict=True)):
+        cache.update(keys[None], values[None], layer)
+    return Prefix(whole.keys.new_zeros(1, backbone.width), cache)
 
 
 def read(backbone: Backbone, prefix: Prefix, ids: list[int]) -> Tensor:

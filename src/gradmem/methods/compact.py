@@ -199,7 +199,7 @@ class Compact(Method):
             entries = match(entries, references, self.metric)
             yield "match", entries.memory()
         if "study" in self.writers:
-            entries = study(entries, text, self.backbone, self._entries_prefix)
+            entries = study(entries, text, self.backbone, self.task, self._entries_prefix)
             yield "study", entries.memory()
 
     @cached_property
