@@ -98,7 +98,9 @@ def changed(memory: Memory, **tensors: Tensor) -> Memory:
     return Memory({**memory.tensors, **tensors})
 
 
-def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_exported_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the command, with one line that says what to do; nothing is saved."""
     monkeypatch.chdir(tmp_path)
     memory, _ = compact(tiny_model("llama"))
