@@ -72,6 +72,24 @@ def test_keys_without_rotary_positions_stay(kind: str) -> None:
     assert torch.equal(mover.move(keys, 0, torch.tensor([5, 6, 7])), keys)
 
 
+@torch.no_grad()
+def test_large_biases_hide_nothing() -> None:
+    """As in published Qwen2 models: some keys are a hundred times as large as others, and the same for all tokens."""
+    slow = {"rope_type": "default", "rope_theta": 1e10}  # the large ones turn too slowly to be seen
+    model = tiny_model("qwen2", max_position_embeddings=8192, rope_parameters=slow)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.view(-1, 8)[:, [3, 7]] = torch.tensor([300.0, -200.0])
+    runner = ModelRunner(model)
+    mover = KeyMover(runner)
+    assert mover.kind == "rotary"
+    for layer, (low, high) in enumerate(zip(cached(runner, 0), cached(runner, 100), strict=True)):
+        moved = mover.move(low, layer, torch.tensor(100))
+        for part in ([0, 1, 2, 4, 5, 6], [3, 7]):
+            assert torch.allclose(
+                moved[..., part], high[..., part], rtol=0, atol=1e-4 * float(high[..., part].abs().max())
+            )
+
+
 def test_low_precision() -> None:
     """Within the rounding of bfloat16."""
     runner = ModelRunner(tiny_model("llama", max_position_embeddings=8192).bfloat16())

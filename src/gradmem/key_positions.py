@@ -21,7 +21,10 @@ how many whole turns lie between, and the last one is large, so that the slowest
 SHIFT = 100
 """How far the probe's text is moved to verify the rotation."""
 PART = 0.05
-"""Largest error of verified keys, as a share of their norm."""
+"""Largest change with the position that counts as rounding, as a share of the norm."""
+ERROR = 0.25
+"""Largest error of a verified number and its partner, as a share of their norm: what is not understood is as large as
+they are."""
 
 
 class KeyMover:
@@ -85,8 +88,9 @@ class KeyMover:
         all_keys, all_values = _keys_and_values(runner, tokens, places)
         # (positions, samples, width): the tokens and heads are samples of the same rotation.
         all_keys = [keys.double().cpu().unflatten(0, (-1, TOKENS)).flatten(1, 3) for keys in all_keys]
-        values_depend = any(_differ(values.unflatten(0, (-1, TOKENS))) for values in all_values)
         keys_depend = any(map(_differ, all_keys))
+        # Values as a whole: rounding may change a small number among them by much.
+        values_depend = any(_differ(values.double().cpu().view(len(positions), -1, 1)) for values in all_values)
         if values_depend and not keys_depend:
             raise _refusal(runner, "keeps positions beside its keys")
         if values_depend or not keys_depend:
@@ -103,11 +107,12 @@ class KeyMover:
         text = _tokens(runner).transpose(0, 1)
         start = torch.arange(TOKENS, device=text.device)[None]
         before, after = (_keys_and_values(runner, text, start + offset)[0] for offset in (0, shift))
-        moved = (self.move(keys, layer, start.new_tensor(shift)) for layer, keys in enumerate(before))
-        return all(
-            float((found - wanted).float().norm()) <= PART * float(wanted.float().norm())
-            for found, wanted in zip(moved, after, strict=True)
-        )
+        for layer, (keys, wanted) in enumerate(zip(before, after, strict=True)):
+            wrong = self.move(keys, layer, start.new_tensor(shift)) - wanted
+            error, size = (tensor.double().cpu().flatten(0, 2).norm(dim=0) for tensor in (wrong, wanted))
+            if bool((error > ERROR * torch.hypot(size, size[self._partners[layer]])).any()):
+                return False
+        return True
 
 
 def _refusal(runner: ModelRunner, why: str) -> GradmemError:
@@ -129,10 +134,9 @@ def _tokens(runner: ModelRunner) -> Tensor:
 
 
 def _differ(observed: Tensor) -> bool:
-    """Whether the first dimension, that of positions, changes more than rounding does."""
-    return not torch.allclose(
-        observed, observed[:1].expand_as(observed), rtol=0, atol=PART * float(observed.abs().max())
-    )
+    """Whether a number changes with the position by more than rounding, from numbers (positions, samples, width)."""
+    change, size = ((observed - start).flatten(0, 1).norm(dim=0) for start in (observed[:1], 0))
+    return bool((change > PART * size).any())
 
 
 def _partners(keys: Tensor) -> Tensor:
