@@ -63,7 +63,7 @@ def test_moved_keys_are_those_of_the_other_positions(kind: str, fields: dict[str
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["gpt2", "bloom"])
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "mpt", "bart"])
 def test_keys_without_rotary_positions_stay(kind: str) -> None:
     """Learned positions are part of the hidden states, and a bias by distance is not in the keys."""
     runner = ModelRunner(tiny_model(kind))
@@ -113,6 +113,12 @@ def test_keys_that_are_placed_in_another_way_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(runner.model.model.rotary_emb, "forward", shrinking)
     with pytest.raises(GradmemError, match=r"'llama' cannot be moved .* by more than a rotation"):
         KeyMover(runner)
+
+
+def test_positions_that_cannot_be_given_are_refused() -> None:
+    """A model that rotates its keys by positions that it only counts for itself."""
+    with pytest.raises(GradmemError, match=r"'moss_transcribe_diarize' cannot be moved .* accepts no position ids"):
+        KeyMover(ModelRunner(tiny_model("moss_transcribe_diarize")))
 
 
 def test_positions_that_are_kept_beside_the_keys_are_refused() -> None:

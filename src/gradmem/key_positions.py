@@ -51,10 +51,11 @@ class KeyMover:
         self.kind = "none"
         self._partners: list[Tensor] = []
         self._frequencies: list[Tensor] = []
-        if not runner.takes_positions:
-            return
         with torch.no_grad(), runner.without_dropout():
-            self._observe(runner)
+            if runner.takes_positions:
+                self._observe(runner)
+            elif _counted(runner):
+                raise _refusal(runner, "accepts no position ids")
             if self.kind == "rotary" and not self._verified(runner):
                 raise _refusal(runner, "places keys by more than a rotation")
 
@@ -115,12 +116,25 @@ class KeyMover:
         return True
 
 
+def _counted(runner: ModelRunner) -> bool:
+    """Whether the keys of a model that accepts no position ids depend on positions that it counts for itself.
+
+    One token is repeated: in the first layer, its keys are then the same, unless its position is in them. If it is in
+    the values too, it is in the hidden states.
+    """
+    layers = _keys_and_values(runner, _tokens(runner)[:1].expand(-1, TOKENS, -1), None)
+    keys, values = (layer[0][0].double().cpu().transpose(0, 1) for layer in layers)
+    return _differ(keys) and not _differ(values.reshape(TOKENS, -1, 1))
+
+
 def _refusal(runner: ModelRunner, why: str) -> GradmemError:
     kind = runner.model.config.model_type
     return GradmemError(f"the keys of '{kind}' cannot be moved to other positions: it {why}")
 
 
-def _keys_and_values(runner: ModelRunner, embeds: Tensor, positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _keys_and_values(
+    runner: ModelRunner, embeds: Tensor, positions: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of every layer, each of shape (batch, heads, length, width)."""
     cache = runner.new_cache()
     runner.hidden(embeds, cache, positions=positions)
