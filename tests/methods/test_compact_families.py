@@ -19,21 +19,8 @@ from gradmem.memory import Memory
 from gradmem.methods.compact import Compact
 
 TEXT, QUERY = [5, 9, 11, 7, 30, 12, 8, 3, 40, 41, 4, 6], [7, 8, 9, 25, 31]
-PLAIN = [
-    "gemma",
-    "gpt2",
-    "gpt_neox",
-    "llama",
-    "olmo",
-    "olmo2",
-    "phi",
-    "phi3",
-    "opt",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "cohere",
-]
+PLAIN = ["cohere", "gemma", "gpt2", "gpt_neox", "llama", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3"]
+PLAIN += ["smollm3"]
 WINDOWS = ["cohere2", "gemma2", "gemma3_text", "mistral"]
 FAMILIES = [*((kind, {}) for kind in PLAIN), *((kind, {"sliding_window": 120}) for kind in WINDOWS)]
 
@@ -106,6 +93,8 @@ def test_a_part_is_read_as_the_model_reads_the_same_cache(kind: str, fields: dic
 @torch.no_grad()
 def test_peft_reads_the_exported_memory(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
+    if not hasattr(peft, "CartridgeConfig"):
+        pytest.skip(f"peft {peft.__version__} has no CARTRIDGE")
     method, memory = compacted("llama", {}, budget=0.5, shared=False)
     save_cartridge(memory, tmp_path)
     model = method.float().backbone.model
