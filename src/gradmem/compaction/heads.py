@@ -1,7 +1,8 @@
-"""What a change of one attention head's output does to the output of its layer."""
+"""The attention heads of a model: their shapes, and what a change of one head's output does to its layer."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,15 +12,67 @@ from transformers.pytorch_utils import Conv1D
 from ..backbone import Backbone
 from ..errors import GradmemError
 from ..ops.head_attention import head_attention
+from ..probing import FAILURES
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The attention of one layer: its module, key-value heads, query heads for each, and widths of keys and values."""
+
+    module: nn.Module
+    heads: int
+    each: int
+    keys: int
+    values: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All numbers."""
+        return self.heads, self.each, self.keys, self.values
+
+
+def attention_layers(backbone: Backbone) -> list[Layer]:
+    """Find the attention of every layer, by running the model on one vector.
+
+    Raises
+    ------
+    GradmemError
+        If a layer's attention cannot be observed, layers differ in shape, or queries are compared with something else
+        than the keys in the cache.
+    """
+    kind = backbone.model.config.model_type
+    found: dict[int, Layer] = {}
+    good = True
+
+    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
+        nonlocal good
+        layer = Layer(module, key.shape[1], query.shape[1] // key.shape[1], key.shape[3], value.shape[3])
+        found[int(module.layer_idx)] = layer  # type: ignore[arg-type]
+        cached = cache.layers[int(module.layer_idx)]  # type: ignore[arg-type]
+        good &= query.shape[3] == key.shape[3] and cached.keys.shape == key.shape and cached.values.shape == value.shape
+
+    cache = backbone.new_cache()
+    try:
+        with torch.no_grad(), backbone.without_dropout(), head_attention(backbone.model, observer=observe):
+            backbone.hidden(_probe(backbone), cache)
+    except FAILURES as error:
+        raise GradmemError(f"compact cannot observe the attention of '{kind}': {error}") from error
+    if sorted(found) != list(range(len(cache.layers))):
+        raise GradmemError(f"compact cannot observe the attention of '{kind}': take another model, or the method cram")
+    layers = [found[layer] for layer in sorted(found)]
+    if not good or len({layer.shape for layer in layers}) > 1:
+        raise GradmemError(f"compact needs layers with keys and values of one shape, and those of '{kind}' differ")
+    return layers
 
 
 @torch.no_grad()
-def output_metric(backbone: Backbone) -> Tensor:
-    """For each query head, W W^T of its part W of the output projection: the squared length of a change is x W W^T x.
+def output_metric(backbone: Backbone, layers: list[Layer]) -> Tensor:
+    """For each query head, W W^T of its part W of the output projection: the squared length of a change x is x W W^T x.
 
     Parameters
     ----------
     backbone : Backbone
+    layers : list of Layer
 
     Returns
     -------
@@ -28,40 +81,32 @@ def output_metric(backbone: Backbone) -> Tensor:
     Raises
     ------
     GradmemError
-        If the model's attention cannot be observed, or has no linear output projection.
+        If attention is followed by no linear layer.
     """
-    modules: dict[int, Any] = {}
-    shapes: dict[int, tuple[int, int, int]] = {}
-
-    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
-        modules[int(module.layer_idx)] = module  # type: ignore[arg-type]
-        shapes[int(module.layer_idx)] = (key.shape[1], query.shape[1] // key.shape[1], value.shape[3])  # type: ignore[arg-type]
-
-    probe = backbone.embed(torch.zeros(1, 1, dtype=torch.long, device=backbone.model.device))
-    with head_attention(backbone.model, observer=observe):
-        backbone.hidden(probe)
     called: list[tuple[int, nn.Module]] = []
     hooks = [
-        child.register_forward_pre_hook(lambda child, _, layer=layer: called.append((layer, child)))
-        for layer, module in modules.items()
-        for child in module.modules()
+        child.register_forward_pre_hook(lambda child, _, number=number: called.append((number, child)))
+        for number, layer in enumerate(layers)
+        for child in layer.module.modules()
         if isinstance(child, nn.Linear | Conv1D)
     ]
     try:
-        backbone.hidden(probe)
+        backbone.hidden(_probe(backbone))
     finally:
         for hook in hooks:
             hook.remove()
     last = dict(called)  # the output projection is the last that a layer's attention calls
     metrics = []
-    for layer in sorted(modules):
-        heads, each, width = shapes[layer]
-        weight = last[layer].weight if layer in last else None
-        if not isinstance(weight, Tensor) or heads * each * width not in weight.shape:
-            raise GradmemError(f"'{backbone.model.config.model_type}' has no linear output after its attention")
-        rows = weight if isinstance(last[layer], Conv1D) else weight.T
-        part = rows.float().unflatten(0, (heads, each, width))
+    for number, layer in enumerate(layers):
+        weight = last[number].weight if number in last else None
+        if not isinstance(weight, Tensor) or layer.heads * layer.each * layer.values not in weight.shape:
+            kind = backbone.model.config.model_type
+            raise GradmemError(f"compact needs a linear layer behind attention, and '{kind}' has none")
+        rows = weight if isinstance(last[number], Conv1D) else weight.T
+        part = rows.float().unflatten(0, (layer.heads, layer.each, layer.values))
         metrics.append(torch.einsum("hrdo,hreo->hrde", part, part))
-    if not metrics:
-        raise GradmemError(f"the attention of '{backbone.model.config.model_type}' cannot be observed")
     return torch.stack(metrics)
+
+
+def _probe(backbone: Backbone) -> Tensor:
+    return backbone.embed(torch.zeros(1, 1, dtype=torch.long, device=backbone.model.device))

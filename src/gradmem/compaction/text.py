@@ -59,8 +59,8 @@ class References:
         return self._map(lambda tensor: tensor[:, :, own])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> References:
-        tensors = map(change, (self.queries, self.mass, self.output, self.wanted))
-        return References(*tensors, self.seen, self.cap)
+        queries, mass, output, wanted = map(change, (self.queries, self.mass, self.output, self.wanted))
+        return References(queries, mass, output, wanted, self.seen, self.cap)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..batch import Tokens
 from ..compaction.budget import entries_of
 from ..compaction.entries import TENSORS, Entries
 from ..compaction.fidelity import compared, fidelity
-from ..compaction.heads import output_metric
+from ..compaction.heads import attention_layers, output_metric
 from ..compaction.match import match
 from ..compaction.questions import REPEAT
 from ..compaction.select import Score, renumbered, select
@@ -44,9 +44,9 @@ class CompactOptions(Options):
     """How much to keep of the key-value cache. Up to 1: this fraction of its entries. Above 1: this many entries for
     each head, on average. A text such as 200KB or 2MB: bytes of keys and values in float32."""
     writers: Literal["select", "select,match", "select,match,study"] = "select,match"
-    """Writers, one after the other. select keeps entries as they are. match moves them until questions find in them what
-    they find in the whole cache, without a pass through the model. study moves them by gradients through the model, on
-    answers to questions about the text."""
+    """Writers, one after the other. select keeps entries as they are. match moves them until questions find in them
+    what they find in the whole cache, without a pass through the model. study moves them by gradients through the
+    model, on answers to questions about the text."""
     score: Score = "contribution"
     """How select ranks entries: by what they add to the output of their layer, by squared attention alone, by small
     norm of the key, or the last ones first."""
@@ -73,8 +73,8 @@ class Compact(Method):
     The model reads the text once and answers questions that fit any text. Its own queries say which entries count, and
     what attention should find in them. Nothing is trained, and the questions that people will ask need not be known.
 
-    A memory holds `keys` and `values`, shapes (batch, entries, width), of all heads one after the other: layer 0 head 0,
-    layer 0 head 1, and so on. `counts`, int64, shape (batch, layers, heads), says how many each head has; `start`,
+    A memory holds `keys` and `values`, shapes (batch, entries, width), of all heads one after the other: layer 0 head
+    0, layer 0 head 1, and so on. `counts`, int64, shape (batch, layers, heads), says how many each head has; `start`,
     int64, shape (batch,), at which position a question begins; `lengths` how many entries a row has. A row is a chunk
     of a document, and a question reads the rows that it attends to most.
 
@@ -108,22 +108,23 @@ class Compact(Method):
         if not backbone.max_full_attention:
             kind, field = backbone.model.config.model_type, backbone.windows[0]
             raise GradmemError(
-                f"compact needs full attention in every layer, and '{kind}' has {field}: switch it off in its config or "
-                "take another model"
+                f"compact needs full attention in every layer, and '{kind}' has {field}: switch it off in its "
+                "config, or take another model"
             )
-        try:
-            with torch.no_grad(), backbone.without_dropout():
-                cache = backbone.prefix(backbone.model.get_input_embeddings().weight[:1, None]).cache
-                keys, values = (torch.stack([getattr(x, n)[0] for x in cache.layers]) for n in ("keys", "values"))
-        except (RuntimeError, TypeError) as error:
-            raise GradmemError(f"compact needs layers with keys and values of one shape: {error}") from error
-        self.layers, self.heads = keys.shape[:2]
-        self.widths = {"keys": keys.shape[3], "values": values.shape[3]}
+        self._attention = attention_layers(backbone)
+        first = self._attention[0]
+        self.layers, self.heads = len(self._attention), first.heads
+        self.widths = {"keys": first.keys, "values": first.values}
+        if self.positions == "text" and not backbone.takes_positions:
+            raise GradmemError(
+                f"'{backbone.model.config.model_type}' counts positions for itself: give `shared: false`, so that "
+                "questions begin right after the memory"
+            )
 
     @cached_property
     def metric(self) -> Tensor:
         """What a change of a head's output weighs; see `output_metric`."""
-        return output_metric(self.backbone)
+        return output_metric(self.backbone, self._attention)
 
     # WRITE
 

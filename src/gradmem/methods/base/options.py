@@ -20,8 +20,8 @@ Constructor = TypeVar("Constructor", bound=Callable[..., None])
 class Options:
     """Base of all options of methods.
 
-    A field may be an int, a float, a bool, a text or a `Literal` of texts, or several of these, or None. Each value is checked
-    against the type of its field. Subclasses check ranges in their `__post_init__`, after that of this class.
+    A field may be an int, a float, a bool, a text, a `Literal` of texts, or one of several of these or None. Each value
+    is checked against the type of its field. Subclasses check ranges in their `__post_init__`, after that of this class.
 
     Raises
     ------
