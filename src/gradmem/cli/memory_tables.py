@@ -42,6 +42,8 @@ def provenance_table(receipt: Receipt, memory: Memory, path: Path) -> Table:
 def receipt_table(receipt: Receipt, tokens: Sequence[str] | None = None) -> Table:
     """Build a table of a write receipt: the loss by step, and the lost positions or, if given, tokens."""
     built = Table(title="write receipt", show_header=False)
+    if receipt.fidelity is not None:
+        built.add_row("answers", fidelity_line(receipt.fidelity))
     built.add_row("write loss by step", _by_step(receipt.losses))
     if receipt.answers != []:
         built.add_row("answers at risk", _at_risk([receipt]))
@@ -61,6 +63,15 @@ def receipt_table(receipt: Receipt, tokens: Sequence[str] | None = None) -> Tabl
     if lost_at:
         built.add_row("lost", _listed([f"{tokens[i]!r}@{i}" for i in receipt.lost], " "))
     return built
+
+
+def fidelity_line(fidelity: dict[str, float]) -> str:
+    """Say how close answers are to those of the model with the whole text."""
+    same, unwritten = (f"{fidelity[name]:.1%}" for name in ("agreement", "agreement_unwritten"))
+    return (
+        f"{same} of {fidelity['tokens']:.0f} tokens as with the whole text, KL {fidelity['kl']:.3f} nats; without the "
+        f"text {unwritten}, {fidelity['kl_unwritten']:.3f} nats ({fidelity['questions']:.0f} questions, none fitted)"
+    )
 
 
 NOT_MEASURED = "not measured"

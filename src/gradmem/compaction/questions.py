@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
+from ..errors import GradmemError
+
 STOCK = (
     "Who is mentioned in the text?",
     "What is the text about?",
@@ -39,3 +44,25 @@ CLOZE = 'Which words follow "{}" in the text?'
 """A question that is cut from a sentence of the text."""
 LONGEST = 32
 """Most tokens of a question that the model asks itself."""
+SHARED = 0.3
+"""Least part of the words of a user's questions that occur in the text or in the questions above."""
+LONG_WORD = 12
+"""Mean letters of the words of a text that is written without spaces."""
+
+
+def check_language(questions: Sequence[str], text: str) -> None:
+    """Refuse questions of which next to no word occurs in the text.
+
+    Raises
+    ------
+    GradmemError
+        If they seem to be in another language.
+    """
+    words = re.findall(r"\w+", text.lower())
+    if sum(map(len, words)) > LONG_WORD * len(words):  # Chinese, for example: compare characters
+        known, asked = set(text), [one for question in questions for one in question if one.isalnum()]
+    else:
+        known = {*words, *re.findall(r"\w+", " ".join((*STOCK, *HELD_OUT)).lower())}
+        asked = [word for question in questions for word in re.findall(r"\w+", question.lower())]
+    if sum(one in known for one in asked) < SHARED * max(1, len(asked)):
+        raise GradmemError("the questions share next to no words with the text: ask in the language of the text")

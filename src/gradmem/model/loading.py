@@ -31,8 +31,8 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
         the short name of a model that comes as a Python package.
     method : dict, optional
         For a plain language model, or a checkpoint of `full_context`: `name` and options of a method that needs no
-        training, by default `cram` and the checkpoint's own. For any checkpoint: `chunk_size` and `chunk_mode`, to cut
-        contexts in another way than in training, and `gauss_newton_after`, to continue GradMem's descent by
+        training, by default `compact` and the checkpoint's own. For any checkpoint: `chunk_size` and `chunk_mode`, to
+        cut contexts in another way than in training, and `gauss_newton_after`, to continue GradMem's descent by
         Gauss-Newton steps.
 
     Raises
@@ -42,7 +42,7 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
     """
     name = os.fspath(name)
     if name not in checkpoint_names() and _is_language_model(name):
-        return MemoryModel.from_language_model(name, {"name": "cram"} | (method or {}))
+        return MemoryModel.from_language_model(name, {"name": "compact"} | (method or {}))
     model = _checkpoint(name)
     if method and "name" in method and model.takes_methods:
         return model.with_method(method)

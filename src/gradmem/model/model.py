@@ -53,6 +53,7 @@ class MemoryModel(
         *,
         until: float | None = None,
         max_steps: int | None = None,
+        questions: Sequence[str] = (),
         progress: Progress = silent,
     ) -> BoundMemory:
         """Write one text, or several at once, into a memory each.
@@ -66,6 +67,8 @@ class MemoryModel(
             Instead of a number of steps: stop each text at this write loss (mean nats per token).
         max_steps : int, optional
             Most steps that `until` may take; by default 30, or the method's own number if that is larger.
+        questions : sequence of str
+            Your own questions, for a method that fits memories to questions (`compact`). Every fourth only measures.
         progress : callable
             See `gradmem.progress.Progress`.
 
@@ -77,10 +80,12 @@ class MemoryModel(
         Raises
         ------
         GradmemError
-            If a text is empty, too long or has unknown characters, or the number of steps is negative.
+            If a text is empty, too long or has unknown characters, the number of steps is negative, or the questions
+            are in another language or the method takes none.
         """
-        most = self.most_steps(steps, until, max_steps)
-        return self._write(writing.as_texts(text), None, most, until, progress)
+        most, texts = self.most_steps(steps, until, max_steps), writing.as_texts(text)
+        with writing.asking(self.method, questions, texts):
+            return self._write(texts, None, most, until, progress)
 
     def append(
         self,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from ..batch import Tokens
+from ..compaction.questions import check_language
 from ..errors import GradmemError
 from ..memory import Memory
 from ..methods.base import Method, Written, last_state
+from ..methods.compact import Compact
 from ..progress import Progress
 from ..receipts import Author, Receipt, text_digest, written_texts
 from ..tasks.base import Task
@@ -196,6 +199,28 @@ def measure_again(
                 part = replace(part, losses=[*part.losses[:-1], *last], token_losses=tokens, measured=True)
         earlier.append(part)
     return replace(receipt, earlier=earlier)
+
+
+@contextmanager
+def asking(method: Method, questions: Sequence[str], texts: Sequence[str]) -> Iterator[None]:
+    """Give a method the user's own questions while it writes.
+
+    Raises
+    ------
+    GradmemError
+        If it takes none, or they are in another language than the texts.
+    """
+    if not questions:
+        yield
+        return
+    if not isinstance(method, Compact):
+        raise GradmemError("only the method compact fits memories to questions: leave them out, or choose it")
+    check_language(questions, "\n".join(texts))
+    method.questions = questions
+    try:
+        yield
+    finally:
+        method.questions = ()
 
 
 def most_steps(method: Method, steps: int | None, until: float | None, max_steps: int | None) -> int:

@@ -21,7 +21,8 @@ class Options:
     """Base of all options of methods.
 
     A field may be an int, a float, a bool, a text, a `Literal` of texts, or one of several of these or None. Each value
-    is checked against the type of its field. Subclasses check ranges in their `__post_init__`, after that of this class.
+    is checked against the type of its field. Subclasses check ranges in their `__post_init__`, after that of this
+    class.
 
     Raises
     ------
