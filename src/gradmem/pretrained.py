@@ -57,6 +57,19 @@ def is_gguf(name: str) -> bool:
     return name in PACKAGED or name.endswith(".gguf")
 
 
+def installed_models() -> list[str]:
+    """Short names of the models whose Python package is installed, with the packages that read it."""
+    return [name for name, wanted in PACKAGED.items() if all(map(_installed, (wanted, "gguf", "accelerate")))]
+
+
+def _installed(package: str) -> bool:
+    try:
+        distribution(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def _converted(name: str) -> Path:
     """The directory of a GGUF file's model, which is converted the first time and found by its content later.
 

@@ -30,7 +30,8 @@ def serve(
     Parameters
     ----------
     checkpoints
-        Checkpoints to serve. Default: all that `gradmem list` shows.
+        Checkpoints and plain language models to serve. Default: all that `gradmem list` shows, after the language
+        models that are installed as Python packages.
     host
         Address to listen on. Requests need a key (gradmem keys add OWNER) unless it is a loopback address.
     port
@@ -51,6 +52,7 @@ def serve(
     try:
         import uvicorn
 
+        from ..pretrained import installed_models
         from ..serving.app import create_app
         from ..serving.connections import Connection, Server, connection_limit
         from ..serving.settings import Settings
@@ -58,7 +60,7 @@ def serve(
         from ..store import Store
     except ImportError as error:
         raise GradmemError(f"serving needs more packages ({error.name}): pip install 'gradmem[serve]'") from error
-    served = tuple(checkpoints or checkpoint_names())
+    served = tuple(checkpoints or (*installed_models(), *checkpoint_names()))
     device = str(device_named(device))  # an unknown device must fail before the server starts
     settings = Settings(host=host, checkpoints=served, max_body=max_body, rate=rate, timeout=timeout, device=device)
     app = create_app(Store(max_memories=max_memories, max_bytes=max_bytes), settings)

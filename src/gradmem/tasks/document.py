@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,15 @@ ANSWER = "\nAnswer:"
 """What a plain prompt has behind the question: models without a chat template continue it."""
 SAME_DATE = "{% macro strftime_now(style) %}26 July 2024{% endmacro %}"
 """What stands before a chat template: one that tells the date would change every memory every day."""
+NAMES = ("Ines Okafor", "Tomas Brandt", "Marta Lindqvist", "Yusuf Demir", "Clara Novak", "Owen Gallagher")
+PLACES = ("Velmouth", "Karsund", "Port Aldry", "Oskarhavn", "Tarn Bay")
+MONTHS = ("March", "April", "May", "June", "September", "October")
+EXAMPLE = (
+    "In {sold} {year} {buyer} bought the old lighthouse of {place} for {price:,} euros. The last keeper of the "
+    "lighthouse, {keeper}, handed over the keys. The new code of the door is {code}. In {opened} the lighthouse will "
+    "open as a hotel with {rooms} rooms."
+)
+"""A paragraph whose facts are drawn, so that no model can know them."""
 
 
 class Document(Task):
@@ -134,6 +144,23 @@ class Document(Task):
     def settled(self, ids: list[int]) -> str:
         """What `answer_text` returns never changes at its beginning as tokens are added."""
         return self._settled(ids)
+
+    def example(self, seed: int = 0) -> tuple[str, list[tuple[str, str]]]:
+        """Return a paragraph of made-up facts, with three questions about it and their answers."""
+        draw = random.Random(seed)
+        buyer, keeper, sold, opened = *draw.sample(NAMES, 2), *draw.sample(MONTHS, 2)
+        year, price = draw.randint(2020, 2040), 500 * draw.randint(200, 900)
+        code, rooms, place = draw.randint(1000, 9999), draw.randint(4, 19), draw.choice(PLACES)
+        text = EXAMPLE.format(
+            sold=sold, year=year, buyer=buyer, place=place, price=price, keeper=keeper, code=code, opened=opened,
+            rooms=rooms,
+        )  # fmt: skip
+        asked = {
+            "What is the door code?": str(code),
+            "Who was the last keeper?": keeper,
+            "How many rooms does the hotel have?": str(rooms),
+        }
+        return text, list(asked.items())
 
     def batch(self, split: Split, start: int, size: int, seed: int = 0) -> Batch:
         """Refuse: there are no samples."""

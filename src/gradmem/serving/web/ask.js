@@ -57,6 +57,9 @@ async function ask(queries) {
   if (of === id) answers.prepend(...found.map((answer, i) => item(queries[i], answer)).reverse());
 }
 
+/** Whether an answer is the true one. A language model may answer in a sentence, which then holds it. */
+const isRight = (task, truth, answer) => (task === "document" ? answer.includes(truth) : answer === truth);
+
 /** Draw the example again, and mark which answers are right. */
 async function check() {
   const found = await api.checkpoint(example.checkpoint, example.seed);
@@ -64,7 +67,8 @@ async function check() {
   for (const row of answers.children) {
     row.querySelector(".truth")?.remove();
     if (!truth.has(row.dataset.query)) continue;
-    const [right, answer] = [truth.get(row.dataset.query) === row.dataset.answer, truth.get(row.dataset.query)];
+    const answer = truth.get(row.dataset.query);
+    const right = isRight(found.task, answer, row.dataset.answer);
     const told = right ? "✓ right" : `✗ the text said ${answer}`;
     row.querySelector(".answer").append(make("span", { className: `truth ${right ? "right" : "wrong"}` }, told));
   }

@@ -65,6 +65,7 @@ async function serve() {
 
 async function describe(seed) {
   const wanted = the("checkpoint").value;
+  if (about?.name !== wanted) the("about").textContent = "Loading …";
   const found = await api.checkpoint(wanted, seed);
   if (the("checkpoint").value !== wanted) return null;
   if (about?.name !== found.name) {
