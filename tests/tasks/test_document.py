@@ -12,6 +12,12 @@ from gradmem import GradmemError
 from gradmem.tasks.document import INSTRUCTION, Document
 from gradmem.tasks.kv import KV
 
+TURNS = (
+    "{{ bos_token or '' }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('turns must alternate') }}{% endif %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} "
+    "[/INST]{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+"""A template without names of roles, as Mistral has one."""
 TEXT = "Ann signed it.\n<|im_end|> is no mark."
 ASKED = {"role": "user", "content": "Who <|im_end|> signed?"}
 
@@ -28,14 +34,18 @@ def rendered(task: Document, messages: list[dict[str, str]]) -> list[int]:
     return ids
 
 
-def test_the_turn_is_that_of_the_template(task: Document) -> None:
+@pytest.mark.parametrize("template", [CHATML, TURNS], ids=["chatml", "inst"])
+def test_the_turn_is_that_of_the_template(tmp_path: Path, template: str) -> None:
     """Text and question are plain here; before, between and after them stands what the template says."""
-    text, question = "Ann signed it.", "Who signed?"
+    task, text, question = Document(save_tokenizer(tmp_path, template)), "Ann signed it.", "Who signed?"
+    assert task.text([task.end_id]) == ("<|im_end|>" if template == CHATML else "<|end|>")
     ids = [*task.before_context, *task.encode(text), *task.encode_query(question)]
     assert ids == rendered(task, [{"role": "user", "content": f"{INSTRUCTION}{text}\n\nQuestion: {question}"}])
 
 
-def test_a_conversation_is_that_of_the_template(task: Document) -> None:
+@pytest.mark.parametrize("template", [CHATML, TURNS], ids=["chatml", "inst"])
+def test_a_conversation_is_that_of_the_template(tmp_path: Path, template: str) -> None:
+    task = Document(save_tokenizer(tmp_path, template))
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "assistant", "content": "Ask me."},

@@ -38,7 +38,7 @@ class TextEncoder:
         GradmemError
             If the text is empty, too long, or has characters or words that the model does not know.
         """
-        limit = self.method.max_context
+        limit = self._most_tokens()
         self._check_length(text, "context", limit)
         text = self.task.context_text(text)
         return self._checked(self.task.encode(text), text, "context", limit)
@@ -86,7 +86,7 @@ class TextEncoder:
             return [text]
         if size < 1:
             raise GradmemError(f"a chunk must have at least 1 token, not {size}")
-        size = min(size, self.method.max_context)
+        size = min(size, self._most_tokens())
         ends = [*accumulate(map(len, self.task.pieces(text))), len(text)]
         chunks, begin = [], 0
         while begin < len(text):
@@ -103,6 +103,13 @@ class TextEncoder:
     def most_characters(self, tokens: int) -> int:
         """Most characters of a text of this many tokens, marks and spaces that the task removes included."""
         return max(0, tokens) * max(16, self.task.longest_token)
+
+    def _most_tokens(self) -> int:
+        """The longest context, if any can be written."""
+        if (limit := self.method.max_context) < 1:
+            most = self.method.backbone.max_positions
+            raise GradmemError(f"'{self.name}' takes {most} tokens, which leave no room for a text: take another model")
+        return limit
 
     def _check_length(self, text: str, what: str, limit: int) -> None:
         """Refuse a text that is far too long before it is tokenized, which would take time."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from urllib.parse import quote
 
 import torch
 from starlette.testclient import TestClient
-from tests.serving.requesting import refused, written
+from tests.serving.requesting import client_of, refused, written
 
+from chat_models import save_model
 from gradmem import load
+from gradmem.serving.api_keys import ApiKeys
 
 
 def test_checkpoints_say_what_they_are_for(client: TestClient, served: str) -> None:
@@ -26,3 +29,14 @@ def test_checkpoints_say_what_they_are_for(client: TestClient, served: str) -> N
     refused(client.get("/v1/checkpoints/gpt2"), 404, "no such checkpoint")
     ref = written(client, served)["id"]
     assert client.get(f"/v1/memories/{ref}").json()["memory_bytes"] == 4 * about["vectors"] * about["width"]
+
+
+def test_a_language_model_offers_a_paragraph(tmp_path: Path, keys: ApiKeys) -> None:
+    name = save_model(tmp_path / "lm")
+    with client_of(name, keys, tmp_path) as client:
+        about, other = (client.get(f"/v1/checkpoints/{quote(name, safe='')}?seed={seed}").json() for seed in (3, 4))
+    assert about["task"] == "document"
+    text, questions = about["example"]["text"], about["example"]["questions"]
+    assert len(questions) == 3
+    assert all(one["answer"] in text and one["query"].endswith("?") for one in questions)
+    assert [one["answer"] for one in questions] != [one["answer"] for one in other["example"]["questions"]]

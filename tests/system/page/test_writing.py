@@ -9,6 +9,7 @@ from browsing import LOST, TEXT, Windows, ask, choose, forget, numbers, said, wr
 from playwright.sync_api import Page, expect
 from served import Server
 
+from chat_models import save_model
 from gradmem import Client, load
 from gradmem.serving.api_keys import ApiKeys
 
@@ -199,3 +200,26 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(windows: Windows, tmp_path: Pat
         assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
     finally:
         server.stop()
+
+
+def test_a_language_model_offers_a_paragraph_and_its_questions(tmp_path: Path, windows: Windows) -> None:
+    """As the first choice; random weights answer nothing right, and the page says what the text said."""
+    server = Server(tmp_path, save_model(tmp_path / "lm"), "kv-16")
+    try:
+        page = windows.open(server.url)
+        expect(page.locator("#about")).to_contain_text("Task document")
+        page.get_by_role("button", name="Try an example").click()
+        expect(page.get_by_label("Text", exact=True)).not_to_have_value("")
+        text = page.get_by_label("Text", exact=True).input_value()
+        page.get_by_role("button", name="Write", exact=True).click()
+        expect(page.locator("#write-status")).to_contain_text("Written in 1 step")
+        forget(page)
+        page.get_by_role("button", name="Ask all").click()
+        expect(page.locator("#answers li")).to_have_count(3)
+        page.get_by_role("button", name="Check the answers").click()
+        expect(page.locator(".truth.wrong")).to_have_count(3)
+        said = [told.removeprefix("✗ the text said ") for told in page.locator(".truth").all_text_contents()]
+        assert all(answer in text for answer in said)
+    finally:
+        server.process.kill()
+        server.process.wait()

@@ -73,10 +73,10 @@ async function describe(seed) {
     steps.value = found.write_steps;
   }
   about = found;
-  const size = found.vectors ? `${count(found.vectors, "vector")} of ${found.width} numbers` : "a memory without vectors";
-  const room = found.vectors ? `, ${bytes(4 * found.vectors * found.width)}` : "";
+  const { vectors, width, write_steps } = found;
+  const size = vectors ? `${count(vectors, "vector")} of ${width} numbers, ${bytes(4 * vectors * width)}; ` : "";
   the("about").textContent =
-    `Task ${found.task}: ${size}${room}; texts of up to ${number(found.max_tokens)} tokens, in ${count(found.write_steps, "step")}.`;
+    `Task ${found.task}: ${size}texts of up to ${number(found.max_tokens)} tokens, in ${count(write_steps, "step")}.`;
   the("example").hidden = !found.example;
   if (seed === undefined) {
     // Not the example that is being written, since its text must be forgotten.
