@@ -17,7 +17,7 @@ from .async_store import AsyncStore
 from .engine import Engine
 from .errors import Closed, NotServed
 
-ANSWERS = "full_context"
+ANSWERS = "compact"
 """The method with which a plain language model writes here: one whose memories answer questions."""
 
 

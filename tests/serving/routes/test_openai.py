@@ -105,7 +105,8 @@ def test_several_methods_of_one_model(tmp_path: Path, keys: ApiKeys) -> None:
     name = save_model(tmp_path / "lm")
     with client_of(name, keys, tmp_path) as client:
         answers = {}
-        for method in ({"name": "cram", "n_mem": 2, "write_steps": 2}, {"name": "full_context"}):
+        methods = [{"name": "cram", "n_mem": 2, "write_steps": 2}, {"name": "full_context"}]
+        for method in [*methods, {"name": "compact", "budget": 0.5, "writers": "select"}]:
             memory = load(name, method).write("Ann signed the report.")
             url = f"/v1/memories/files?name={method['name']}"
             assert client.post(url, content=memory.to_bytes()).status_code == 201
