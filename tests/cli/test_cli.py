@@ -133,7 +133,7 @@ BAD = {
     "bad method option": (["train", "kv-32", "--method.n_mem", "0", "--output", "{t}/r"], "n_mem must be at least 1"),
     "unknown task": (
         ["train", "kv-32", "--task.name", "kw", "--output", "{t}/r"],
-        "known: babi, kv, qa, raw_text, squad, text",
+        "known: babi, document, kv, qa, raw_text, squad, text",
     ),
     "bad value": (["train", "kv-32", "--precision", "int4"], "int4"),
     "bad stage": (["train", "kv-32", "--stages", "[{{max_steps: 0, write_steps: [1]}}]"], "max_steps"),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def test_append(model: MemoryModel, tmp_path: Path) -> None:
     second = model.append(first, "\n".join(PAIRS[2:4]), may_forget=True)
     assert all(torch.equal(first.tensors[name], tensor) for name, tensor in before.items())
     ids = [model.task.encode(model.task.context_text("\n".join(PAIRS[i : i + 2]))) for i in (0, 2)]
-    model.method.may_end = lambda tokens: tokens == model.task.encode("|")[0]
+    model.task.may_end = lambda tokens: tokens == model.task.encode("|")[0]
     if model.method.chunk_mode == "joint":
         model.method.chunk_by(15, "sequential")
     with torch.no_grad():
@@ -186,7 +187,7 @@ def test_too_many_chunks_are_refused() -> None:
     assert method.max_context == 6 * SIZE
     assert method.max_query == 40 - 6 * 3
     method.write(random_tokens([6 * SIZE]))
-    method.may_end = lambda ids: torch.arange(ids.shape[1]).expand_as(ids) % 2 == 1
+    method.task = SimpleNamespace(may_end=lambda ids: torch.arange(ids.shape[1]).expand_as(ids) % 2 == 1)
     with pytest.raises(GradmemError, match="a context has 9 chunks; the limit is 6"):
         method.write(random_tokens([6 * SIZE]))
     method.chunk_by(SIZE, "sequential")

@@ -22,6 +22,7 @@ from ..prefix import Prefix
 from .base.one_pass import OnePassMethod
 from .base.options import Options, keywords_of
 from .base.state_prefix import StatePrefix
+from .base.written import compare_forms
 
 State = list[tuple[Tensor, Tensor]]
 """The memory of each layer: A (batch, features, d) and z (batch, features)."""
@@ -166,7 +167,7 @@ class ARMT(OnePassMethod):
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
-        self._compare(memory, self._unwritten(1), what)
+        compare_forms(memory, self._unwritten(1), what)
 
     @contextmanager
     def reading(self, state: State | None) -> Iterator[None]:

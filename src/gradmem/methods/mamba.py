@@ -21,6 +21,7 @@ from ..prefix import Prefix
 from .base.one_pass import OnePassMethod
 from .base.options import Options, keywords_of
 from .base.state_prefix import StatePrefix
+from .base.written import compare_forms
 
 State = tuple[Tensor, Tensor]
 """The last inputs to the convolution (batch, k - 1, channels) and the state of the scan (batch, channels, n) of one
@@ -76,7 +77,7 @@ class Mamba(OnePassMethod):
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
-        self._compare(memory, self._unwritten(1), what)
+        compare_forms(memory, self._unwritten(1), what)
 
     def read_hidden(self, prefix: Prefix, queries: Tokens) -> Tensor:
         """Compute the hidden states that predict; the first row is zero. See `Method.read_hidden`."""

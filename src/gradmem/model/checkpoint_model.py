@@ -52,7 +52,7 @@ class CheckpointModel(ModelHubMixin):
         """Whether this is a plain language model."""
         self.overrides: Spec = {}
         """Options of the method that differ from training; see `configure`."""
-        method.task, method.may_end = task, task.may_end
+        method.task = task
         self.abstain: Abstain | None = None
         """When to abstain; None if the checkpoint is not calibrated."""
 

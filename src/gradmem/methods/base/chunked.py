@@ -197,7 +197,9 @@ class ChunkedMethod(PrefixMethod):
         return [[next(lengths) for _ in range(count)] for count in chunks.counts.tolist()]
 
     def _cut(self, context: Tokens) -> Chunks:
-        return Chunks.cut(context, self.chunk_size or context.ids.shape[1], self.may_end(context.values.ids))
+        ids = context.values.ids
+        ends = torch.ones_like(ids, dtype=torch.bool) if self.task is None else self.task.may_end(ids)
+        return Chunks.cut(context, self.chunk_size or ids.shape[1], ends)
 
     def _independent(self, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
         """Write independent chunks, step by step together."""

@@ -78,11 +78,6 @@ class Chunks:
         return every.view(context.ids.shape)
 
 
-def anywhere(ids: Tensor) -> Tensor:
-    """Allow a chunk to end after every token."""
-    return torch.ones_like(ids, dtype=torch.bool)
-
-
 def _spans(ends: list[int], length: int, size: int) -> list[tuple[int, int]]:
     """Find where each chunk begins and stops: at the last of `ends` that fits, or after `size` tokens if none does."""
     spans, begin = [], 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ...inner.objective import sample_losses, token_losses
 from ...memory import Memory
 from ...prefix import Prefix
 from ...probing import other_layers
-from .chunks import ChunkMode, anywhere
+from .chunks import ChunkMode
 from .written import Written, last_state
 
 
@@ -63,9 +63,7 @@ class Method(nn.Module, ABC):
     task_name: str = "raw_text"
     """The task through which a plain language model is read with this method: `document` if it answers questions."""
     task: Any = None
-    """The task that the method is used for, which encodes texts and questions; `MemoryModel` sets it."""
-    may_end: Callable[[Tensor], Tensor] = staticmethod(anywhere)
-    """Maps token ids to whether a chunk may end after each; `MemoryModel` sets it to `Task.may_end` of its task."""
+    """The task, which encodes texts and questions and says where a chunk may end; `MemoryModel` sets it."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -382,12 +380,6 @@ class Method(nn.Module, ABC):
         """Raise `GradmemError` if `until` is given, for methods without a write loss."""
         if until is not None:
             raise GradmemError("`until` needs a write loss, and this method has none: give a number of `steps`")
-
-    def _compare(self, memory: Memory, own: Memory, what: str) -> None:
-        """Raise `GradmemError` unless a memory has the names and shapes of one that this method wrote."""
-        found, wanted = ({name: tuple(t.shape[1:]) for name, t in m.tensors.items()} for m in (memory, own))
-        if found != wanted:
-            raise GradmemError(f"{what} holds {found}, but this method writes {wanted}")
 
     def _read_by_length(self, prefix: Prefix, queries: Tokens) -> Tensor:
         """Read after prefixes of one length at a time, with their pads removed."""

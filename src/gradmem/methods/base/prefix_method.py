@@ -20,6 +20,7 @@ from ...ops.head import ScaledHead
 from ...prefix import Prefix
 from .method import Method
 from .options import Options
+from .written import compare_forms
 
 Head = Literal["none", "copy", "random"]
 Phase = Literal["write", "read"]
@@ -115,7 +116,7 @@ class PrefixMethod(Method):
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
-        self._compare(memory, Memory(self._start(1)), what)
+        compare_forms(memory, Memory(self._start(1)), what)
 
     def prefix(self, memory: Memory) -> Prefix:
         """Run `[read_start ; P(M) ; read_end]` once for each row."""

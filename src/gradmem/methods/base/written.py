@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...errors import GradmemError
 from ...memory import Memory
 
 
@@ -43,3 +44,10 @@ class Written:
 def last_state(trajectory: Iterable[Written]) -> Written:
     """Return the last state of a trajectory and discard the earlier ones, which may be hundreds of memories."""
     return deque(trajectory, maxlen=1).pop()
+
+
+def compare_forms(memory: Memory, own: Memory, what: str) -> None:
+    """Raise `GradmemError` unless a memory has the names and shapes of one that a method wrote itself."""
+    found, wanted = ({name: tuple(t.shape[1:]) for name, t in m.tensors.items()} for m in (memory, own))
+    if found != wanted:
+        raise GradmemError(f"{what} holds {found}, but this method writes {wanted}")
