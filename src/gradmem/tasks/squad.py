@@ -14,6 +14,7 @@ from ..data import Query, Sample, Samples, cached, digest_files
 from ..data.paragraphs import Question, Window
 from ..data.sources import find_file, held_out, hub_rows, is_hub
 from ..data.squad_files import Row, read_rows, rows_of_hub
+from ..data.squad_scores import exact_match_and_f1
 from ..errors import GradmemError
 from ..pretrained import digest_tokenizer, pretrained_tokenizer
 from .base import FileTask, Split
@@ -89,18 +90,11 @@ class Squad(FileTask):
 
     def judge_generated(self, generated: list[list[int]], batch: Batch) -> dict[str, Tensor]:
         """Exact match and F1 as SQuAD defines them: for each query the best over its references."""
-        try:
-            from torchmetrics.functional.text import squad
-        except ImportError as error:
-            raise GradmemError("scoring SQuAD needs one more package: pip install 'gradmem[squad]'") from error
-        found: dict[str, list[float]] = {"exact_match": [], "f1": []}
-        for ids, references in zip(generated, batch.references, strict=True):
-            guess = {"prediction_text": self.decode(ids), "id": "0"}
-            truth = {"answers": {"text": references, "answer_start": [0] * len(references)}, "id": "0"}
-            scores = squad([guess], [truth])
-            for name, values in found.items():
-                values.append(float(scores[name]) / 100)
-        return {name: torch.tensor(values, dtype=torch.double) for name, values in found.items()}
+        answers = [self.decode(ids) for ids in generated]
+        scores = torch.tensor(
+            [exact_match_and_f1(*pair) for pair in zip(answers, batch.references, strict=True)], dtype=torch.double
+        )
+        return dict(zip(("exact_match", "f1"), scores.T, strict=True))
 
     def context_text(self, text: str) -> str:
         """Remove white space at the ends, as in the training data."""
