@@ -1,7 +1,8 @@
-"""The device that models run on."""
+"""The device that models run on, and its clock."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from .errors import GradmemError
@@ -41,3 +42,12 @@ def device_named(name: str) -> torch.device:
         others = "" if found is None else f" or {found.type}" + (f", or {found.type}:0 and so on" if count > 1 else "")
         raise GradmemError(f"this machine has no device '{name}': use auto, cpu{others}")
     return device
+
+
+def clock() -> float:
+    """Seconds of a clock, after the accelerator has done all its work, if there is one."""
+    import torch
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()

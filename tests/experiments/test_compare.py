@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import yaml
 from gradmem import GradmemError
 from gradmem.cli.main import main
 from gradmem.experiments.compare import Training, compare
-from gradmem.experiments.cost import break_even, flops, measure
+from gradmem.experiments.cost import flops, measure
 from gradmem.model import MemoryModel
 from gradmem.tasks.kv import KV
 
@@ -36,15 +35,6 @@ def model(method: str, backbone: dict = LLAMA, **options: object) -> MemoryModel
     built.name = method
     built.method.eval()
     return built
-
-
-@pytest.mark.parametrize(
-    "costs", [(5.0, 1.0, 0.0, 2.0), (5.0, 1.0, 1.0, 2.5), (1.0, 1.0, 2.0, 1.0), (3.0, 2.0, 0.0, 2.0)]
-)
-def test_break_even_is_where_the_sums_cross(costs: tuple[float, float, float, float]) -> None:
-    write, query, other_write, other_query = costs
-    cheaper = [n for n in range(1, 100) if write + n * query <= other_write + n * other_query]
-    assert break_even(*costs) == (cheaper[0] if cheaper else math.inf)
 
 
 def test_flops_of_a_product() -> None:

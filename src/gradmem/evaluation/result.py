@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,14 +93,44 @@ class Result:
         }
 
 
-def interval(scores: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95 % interval of the mean, by bootstrap over contexts.
+def interval(
+    scores: np.ndarray,
+    seed: int = 0,
+    resamples: int = 2000,
+    statistic: Callable[[np.ndarray], float] = lambda scores: float(scores.mean()),
+) -> tuple[float, float]:
+    """95 % interval of the mean, or of another statistic, by bootstrap over contexts.
 
     Parameters
     ----------
-    scores : array, shape (contexts,)
+    scores : array, shape (contexts, ...)
+    seed : int
+    resamples : int
+    statistic : callable
+        Maps the scores of contexts to a number.
     """
     random = np.random.default_rng(seed)
-    means = [scores[random.integers(len(scores), size=len(scores))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
+    found = [statistic(scores[random.integers(len(scores), size=len(scores))]) for _ in range(resamples)]
+    low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
+
+
+def break_even(write: float, query: float, other_write: float, other_query: float) -> float:
+    """Smallest number of queries for which writing once is cheaper than another way.
+
+    Parameters
+    ----------
+    write, query : float
+        Cost of writing a context, and of a query to its memory.
+    other_write, other_query : float
+        Cost of what the other way does once for a context, and of each query to it.
+
+    Returns
+    -------
+    float
+        A whole number, at least 1, or infinity if writing is never cheaper.
+    """
+    if write + query <= other_write + other_query:
+        return 1.0
+    saved = other_query - query
+    return math.ceil((write - other_write) / saved) if saved > 0 else math.inf

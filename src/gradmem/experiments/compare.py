@@ -12,14 +12,14 @@ from typing import Any
 
 from ..errors import GradmemError
 from ..evaluation.measurement import evaluate
-from ..evaluation.result import Result
+from ..evaluation.result import Result, break_even
 from ..methods.base import Method
 from ..methods.full_context import FullContext
 from ..model import MemoryModel
 from ..model.build import build_task
 from ..progress import Progress, silent
 from ..training.recipe import Recipe, load_recipe
-from .cost import Cost, break_even, measure
+from .cost import Cost, measure
 
 CURVE_POINTS = 200
 """Largest number of points of a training curve."""

@@ -1,10 +1,8 @@
-"""Cost of writing and asking in seconds, FLOPs and bytes, and the number of queries from which writing once pays."""
+"""Cost of writing and asking in seconds, FLOPs and bytes."""
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..device import clock
 from ..methods.base import Method
 from ..tasks.base import Task
 
@@ -78,16 +77,10 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
     run()
     times = []
     for _ in range(repeats):
-        started = _now()
+        started = clock()
         run()
-        times.append(_now() - started)
+        times.append(clock() - started)
     return statistics.median(times)
-
-
-def _now() -> float:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
 
 
 def flops(run: Callable[[], Any]) -> float:
@@ -95,24 +88,3 @@ def flops(run: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False) as counter:
         run()
     return float(counter.get_total_flops())
-
-
-def break_even(write: float, query: float, other_write: float, other_query: float) -> float:
-    """Smallest number of queries for which writing once is cheaper than another way.
-
-    Parameters
-    ----------
-    write, query : float
-        Cost of writing a context, and of a query to its memory.
-    other_write, other_query : float
-        Cost of what the other way does once for a context, and of each query to it.
-
-    Returns
-    -------
-    float
-        A whole number, at least 1, or infinity if writing is never cheaper.
-    """
-    if write + query <= other_write + other_query:
-        return 1.0
-    saved = other_query - query
-    return math.ceil((write - other_write) / saved) if saved > 0 else math.inf
