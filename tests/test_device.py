@@ -275,7 +275,7 @@ def test_calibration_there_is_that_of_here() -> None:
         assert judged == pytest.approx([answer.written for answer in answers], abs=0.02)
 
 
-COMMANDS = {"write", "ask", "restore", "eval", "sweep", "compare", "calibrate", "serve", "demo"}
+COMMANDS = {"write", "ask", "restore", "eval", "sweep", "compare", "calibrate", "board", "serve", "demo"}
 
 
 def test_every_command_that_runs_a_model_takes_a_device_and_finds_it_by_default() -> None:

@@ -62,7 +62,7 @@ def kept(tiny: MemoryModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     return written.save(tmp_path / "m.safetensors")
 
 
-COMMANDS = ["train", "train kv-32", "plan", "eval", "sweep", "compare", "calibrate", "write", "ask", "restore"]
+COMMANDS = ["train", "train kv-32", "plan", "eval", "sweep", "compare", "calibrate", "board", "write", "ask", "restore"]
 OTHERS = ["inspect", "serve", "demo", "list", "keys", "keys add"]
 LIGHT = ["list", "--help", "--version", "remember", "keys add me", "keys ls", "keys rm me"]
 IN_STORE = [

@@ -152,8 +152,8 @@ def close_to_others(file: Path) -> None:
             file.chmod(PRIVATE)
 
 
-def save_json(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Save rows as a JSON list."""
+def save_json(rows: Sequence[dict[str, Any]] | dict[str, Any], path: Path) -> Path:
+    """Save rows as a JSON list, or other plain data."""
     return write_bytes(path, json.dumps(rows, indent=1).encode())
 
 

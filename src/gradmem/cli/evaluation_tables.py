@@ -192,6 +192,6 @@ def chosen_options(result: Result) -> str:
     return "".join(f"{name} {value}, " for name, value in result.method.items())
 
 
-def percent_interval(bounds: tuple[float, float]) -> str:
+def percent_interval(bounds: tuple[float, float], digits: int = 2) -> str:
     """Format a 95 % interval in percent."""
-    return " to ".join(f"{100 * bound:.2f}" for bound in bounds)
+    return " to ".join(f"{100 * bound:.{digits}f}" for bound in bounds)

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from ..errors import GradmemError
 from ..visible import visible
 from . import evaluation, memory, serving, training
+from .board import board
 from .console import use_utf8
 from .demo import demo
 from .download import download
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluation.measure,
     "sweep": evaluation.sweep,
     "compare": evaluation.compare,
+    "board": board,
     "calibrate": evaluation.calibrate,
     "write": memory.write,
     "ask": memory.ask,

@@ -1,0 +1,103 @@
+"""`gradmem board`: the table, the files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chat_models import save_model
+from gradmem.cli.main import main
+from gradmem.evaluation import board as module
+from gradmem.model import MemoryModel
+from gradmem.tasks.document import Document
+from helpers import text_model
+
+ROWS = [
+    {"context": f"Ann has {number} dogs.", "question": "How many?", "answers": [str(number)]}
+    for number in range(12, 15)
+]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A language model of bytes, beside a file of questions."""
+    monkeypatch.setattr(module, "ALONG", 3)
+    monkeypatch.setattr(Document.__init__, "__defaults__", (1024, 4))
+    monkeypatch.chdir(tmp_path)
+    Path("questions.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return save_model(tmp_path / "lm")
+
+
+def test_a_board_of_the_controls(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", "rows.json", "--answers", "answers.json", "--figure", "board.png"]
+    given = ["--data", "questions.jsonl", "--writers", "full,none,swapped", "--contexts", "2", *files]
+    assert main(["board", model, *given]) == 0
+    rows = json.loads(Path("rows.json").read_text())
+    assert [row["writer"] for row in rows] == ["full", "none", "swapped"]
+    assert {(row["data"], row["model"], row["questions"], row["seed"]) for row in rows} == {
+        ("questions.jsonl", "lm", 2, 1)
+    }
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "lm: 2 questions on 2 texts of up to 200 words, questions.jsonl, seed 1" in shown
+    assert Path("board.png").read_bytes().startswith(b"\x89PNG")
+    texts = json.loads(Path("answers.json").read_text())["texts"]
+    assert {text["text"] for text in texts} < {row["context"] for row in ROWS}
+
+
+def test_texts_that_are_made_up_need_no_file(model: str) -> None:
+    given = ["--max_words", "60", "--contexts", "2", "--questions", "1", "--writers", "full", "--json", "rows.json"]
+    assert main(["board", save_model(Path("long"), positions=2048), *given]) == 0
+    assert {row["questions"] for row in json.loads(Path("rows.json").read_text())} == {2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--writers", "slect"], "unknown writer 'slect': did you mean 'select'"),
+        (["--budgets", "2"], "a budget must be a fraction"),
+        (["--budgets", "a lot"], "'a lot' is none"),
+        (["--data", "empty.jsonl"], "has no questions"),
+        (["--data", "none.jsonl"], "cannot read none.jsonl"),
+        (["--max_words", "2"], "all 3 texts have more than 2 words"),
+        (["--contexts", "1"], "at least 2 texts"),
+        (["--questions", "0"], "questions must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(
+    model: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.jsonl").write_text("")
+    assert main(["board", model, "--data", "questions.jsonl", *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_models_that_keep_no_cache_are_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    other: MemoryModel = text_model({"name": "kv", "pairs": 3})
+    other.save_pretrained("vectors")
+    assert main(["board", "vectors", "--data", "questions.jsonl"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "full_context" in line
+    assert not list(Path().glob("*.tmp"))
+
+
+def test_an_interrupted_board_leaves_no_file(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: module.Board) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Board, "swap_first", interrupted)
+    given = ["--data", "questions.jsonl", "--writers", "full", "--json", "rows.json", "--answers", "answers.json"]
+    assert main(["board", model, *given]) == 130
+    assert sorted(path.name for path in Path().iterdir()) == ["lm", "questions.jsonl"]
+
+
+def test_a_text_that_is_too_long_is_refused_before_anything_is_written(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.Board, "add", lambda self, text: pytest.fail("a text was written"))
+    long = {**ROWS[0], "context": "dogs " * 120}
+    Path("questions.jsonl").write_text("\n".join(map(json.dumps, [*ROWS, long])))
+    assert main(["board", model, "--data", "questions.jsonl"]) == 2
+    assert "the limit of" in capsys.readouterr().err
