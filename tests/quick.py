@@ -13,6 +13,7 @@ SLOW_TESTS = {
     "test_a_board_of_the_controls",
     "test_a_change_that_is_ended_in_the_middle_has_not_happened",
     "test_a_checkpoint_may_name_an_installed_method",
+    "test_a_checkpoint_of_full_context_is_asked_through_its_own_task",
     "test_a_checkpoint_takes_its_tokenizer_along",
     "test_a_config_that_computes_something_else_is_another_model",
     "test_a_damaged_file_never_gives_wrong_memories",

@@ -12,7 +12,7 @@ from gradmem.cli.main import main
 from gradmem.evaluation import board as module
 from gradmem.model import MemoryModel
 from gradmem.tasks.document import Document
-from helpers import text_model
+from helpers import TINY_LLAMA, text_model
 
 ROWS = [
     {"context": f"Ann has {number} dogs.", "question": "How many?", "answers": [str(number)]}
@@ -44,6 +44,19 @@ def test_a_board_of_the_controls(model: str, capsys: pytest.CaptureFixture[str])
     assert Path("board.png").read_bytes().startswith(b"\x89PNG")
     texts = json.loads(Path("answers.json").read_text())["texts"]
     assert {text["text"] for text in texts} < {row["context"] for row in ROWS}
+
+
+def test_a_checkpoint_of_full_context_is_asked_through_its_own_task(model: str) -> None:
+    task = {"name": "squad", "tokenizer": model, "answer_length": 4}
+    built = MemoryModel.from_spec(task, TINY_LLAMA, {"name": "full_context"})
+    built.save_pretrained("checkpoint")
+    given = ["--data", "questions.jsonl", "--writers", "select", "--budgets", "0.5", "--answers", "answers.json"]
+    assert main(["board", "checkpoint", *given]) == 0
+    said = json.loads(Path("answers.json").read_text())
+    assert said["before"] == []
+    (asked,) = said["texts"][0]["questions"]
+    assert built.task.text(asked["query"]) == "\nQuestion: How many?\nAnswer:"
+    assert set(asked["answers"]) == {"full 1", "none 0", "swapped 0.5", "select 0.5"}
 
 
 def test_texts_that_are_made_up_need_no_file(model: str) -> None:
