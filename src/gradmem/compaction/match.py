@@ -11,9 +11,9 @@ from torch import Tensor
 from .entries import Entries
 from .text import References, attention
 
-STEPS, RATE = 100, 0.02
+STEPS, RATE = 120, 0.03
 """Steps of Adam, and their rate relative to the size of a head's keys and values."""
-QUERIES = 200
+QUERIES = 128
 """Reference queries of a step."""
 RIDGE = 1e-4
 """What an error weighs in directions that the layer's output does not see, as a part of the mean weight."""

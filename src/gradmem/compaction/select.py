@@ -12,6 +12,9 @@ from ..key_positions import KeyMover
 from .entries import Entries
 from .text import References, Text
 
+LEAST = 0.3
+"""With one budget for all heads: entries that every head keeps, as a part of their average. `match` can use them well."""
+
 Score = Literal["contribution", "attention", "key_norm", "last"]
 
 
@@ -30,14 +33,16 @@ def select(text: Text, entries: float, metric: Tensor, score: Score, shared: boo
         of what the entry's value adds to the output of its layer. attention: mean squared attention alone (close to
         KVzip, arXiv 2505.23416). key_norm: keys of small norm first (arXiv 2406.11430). last: the newest.
     shared : bool
-        Whether all heads of all layers share one budget; if not, each keeps as many.
+        Whether all heads of all layers share one budget, of which a part is given to each; if not, each keeps as many.
     """
     whole = text.whole
     ranks = _scores(text, metric, score)
     ranks[..., 0] = torch.inf  # where heads that look for nothing look
     layers, heads, length, _ = whole.keys.shape
     if shared:
-        most = min(ranks.numel(), max(layers * heads, round(entries * layers * heads)))
+        least = max(1, int(LEAST * entries))
+        ranks = ranks.scatter(2, ranks.topk(least).indices, torch.inf)
+        most = min(ranks.numel(), max(layers * heads * least, round(entries * layers * heads)))
         chosen = ranks.flatten().topk(most).indices
     else:
         each = min(length, max(1, round(entries)))
