@@ -46,8 +46,8 @@ LONGEST = 32
 """Most tokens of a question that the model asks itself."""
 SHARED = 0.3
 """Least part of the words of a user's questions that occur in the text or in the questions above."""
-LONG_WORD = 12
-"""Mean letters of the words of a text that is written without spaces."""
+WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
+"""A word; of languages that are written without spaces, a character."""
 
 
 def check_language(questions: Sequence[str], text: str) -> None:
@@ -58,11 +58,7 @@ def check_language(questions: Sequence[str], text: str) -> None:
     GradmemError
         If they seem to be in another language.
     """
-    words = re.findall(r"\w+", text.lower())
-    if sum(map(len, words)) > LONG_WORD * len(words):  # Chinese, for example: compare characters
-        known, asked = set(text), [one for question in questions for one in question if one.isalnum()]
-    else:
-        known = {*words, *re.findall(r"\w+", " ".join((*STOCK, *HELD_OUT)).lower())}
-        asked = [word for question in questions for word in re.findall(r"\w+", question.lower())]
-    if sum(one in known for one in asked) < SHARED * max(1, len(asked)):
+    known = set(WORD.findall(" ".join((text, *STOCK, *HELD_OUT)).lower()))
+    asked = WORD.findall(" ".join(questions).lower())
+    if sum(word in known for word in asked) < SHARED * max(1, len(asked)):
         raise GradmemError("the questions share next to no words with the text: ask in the language of the text")

@@ -13,7 +13,7 @@ from .entries import Entries
 from .text import References, Text
 
 LEAST = 0.3
-"""With one budget for all heads: entries that every head keeps, as a part of their average. `match` can use them well."""
+"""With one budget for all heads: entries that every head keeps, as a part of the average. `match` needs some in each."""
 
 Score = Literal["contribution", "attention", "key_norm", "last"]
 

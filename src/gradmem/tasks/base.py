@@ -18,8 +18,8 @@ from ..data.decoding import only_grows, without_last_bytes
 from ..errors import refused
 
 OTHER_TEXTS = (
-    "for any other text, such as a letter or a table, write with a pretrained language model "
-    "(gradmem write MODEL FILE), which recites the text and does not answer questions about it"
+    "for any other text, such as a letter or a report, write with a language model (gradmem write smollm2 FILE), "
+    "which answers questions about it"
 )
 """End of an error message: what to do with a text that a checkpoint was not trained on."""
 Conversation = Sequence[dict[str, str]]
