@@ -13,7 +13,7 @@ from .entries import Entries
 from .text import References, Text
 
 LEAST = 0.3
-"""With one budget for all heads: entries that every head keeps, as a part of the average. `match` needs some in each."""
+"""With one budget for all heads: entries that each keeps, as a part of the average. `match` needs some everywhere."""
 
 Score = Literal["contribution", "attention", "key_norm", "last"]
 
