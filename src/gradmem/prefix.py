@@ -114,6 +114,11 @@ class Prefix:
         """Positions of the prefix, pads included."""
         return int(self.cache.get_seq_length())
 
+    @property
+    def end(self) -> int:
+        """Positions that come before the first token after the prefix, or that the cache holds: the larger number."""
+        return self.length if self.start is None else max(self.length, int(self.start.max()))
+
     def generation_inputs(
         self, queries: list[list[int]], pad_id: int, *, positions: bool, copies: int = 1
     ) -> dict[str, Any]:

@@ -169,6 +169,10 @@ class Receipt:
     LOST: ClassVar[float] = 0.6931471805599453
     """Loss in nats (ln 2) above which a token counts as lost: its probability is then below one half."""
 
+    def complete(self, steps: int, until: float | None = None) -> bool:
+        """Whether the text was written to its end: with so many steps, or down to the write loss `until`."""
+        return self.steps >= steps or (until is not None and self.loss_after <= until)
+
     @property
     def loss_before(self) -> float:
         """Write loss before the first step."""

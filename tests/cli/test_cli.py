@@ -294,7 +294,7 @@ def test_an_interrupted_write_saves_what_there_is(
             signal.raise_signal(signal_)
         return ""
 
-    monkeypatch.setattr("gradmem.cli.memory._loss", loss)
+    monkeypatch.setattr("gradmem.cli.memory.write_loss", loss)
     line = ["write", f"{place}/checkpoint", f"{place}/pairs.txt", "--steps", "50"]
     assert main([*line, *(["--store", "--name", "n"] if store else [])]) == 130
     assert shown == [0, 1, 2, 3]
@@ -316,7 +316,7 @@ def test_a_second_interruption_stops_at_once(place: Path, tmp_path: Path, monkey
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("went on")
 
-    monkeypatch.setattr("gradmem.cli.memory._loss", loss)
+    monkeypatch.setattr("gradmem.cli.memory.write_loss", loss)
     assert main(["write", f"{place}/checkpoint", f"{place}/pairs.txt"]) == 130
     assert not list(tmp_path.glob("*.safetensors"))
 

@@ -27,6 +27,7 @@ from ..receipts import Receipt, written_texts
 from ..training.recipe import recipe_groups
 from ..visible import shown_on
 from .console import console, dumps, notes, progress_bar, read_stdin, read_text
+from .long_texts import LongText, write_loss
 from .memory_tables import (
     differences_table,
     provenance_table,
@@ -52,6 +53,7 @@ def write(
     until: float | None = None,
     max_steps: int | None = None,
     questions: Path | None = None,
+    resume: bool = False,
     precision: Precision = "float32",
     device: str = "auto",
     options: dict[str, Any] | None = None,
@@ -60,8 +62,8 @@ def write(
 
     A plain language model (smollm2, a directory, a hub name or a GGUF file) writes any text with the method compact,
     and answers questions about it. The packaged checkpoints write key:value pairs (kv-32 and the like) and stories in
-    the words of bAbI (babi). Ctrl-C stops after the current step and saves the memory as it is then; a second Ctrl-C
-    saves nothing.
+    the words of bAbI (babi). Ctrl-C stops after the current step and saves the memory as it is then, or the finished
+    chunks of a long text; a second Ctrl-C saves nothing.
 
     Parameters
     ----------
@@ -93,6 +95,9 @@ def write(
     questions
         File of questions that the memory should answer well, one a line. compact fits the memory to them, besides
         questions that fit any text; every fourth only measures.
+    resume
+        Take over from the memory file what the same model wrote with the same options: write the chunks that are
+        missing, or that have changed. Without the file everything is written.
     precision
         Precision of the memory file.
     device
@@ -116,13 +121,15 @@ def write(
         settings["questions"] = [line.strip() for line in read_text(questions).splitlines() if line.strip()]
         if not settings["questions"]:
             raise GradmemError(f"{questions} holds no question: give one a line")
-    entry = None
+    path, entry = output or Path("memory.safetensors"), None
     with Interruptible() as stopped:
-        settings["progress"] = partial(progress_bar, stop=stopped, detail=_loss)
+        job = LongText(model, texts, path, precision, stopped, settings)
+        if taken := job.resume() if resume else 0:
+            _print_line(f"took over {taken} of {len(texts)} chunks from {path}")
         if store:
-            entry, data = _write_to_store(model, texts, precision, name, tags, stopped, settings)
+            entry, data = _write_to_store(job, name, tags)
         else:
-            data = model.write(texts, **settings).to_bytes(precision)
+            data = _written(job, save=True).to_bytes(precision)
     memory = model.bind(gradmem.Memory.from_bytes(data))
     receipts = memory.receipts
     console.print(receipt_table(receipts[0], tokens_of(memory, text)) if len(memory) == 1 else receipts_table(receipts))
@@ -139,32 +146,28 @@ def write(
         raise KeyboardInterrupt(f"saved the memory after {taken} write steps")
 
 
-def _write_to_store(
-    model: gradmem.MemoryModel,
-    texts: list[str],
-    precision: Precision,
-    name: str | None,
-    tags: str,
-    stopped: Interruptible,
-    settings: dict[str, Any],
-) -> tuple[Any, bytes]:
+def _written(job: LongText, save: bool) -> gradmem.Memory:
+    """Write one text step by step, or several chunk by chunk."""
+    if len(job.texts) > 1 or not job.missing:
+        return job.write(save)
+    progress = partial(progress_bar, stop=job.stopped, detail=write_loss)
+    return job.model.write(job.texts, **job.settings, progress=progress)
+
+
+def _write_to_store(job: LongText, name: str | None, tags: str) -> tuple[Any, bytes]:
     """Write texts and store the memory. Return its entry, which is None after an interruption, and its bytes."""
     from ..store import Store, content_hash
 
-    limits = settings["steps"], settings["until"], settings["max_steps"]
-    content = content_hash(model, texts, *limits, precision, settings.get("questions", ()))
+    limits = job.settings["steps"], job.settings["until"], job.settings["max_steps"]
+    content = content_hash(job.model, job.texts, *limits, job.precision, job.settings.get("questions", ()))
     with Store() as kept:
         entry = kept.reuse(content, name=name, tags=tags)
         if entry is None:
-            memory = model.write(texts, **settings)
-            if stopped:
-                return None, memory.to_bytes(precision)  # not stored: a complete write would give another memory
-            entry = kept.put(memory, name=name, tags=tags, precision=precision, content=content)
+            memory = _written(job, save=False)
+            if job.stopped:
+                return None, memory.to_bytes(job.precision)  # not stored: a complete write would give another memory
+            entry = kept.put(memory, name=name, tags=tags, precision=job.precision, content=content)
         return entry, kept.read(entry.id)
-
-
-def _loss(written: gradmem.Written) -> str:
-    return f"write loss {float(written.losses[-1].mean()):.4f}" if len(written.losses) else ""
 
 
 def _print_missed(receipts: list[Receipt], until: float | None) -> None:

@@ -14,14 +14,18 @@ from typing_extensions import Self
 
 from ..errors import GradmemError, refused
 from ..language_model import load_weights
+from ..memory import Memory
 from ..methods.base import Method
+from ..prefix import Prefix
+from ..receipts import Author
 from ..tasks.base import Task
-from ..untrusted import Stored, within
-from . import checkpoint
+from ..untrusted import Stored, check_counts, within
+from . import checkpoint, reading, writing
 from .abstain import Abstain
 from .build import Spec, build_backbone, build_method, build_task, method_class
 from .encoding import TextEncoder
 from .identity import fingerprints
+from .reading import Answer
 
 NAMED: set[str] = set()
 """Models that this process was told to load: memories may name these, as no file decides what is loaded."""
@@ -234,3 +238,73 @@ class CheckpointModel(ModelHubMixin):
         """Move to a device."""
         self.method.to(device)
         return self
+
+    @property
+    def author(self) -> Author:
+        """Who writes the memories of this model, for their receipts."""
+        return Author(self.spec["method"]["name"], self.name, options=self.method_options, **self.fingerprints)
+
+    def most_steps(self, steps: int | None, until: float | None, max_steps: int | None) -> int:
+        """Write steps that `write` takes with these arguments; with `until`, the most of them.
+
+        Raises
+        ------
+        GradmemError
+            If `steps` and `until` are both given, or `until` is not a positive loss.
+        """
+        return writing.most_steps(self.method, steps, until, max_steps)
+
+    def token_losses(self, memory: Memory, text: str) -> list[float]:
+        """Loss of each token of a context text when it is read back from a memory of one row, nats.
+
+        Raises
+        ------
+        GradmemError
+            If the text could not be written by this model.
+        """
+        return writing.token_losses(self.method, memory, self.encoder.context_ids(text))
+
+    def _sibling(self, memory: Memory) -> Self | None:
+        """This backbone under the method that wrote a memory; None if that is this model's own, or it takes none."""
+        receipt, mine = memory.receipts[0], self.fingerprints
+        if receipt.checkpoint == mine["checkpoint"] or receipt.backbone != mine["backbone"] or not self.takes_methods:
+            return None
+        if receipt.checkpoint not in self._siblings:
+            # The options come from a file: none may ask for more than the file holds.
+            check_counts(receipt.options, max(size for tensor in memory.tensors.values() for size in tensor.shape))
+            found = self.with_method({"name": receipt.method, **receipt.options})
+            if found.fingerprints["checkpoint"] != receipt.checkpoint:
+                return None
+            self._siblings[receipt.checkpoint] = found
+        return self._siblings[receipt.checkpoint]
+
+    @cached_property
+    def _siblings(self) -> dict[str, Any]:
+        """By fingerprint: other methods on this backbone that wrote memories."""
+        return {}
+
+    def answer_ids(
+        self, memory: Memory, prefix: Prefix, rows: list[int], queries: list[list[int]], **options: Any
+    ) -> list[Answer]:
+        """Answer tokenized queries from the prefix of a memory, with evidence; see `BoundMemory.answer`.
+
+        Parameters
+        ----------
+        memory : Memory
+            Written by this model.
+        prefix : Prefix
+            What `Method.prefix` returns for the memory.
+        rows : list of int
+            The row of the memory that each query asks.
+        queries : list of list of int
+            From `TextEncoder.query_ids`.
+        options
+            As for `BoundMemory.answer`.
+        """
+        answers, states = reading.answer(self.method, self.task, memory, prefix, rows, queries, options)
+        if (abstain := self.abstain) is None:
+            return answers
+        # A memory of bare tokens has no receipts: whoever wrote it knows how long its contexts are.
+        known = [not memory.receipts or abstain.holds(memory.receipts[row]) for row in rows]
+        judged = abstain.judge(answers, states)
+        return [sure if good else answer for sure, answer, good in zip(judged, answers, known, strict=True)]

@@ -67,7 +67,7 @@ class TextEncoder:
         return self._checked(ids, self.task.query_text(text), "query", limit)
 
     def chunks(self, text: str, size: int | None = None) -> list[str]:
-        """Cut a long text into chunks for a memory each.
+        """Cut a long text into chunks for a memory each, where the task likes them to end.
 
         Parameters
         ----------
@@ -92,13 +92,17 @@ class TextEncoder:
         while begin < len(text):
             last = min(bisect_right(ends, begin) + size, len(ends)) - 1
             # A chunk may have one token more alone than within the text, and a token may end within a character.
-            while ends[last] > begin and len(self.task.encode(text[begin : ends[last]])) > size:
+            while (end := self._end(text, begin, ends[last])) > begin and len(self.task.encode(text[begin:end])) > size:
                 last -= 1
-            if ends[last] <= begin:
+            if end <= begin:
                 raise GradmemError(f"one character has more than {size} tokens: give a longer chunk")
-            chunks.append(text[begin : ends[last]])
-            begin = ends[last]
+            chunks.append(text[begin:end])
+            begin = end
         return chunks
+
+    def _end(self, text: str, begin: int, most: int) -> int:
+        """Where a chunk from `begin` ends that may reach `most`; the end of the text is always a good one."""
+        return most if most in (begin, len(text)) else begin + self.task.chunk_end(text[begin:most])
 
     def most_characters(self, tokens: int) -> int:
         """Most characters of a text of this many tokens, marks and spaces that the task removes included."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,8 +14,6 @@ from ..errors import GradmemError
 from ..memory import Memory
 from ..prefix import Prefix
 from ..progress import Progress, silent
-from ..receipts import Author
-from ..untrusted import check_counts
 from . import checkpoint, reading, writing
 from .checkpoint_model import CheckpointModel
 from .reading import Answer
@@ -87,6 +85,32 @@ class MemoryModel(
         with writing.asking(self.method, questions, texts):
             return self._write(texts, None, most, until, progress)
 
+    def finished(
+        self,
+        earlier: Memory,
+        texts: Sequence[str],
+        steps: int | None = None,
+        *,
+        until: float | None = None,
+        max_steps: int | None = None,
+    ) -> list[Memory | None]:
+        """Find what an earlier memory holds of texts that would be written now, such as chunks of a changed document.
+
+        Parameters
+        ----------
+        earlier : Memory
+        texts : sequence of str
+        steps, until, max_steps
+            As for `write`.
+
+        Returns
+        -------
+        list of Memory or None
+            For each text the row that this model wrote from it, with the same options and to the end; None if there is
+            none. It need not be written again.
+        """
+        return writing.finished_rows(self.author, texts, earlier, self.most_steps(steps, until, max_steps), until)
+
     def append(
         self,
         memory: Memory,
@@ -155,34 +179,10 @@ class MemoryModel(
     def _write(
         self, texts: list[str], onto: Memory | None, steps: int, until: float | None, progress: Progress
     ) -> BoundMemory:
-        ids, author = [self.encoder.context_ids(text) for text in texts], self._author
+        ids, author = [self.encoder.context_ids(text) for text in texts], self.author
         options: dict[str, Any] = {"onto": onto, "steps": steps, "until": until, "progress": progress}
         memory = writing.write_texts(self.method, self.task, texts, ids, author, **options)
         return BoundMemory(memory.tensors, memory.receipts, model=self)
-
-    @property
-    def _author(self) -> Author:
-        return Author(self.spec["method"]["name"], self.name, options=self.method_options, **self.fingerprints)
-
-    def most_steps(self, steps: int | None, until: float | None, max_steps: int | None) -> int:
-        """Write steps that `write` takes with these arguments; with `until`, the most of them.
-
-        Raises
-        ------
-        GradmemError
-            If `steps` and `until` are both given, or `until` is not a positive loss.
-        """
-        return writing.most_steps(self.method, steps, until, max_steps)
-
-    def token_losses(self, memory: Memory, text: str) -> list[float]:
-        """Loss of each token of a context text when it is read back from a memory of one row, nats.
-
-        Raises
-        ------
-        GradmemError
-            If the text could not be written by this model.
-        """
-        return writing.token_losses(self.method, memory, self.encoder.context_ids(text))
 
     def open(self, path: str | os.PathLike[str]) -> BoundMemory:
         """Load a memory file that this model wrote.
@@ -230,51 +230,6 @@ class MemoryModel(
         tensors = {name: tensor.to(self.device) if tensor.is_floating_point() else tensor for name, tensor in found}
         return BoundMemory(tensors, memory.receipts, model=self)
 
-    def _sibling(self, memory: Memory) -> MemoryModel | None:
-        """This backbone under the method that wrote a memory; None if that is this model's own, or it takes none."""
-        receipt, mine = memory.receipts[0], self.fingerprints
-        if receipt.checkpoint == mine["checkpoint"] or receipt.backbone != mine["backbone"] or not self.takes_methods:
-            return None
-        if receipt.checkpoint not in self._siblings:
-            # The options come from a file: none may ask for more than the file holds.
-            check_counts(receipt.options, max(size for tensor in memory.tensors.values() for size in tensor.shape))
-            found = self.with_method({"name": receipt.method, **receipt.options})
-            if found.fingerprints["checkpoint"] != receipt.checkpoint:
-                return None
-            self._siblings[receipt.checkpoint] = found
-        return self._siblings[receipt.checkpoint]
-
-    @cached_property
-    def _siblings(self) -> dict[str, MemoryModel]:
-        """By fingerprint: other methods on this backbone that wrote memories."""
-        return {}
-
-    def answer_ids(
-        self, memory: Memory, prefix: Prefix, rows: list[int], queries: list[list[int]], **options: Any
-    ) -> list[Answer]:
-        """Answer tokenized queries from the prefix of a memory, with evidence; see `BoundMemory.answer`.
-
-        Parameters
-        ----------
-        memory : Memory
-            Written by this model.
-        prefix : Prefix
-            What `Method.prefix` returns for the memory.
-        rows : list of int
-            The row of the memory that each query asks.
-        queries : list of list of int
-            From `TextEncoder.query_ids`.
-        options
-            As for `BoundMemory.answer`.
-        """
-        answers, states = reading.answer(self.method, self.task, memory, prefix, rows, queries, options)
-        if (abstain := self.abstain) is None:
-            return answers
-        # A memory of bare tokens has no receipts: whoever wrote it knows how long its contexts are.
-        known = [not memory.receipts or abstain.holds(memory.receipts[row]) for row in rows]
-        judged = abstain.judge(answers, states)
-        return [sure if good else answer for sure, answer, good in zip(judged, answers, known, strict=True)]
-
 
 @dataclass
 class BoundMemory(Memory):
@@ -301,7 +256,8 @@ class BoundMemory(Memory):
         Parameters
         ----------
         query : str, list of str, or list of lists of str
-            One query; several for a memory of one row; or for each row a list of its own.
+            One query, or several. A memory of several rows takes a list of queries for each row; if its method
+            `reads_together`, the rows are chunks of one document, and one query or a list of them asks the document.
         options
             Arguments of Hugging Face's `generate`, such as `max_new_tokens` or `do_sample`: those that
             `gradmem.generation.OPTIONS` lists. The model's own generation config is ignored.
@@ -319,13 +275,12 @@ class BoundMemory(Memory):
         """
         method, task = self.model.method, self.model.task
 
-        def texts(rows: list[int], queries: list[str]) -> list[Any]:
-            ids = self._query_ids(queries, options)
-            found = [task.decode(row) for row in reading.generate(method, task, self.prefix, rows, ids, options)]
-            each = len(found) // len(queries)
+        def texts(memory: BoundMemory, rows: list[int], ids: list[list[int]]) -> list[Any]:
+            found = [task.decode(row) for row in reading.generate(method, task, memory.prefix, rows, ids, options)]
+            each = len(found) // len(ids)
             return found if each == 1 else [found[i : i + each] for i in range(0, len(found), each)]
 
-        return reading.in_shape(self, query, texts)
+        return self._read(query, options, texts)
 
     def answer(self, query: Any, **options: Any) -> Any:
         """Answer queries from the memory alone, with the evidence for each answer.
@@ -346,10 +301,24 @@ class BoundMemory(Memory):
             As for `ask`.
         """
 
-        def answers(rows: list[int], queries: list[str]) -> list[Answer]:
-            return self.model.answer_ids(self, self.prefix, rows, self._query_ids(queries, options), **options)
+        def answers(memory: BoundMemory, rows: list[int], ids: list[list[int]]) -> list[Answer]:
+            return self.model.answer_ids(memory, memory.prefix, rows, ids, **options)
 
-        return reading.in_shape(self, query, answers)
+        return self._read(query, options, answers)
+
+    def chosen(self, ids: list[int]) -> tuple[int, ...]:
+        """Rows that a tokenized query reads together: those that `Method.choose` chooses, if there are several."""
+        if len(self) == 1:
+            return (0,)
+        with torch.no_grad():
+            return tuple(self.model.method.choose(self, ids))
+
+    def together(self, rows: Sequence[int]) -> BoundMemory:
+        """Put some rows, chunks of one document, into one row, which a query reads as one text."""
+        chosen = self.select(rows)
+        if len(chosen) == 1:
+            return chosen
+        return BoundMemory(self.model.method.together(chosen).tensors, model=self.model)
 
     def restore(self) -> list[str]:
         """Texts that the memory gives back, from the memory alone, in the order of `history`.
@@ -376,6 +345,30 @@ class BoundMemory(Memory):
         """
         return reading.read_back(self.model.method, self, progress)
 
+    def _read(
+        self,
+        query: Any,
+        options: dict[str, Any],
+        read: Callable[[BoundMemory, list[int], list[list[int]]], list[Any]],
+    ) -> Any:
+        """Read queries, in the shape in which they are given: `read` takes a memory, its rows, and their queries."""
+        queries = [query] if isinstance(query, str) else query
+        if len(self) > 1 and self.model.method.reads_together and all(isinstance(one, str) for one in queries):
+            chosen = [self.chosen(self.model.encoder.query_ids(one, options)) for one in queries]
+            found: list[Any] = [None] * len(queries)
+            for rows in dict.fromkeys(chosen):
+                asked = [at for at, own in enumerate(chosen) if own == rows]
+                part = self.together(rows)
+                answers = read(part, [0] * len(asked), part._query_ids([queries[at] for at in asked], options))
+                for at, answer in zip(asked, answers, strict=True):
+                    found[at] = answer
+            return found[0] if isinstance(query, str) else found
+
+        def flat(rows: list[int], queries: list[str]) -> list[Any]:
+            return read(self, rows, self._query_ids(queries, options))
+
+        return reading.in_shape(self, query, flat)
+
     def _query_ids(self, queries: list[str], options: dict[str, Any]) -> list[list[int]]:
         """Token ids; the memory may leave less room for a query than usual, as more or other chunks were written."""
-        return [self.model.encoder.query_ids(text, options, self.prefix.length) for text in queries]
+        return [self.model.encoder.query_ids(text, options, self.prefix.end) for text in queries]

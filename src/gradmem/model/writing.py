@@ -240,6 +240,40 @@ def most_steps(method: Method, steps: int | None, until: float | None, max_steps
     return max(MOST_STEPS, method.write_steps) if max_steps is None else max_steps
 
 
+def finished_rows(
+    author: Author, texts: Sequence[str], earlier: Memory, steps: int, until: float | None
+) -> list[Memory | None]:
+    """Find what an earlier memory already holds of some texts.
+
+    Parameters
+    ----------
+    author : Author
+        Who would write them now.
+    texts : sequence of str
+    earlier : Memory
+    steps : int
+        Write steps; with `until` the most of them.
+    until : float, optional
+        As for `write_texts`.
+
+    Returns
+    -------
+    list of Memory or None
+        For each text the row that was written from it, by the same author and to its end; None if there is none.
+    """
+    rows = {
+        receipt.context_sha256: earlier[row]
+        for row, receipt in enumerate(earlier.receipts)
+        if _same_author(author, receipt) and not receipt.earlier and receipt.complete(steps, until)
+    }
+    return [rows.get(text_digest(text)) for text in texts]
+
+
+def _same_author(author: Author, receipt: Receipt) -> bool:
+    """Whether two authors write the same; the name of a model may be another path to the same one."""
+    return all(getattr(receipt, name) == value for name, value in vars(author).items() if name != "model")
+
+
 def as_texts(text: str | Sequence[str], memory: Memory | None = None, what: str = "there are") -> list[str]:
     """Texts as a list, one for each row of the memory if there is one.
 

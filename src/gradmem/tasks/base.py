@@ -234,6 +234,13 @@ class Task(ABC):
         """
         return torch.ones_like(ids, dtype=torch.bool)
 
+    def chunk_end(self, text: str) -> int:
+        """Where a chunk of a long text should end, if it may at most have these characters; at least 1.
+
+        By default it is as long as possible.
+        """
+        return len(text)
+
     def unanswerable(self, batch: Batch) -> dict[str, Batch]:
         """Queries that their context does not answer, by kind, to fit when to abstain.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,9 @@ EXAMPLE = (
     "open as a hotel with {rooms} rooms."
 )
 """A paragraph whose facts are drawn, so that no model can know them."""
+
+ENDS = (r"\n[^\S\n]*\n\s*", r"[.!?\u2026][\"')\]\u201d\u2019\u00bb]*\s+|[\u3002\uff01\uff1f]", r"\n", r"\s+")
+"""Where a chunk may end, the best first: behind a paragraph, a sentence, a line, a word."""
 
 
 class Document(Task):
@@ -121,6 +125,14 @@ class Document(Task):
     def conversation_text(self, messages: Conversation) -> str:
         """What all messages say."""
         return "\n".join(message["content"] for message in messages)
+
+    def chunk_end(self, text: str) -> int:
+        """Behind the last paragraph that ends in the second half; else behind a sentence, a line or a word there."""
+        half = len(text) // 2
+        for pattern in ENDS:
+            if ends := [found.end() for found in re.finditer(pattern, text) if found.end() > half]:
+                return ends[-1]
+        return len(text)
 
     def target(self, query: str, answer: str) -> tuple[list[int], list[int]]:
         """Tokens of a question, and of an answer with the token that ends it."""
