@@ -20,7 +20,7 @@ from .memory import LENGTHS, Memory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = "prompt_embeddings"
-TENSORS = {"keys", "values", "counts", "start", LENGTHS}
+TENSORS = {"keys", "values", "counts", "before", "start", LENGTHS}
 """Tensors of a memory of keys and values."""
 
 
@@ -87,6 +87,7 @@ def load_cartridge(directory: Path) -> Memory:
             "keys": keys[None],
             "values": values[None],
             "counts": torch.full((1, layers, heads), entries),
+            "before": torch.zeros(1, layers, heads, dtype=torch.long),
             "start": torch.tensor([entries]),
             LENGTHS: torch.tensor([len(keys)]),
         }

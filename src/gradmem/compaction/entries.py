@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..memory import LENGTHS, Memory
 
-TENSORS = ("keys", "values", "counts", "start", LENGTHS)
+TENSORS = ("keys", "values", "counts", "before", "start", LENGTHS)
 """Names of the tensors of a memory of keys and values."""
 
 
@@ -27,6 +27,8 @@ class Entries:
         Position of the first token after them.
     places : Tensor, int64, shape (layers, key-value heads, most entries), optional
         Positions of the entries, while these are known.
+    first : Tensor, int64, shape (layers, key-value heads), optional
+        How many of the first entries of each head stand before the text; by default none.
     """
 
     keys: Tensor
@@ -34,6 +36,18 @@ class Entries:
     counts: Tensor
     start: int
     places: Tensor | None = None
+    first: Tensor | None = None
+
+    @property
+    def before(self) -> Tensor:
+        """How many of the first entries of each head stand before the text: int64, shape (layers, key-value heads)."""
+        return torch.zeros_like(self.counts) if self.first is None else self.first
+
+    def after(self, length: int) -> Entries:
+        """The same entries, if so many positions stand before the text and the places are known."""
+        assert self.places is not None
+        first = (self.places.cpu() < length) & self.used.cpu()
+        return replace(self, first=first.sum(2))
 
     @property
     def used(self) -> Tensor:
@@ -49,6 +63,7 @@ class Entries:
             "keys": self.keys[used][None],
             "values": self.values[used][None],
             "counts": self.counts[None].cpu(),
+            "before": self.before[None].cpu(),
             "start": torch.tensor([self.start]),
             LENGTHS: torch.tensor([total]),
         }
@@ -67,4 +82,4 @@ class Entries:
             dense[used.to(flat.device)] = flat
             padded.append(dense)
         keys, values = padded
-        return cls(keys, values, counts, int(tensors["start"][row]))
+        return cls(keys, values, counts, int(tensors["start"][row]), first=tensors["before"][row].cpu())

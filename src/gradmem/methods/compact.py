@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..compaction.budget import entries_of
+from ..compaction.chunks import PLAIN, attention_to_chunks, together
 from ..compaction.entries import TENSORS, Entries
 from ..compaction.fidelity import compared, fidelity
 from ..compaction.heads import attention_layers, output_metric
@@ -74,9 +75,10 @@ class Compact(Method):
     what attention should find in them. Nothing is trained, and the questions that people will ask need not be known.
 
     A memory holds `keys` and `values`, shapes (batch, entries, width), of all heads one after the other: layer 0 head
-    0, layer 0 head 1, and so on. `counts`, int64, shape (batch, layers, heads), says how many each head has; `start`,
-    int64, shape (batch,), at which position a question begins; `lengths` how many entries a row has. A row is a chunk
-    of a document, and a question reads the rows that it attends to most.
+    0, layer 0 head 1, and so on. `counts`, int64, shape (batch, layers, heads), says how many each head has, and
+    `before` how many of these, its first ones, stand before the text; `start`, int64, shape (batch,), at which position
+    a question begins; `lengths` how many entries a row has. A row is a chunk of a document, and a question reads the
+    rows that it attends to most.
 
     Parameters
     ----------
@@ -193,6 +195,7 @@ class Compact(Method):
         bytes_of_entry = self.layers * self.heads * sum(self.widths.values()) * 4
         count = entries_of(budget, text.whole.keys.shape[2], bytes_of_entry)
         entries, references = select(text, count, self.metric, self.options.score, self.options.shared), text.references
+        entries = entries.after(len(self.before_context))
         if self.mover is not None:
             entries, references = renumbered(entries, references, self.mover)
         yield "select", entries.memory()
@@ -211,7 +214,8 @@ class Compact(Method):
         with torch.no_grad(), self.backbone.without_dropout():
             prefix = whole_prefix(self.backbone, self.task, [])
         keys, values = (torch.stack([getattr(x, n)[0] for x in prefix.cache.layers]) for n in ("keys", "values"))
-        return Entries(keys, values, torch.full(keys.shape[:2], len(head)), len(head)).memory()
+        counts = torch.full(keys.shape[:2], len(head))
+        return Entries(keys, values, counts, len(head), first=counts).memory()
 
     def _empty(self) -> Memory:
         model = self.backbone.model
@@ -219,8 +223,8 @@ class Compact(Method):
             name: torch.zeros(1, 0, width, dtype=model.dtype, device=model.device)
             for name, width in self.widths.items()
         }
-        counts = torch.zeros(1, self.layers, self.heads, dtype=torch.long)
-        return Memory({**none, "counts": counts, "start": torch.zeros(1, dtype=torch.long), LENGTHS: torch.tensor([0])})
+        counts, start = torch.zeros(1, self.layers, self.heads, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+        return Memory({**none, "counts": counts, "before": counts, "start": start, LENGTHS: torch.tensor([0])})
 
     # READ
 
@@ -257,10 +261,17 @@ class Compact(Method):
             found += self.generate(memory[row], [query], pad_id=self.task.pad_id, **options)
         return found
 
+    def choose(self, memory: Memory, query: list[int]) -> list[int]:
+        """Choose the rows that a question attends to most, at most `read_chunks`, in the order of the document."""
+        if len(memory) <= self.read_chunks:
+            return list(range(len(memory)))
+        rows, plain = [Entries.of(memory, row) for row in range(len(memory))], self.task.encode_query(PLAIN)
+        drawn = attention_to_chunks(self.backbone, self.prefix(self.unwritten), rows, query, plain)
+        return sorted(drawn.topk(self.read_chunks).indices.tolist())
+
     def together(self, memory: Memory) -> Memory:
         """Put the entries of all rows into one row, so that a question reads them together."""
-        rows = [Entries.of(memory, row) for row in range(len(memory))]
-        return joined(rows).memory()
+        return together([Entries.of(memory, row) for row in range(len(memory))]).memory()
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
@@ -271,6 +282,8 @@ class Compact(Method):
                 t.shape[2:] == ((self.widths[n],) if n in self.widths else t.shape[2:]) for n, t in found.items()
             )
             fits = counts.shape[1:] == (self.layers, self.heads) and found["start"].ndim == lengths.ndim == 1
+            before = found["before"]
+            fits = fits and before.shape == counts.shape and bool(((before >= 0) & (before <= counts)).all())
             if shaped and fits and bool((counts >= 0).all()) and bool((counts.sum((1, 2)) == lengths).all()):
                 most = found["keys"].shape[1] == found["values"].shape[1] == max(lengths.tolist(), default=0)
                 if (
@@ -281,19 +294,3 @@ class Compact(Method):
                     return
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in found.items()}
         raise GradmemError(f"{what} holds {shapes}, which is no compacted cache of this model")
-
-
-def joined(rows: Sequence[Entries]) -> Entries:
-    """The entries of several texts, head by head one text after the other."""
-    counts = torch.stack([row.counts for row in rows]).sum(0)
-    layers, heads = counts.shape
-    parts: dict[str, Tensor] = {}
-    for name in ("keys", "values"):
-        pieces = [
-            torch.cat([getattr(row, name)[layer, head, : int(row.counts[layer, head])] for row in rows])
-            for layer in range(layers)
-            for head in range(heads)
-        ]
-        padded = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        parts[name] = padded.view(layers, heads, *padded.shape[1:])
-    return Entries(parts["keys"], parts["values"], counts, max(row.start for row in rows))

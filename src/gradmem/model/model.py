@@ -315,6 +315,8 @@ class BoundMemory(Memory):
 
     def together(self, rows: Sequence[int]) -> BoundMemory:
         """Put some rows, chunks of one document, into one row, which a query reads as one text."""
+        if len(rows) == len(self) == 1:
+            return self
         chosen = self.select(rows)
         if len(chosen) == 1:
             return chosen

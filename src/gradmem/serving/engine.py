@@ -97,7 +97,8 @@ class Engine:
         key : hashable
             Key of the memory in the prefix cache. Each memory, and each version of it, needs its own key.
         memory : BoundMemory
-            One row, bound to the engine's model, or by it: another method may read the same backbone.
+            One row, bound to the engine's model, or by it: another method may read the same backbone. Several rows if
+            they are chunks of one document, which its method reads together.
         query : str or list of dict
             A query, or the messages of a conversation; see `Task.encode_conversation`.
         timeout : float, optional
@@ -118,10 +119,10 @@ class Engine:
         Closed
             If the engine is closed.
         GradmemError
-            If the memory has several rows or belongs to another model.
+            If the memory has several rows that are not read together, or belongs to another model.
         """
         known = isinstance(memory, BoundMemory) and memory.model.method.backbone is self.model.method.backbone
-        if not known or len(memory) != 1:
+        if not known or (len(memory) != 1 and not memory.model.method.reads_together):
             raise GradmemError("the engine takes one memory, opened with its own model: model.open(FILE), memory[ROW]")
         request = AskRequest(key, memory, query, on_text, float("inf") if timeout is None else timeout)
         self._accept(self._asks, request)
@@ -258,14 +259,17 @@ class Engine:
     def _read(self, requests: list[AskRequest]) -> list[Answer]:
         """Answer queries to memories of one model from their joined prefixes, each of which is joined once."""
         model = requests[0].memory.model
-        memories = {request.key: request.memory for request in requests}
+        keys = [(request.key, request.memory.chosen(request.ids)) for request in requests]
+        memories = {
+            key: request.memory.together(key[1]) for key, request in dict(zip(keys, requests, strict=True)).items()
+        }
         row = {key: i for i, key in enumerate(memories)}
         first, *others = [self._prefix_cache.get(key, memory) for key, memory in memories.items()]
         joined = Memory.join(list(memories.values()))
         options = {}
         if any(request.on_text for request in requests):
             options["streamer"] = AnswerStreamer(requests, model.task.settled)
-        rows, queries = [row[request.key] for request in requests], [request.ids for request in requests]
+        rows, queries = [row[key] for key in keys], [request.ids for request in requests]
         return model.answer_ids(joined, first.join(others), rows, queries, **options)
 
     def _next_writes(self) -> list[WriteRequest]:

@@ -19,10 +19,11 @@ from ...memory import Memory
 from ...prefix import Prefix
 from ...probing import other_layers
 from .chunks import ChunkMode
+from .whole_contexts import WholeContexts
 from .written import Written, last_state
 
 
-class Method(nn.Module, ABC):
+class Method(WholeContexts, ABC):
     """Base of all memory methods.
 
     A method is one file in `gradmem/methods/` with one subclass of this. It implements `trajectory`, `prefix`,
@@ -175,6 +176,10 @@ class Method(nn.Module, ABC):
         """Number of memory vectors; 0 if the memory is not made of vectors."""
         return 0
 
+    def vectors(self, memory: Memory) -> int:
+        """Count the memory vectors of all rows."""
+        return len(memory) * self.n_mem
+
     def write(self, context: Tokens, steps: int | None = None, *, until: float | None = None) -> Written:
         """Write contexts into memories; see `trajectory` for the arguments."""
         return last_state(self.trajectory(context, self.write_steps if steps is None else steps, until=until))
@@ -187,62 +192,6 @@ class Method(nn.Module, ABC):
         for number, written in enumerate(self.trajectory(context, max(steps))):
             if number in steps:
                 yield number, written
-
-    # Chunks: methods that write several of them into one memory (`joins`) override these
-
-    def chunk_by(self, chunk_size: int | None, chunk_mode: ChunkMode | None = None) -> None:
-        """Set how contexts are split into chunks. Memories that were written before are read as before.
-
-        Parameters
-        ----------
-        chunk_size : int or None
-            Most tokens of a chunk; None to write contexts whole.
-        chunk_mode : {"sequential", "independent", "joint"}, optional
-            By default the mode does not change.
-
-        Raises
-        ------
-        GradmemError
-            If a chunk is too long, or the method only writes contexts whole.
-        """
-        raise self._whole_only()
-
-    def chunk_lengths(self, context: Tokens) -> list[list[int]]:
-        """Count the tokens of each chunk of each context; an empty list for a context that is written whole."""
-        return [[] for _ in range(len(context))]
-
-    def extend(self, memory: Memory, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
-        """Write more text into memories; yield what is written, before the first step and after every step.
-
-        Parameters
-        ----------
-        memory : Memory
-            One row for each context.
-        context, steps, until
-            As for `trajectory`.
-
-        Raises
-        ------
-        GradmemError
-            As `trajectory`, or if nothing more can be written into the memory.
-        """
-        raise self._whole_only()
-
-    def merge(self, memory: Memory, more: Memory) -> Memory:
-        """Combine a memory with the last result of `extend` for it."""
-        raise self._whole_only()
-
-    def split_chunks(self, memory: Memory) -> Memory:
-        """Make each chunk that has vectors of its own a row; by default a row is one chunk."""
-        return memory
-
-    def vectors(self, memory: Memory) -> int:
-        """Count the memory vectors of all rows."""
-        return len(memory) * self.n_mem
-
-    def _whole_only(self) -> GradmemError:
-        name = type(self).__name__
-        return GradmemError(f"{name} writes a context whole: write all text at once, or use gradmem or rmt")
 
     def read_hidden(self, prefix: Prefix, queries: Tokens) -> Tensor:
         """Compute the hidden states that predict: row t predicts query token t, the last row the next token.
