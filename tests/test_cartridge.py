@@ -42,7 +42,8 @@ def compact(model: PreTrainedModel, counts: Tensor | None = None) -> tuple[Memor
     keys, values = (torch.cat([layer[part][0].flatten(0, 1) for layer in layers])[None] for part in (0, 1))
     heads = layers[0][0].shape[1]
     counts = torch.full((1, len(layers), heads), ENTRIES) if counts is None else counts
-    tensors = {"keys": keys, "values": values, "counts": counts, "start": torch.tensor([ENTRIES])}
+    tensors = {"keys": keys, "values": values, "counts": counts, "before": torch.zeros_like(counts)}
+    tensors["start"] = torch.tensor([ENTRIES])
     return Memory({**tensors, "lengths": torch.tensor([keys.shape[1]])}), layers
 
 

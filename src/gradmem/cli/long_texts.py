@@ -99,7 +99,7 @@ class LongText:
         )
 
     def _write(self, missing: list[int], save: bool) -> Iterator[Receipt]:
-        """Write chunks, as many at once as fit, up to an interruption; yield the receipts of those that are finished."""
+        """Write chunks, as many at once as fit, up to an interruption; yield the receipts of finished ones."""
         size, saved, took = self.model.method.texts_at_once(self.longest), time.monotonic(), 0.0
         most = self.model.most_steps(**self.limits)
         for first in range(0, len(missing), size):

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from ..errors import GradmemError
 from ..visible import visible
-from . import evaluation, memory, serving, training
+from . import composing, evaluation, memory, serving, training
 from .board import board
 from .console import use_utf8
 from .demo import demo
@@ -50,6 +50,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "ask": memory.ask,
     "restore": memory.restore,
     "inspect": memory.inspect,
+    "join": composing.join,
+    "replace": composing.replace,
+    "forget": composing.forget,
     "export": export,
     "serve": serving.serve,
     "demo": demo,

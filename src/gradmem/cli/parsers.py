@@ -27,6 +27,7 @@ NARGS = {
     "ask": {"queries": "*"},
     "serve": {"checkpoints": "*"},
     "sweep": {"checkpoints": "+"},
+    "join": {"memories": "+"},
     "compare": {"systems": "+"},
     "store rm": {"refs": "*"},
     "store import": {"files": "+"},
@@ -77,6 +78,8 @@ def command_parser(command: str, function: Callable[..., Any]) -> ArgumentParser
         settings: dict[str, Any] = {"help": helps.get(name)}
         if parameter.annotation == "bool":
             parser.add_argument(f"--{name}", action="store_true", **settings)
+        elif parameter.annotation == "list[str] | None":
+            parser.add_argument(f"--{name}", action="append", type=str, **settings)
         elif name in nargs or (nargs and required):
             settings |= {"nargs": nargs[name]} if name in nargs else {}
             parser.add_argument(name, type=Path if "Path" in parameter.annotation else str, **settings)

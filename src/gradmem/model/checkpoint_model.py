@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,32 @@ class CheckpointModel(ModelHubMixin):
             If `steps` and `until` are both given, or `until` is not a positive loss.
         """
         return writing.most_steps(self.method, steps, until, max_steps)
+
+    def finished(
+        self,
+        earlier: Memory,
+        texts: Sequence[str],
+        steps: int | None = None,
+        *,
+        until: float | None = None,
+        max_steps: int | None = None,
+    ) -> list[Memory | None]:
+        """Find what an earlier memory holds of texts that would be written now, such as chunks of a changed document.
+
+        Parameters
+        ----------
+        earlier : Memory
+        texts : sequence of str
+        steps, until, max_steps
+            As for `write`.
+
+        Returns
+        -------
+        list of Memory or None
+            For each text the row that this model wrote from it, with the same options and to the end; None if there is
+            none. It need not be written again.
+        """
+        return writing.finished_rows(self.author, texts, earlier, self.most_steps(steps, until, max_steps), until)
 
     def token_losses(self, memory: Memory, text: str) -> list[float]:
         """Loss of each token of a context text when it is read back from a memory of one row, nats.

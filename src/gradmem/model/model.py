@@ -14,7 +14,7 @@ from ..errors import GradmemError
 from ..memory import Memory
 from ..prefix import Prefix
 from ..progress import Progress, silent
-from . import checkpoint, reading, writing
+from . import checkpoint, composing, reading, writing
 from .checkpoint_model import CheckpointModel
 from .reading import Answer
 
@@ -84,32 +84,6 @@ class MemoryModel(
         most, texts = self.most_steps(steps, until, max_steps), writing.as_texts(text)
         with writing.asking(self.method, questions, texts):
             return self._write(texts, None, most, until, progress)
-
-    def finished(
-        self,
-        earlier: Memory,
-        texts: Sequence[str],
-        steps: int | None = None,
-        *,
-        until: float | None = None,
-        max_steps: int | None = None,
-    ) -> list[Memory | None]:
-        """Find what an earlier memory holds of texts that would be written now, such as chunks of a changed document.
-
-        Parameters
-        ----------
-        earlier : Memory
-        texts : sequence of str
-        steps, until, max_steps
-            As for `write`.
-
-        Returns
-        -------
-        list of Memory or None
-            For each text the row that this model wrote from it, with the same options and to the end; None if there is
-            none. It need not be written again.
-        """
-        return writing.finished_rows(self.author, texts, earlier, self.most_steps(steps, until, max_steps), until)
 
     def append(
         self,
@@ -183,6 +157,43 @@ class MemoryModel(
         options: dict[str, Any] = {"onto": onto, "steps": steps, "until": until, "progress": progress}
         memory = writing.write_texts(self.method, self.task, texts, ids, author, **options)
         return BoundMemory(memory.tensors, memory.receipts, model=self)
+
+    def join(self, memories: Sequence[Memory]) -> BoundMemory:
+        """Put the chunks of several memories into one, which a question reads as one document.
+
+        Raises
+        ------
+        GradmemError
+            If other models wrote them, with different options, or by a method that does not read chunks together.
+        """
+        bound = [self.bind(memory) for memory in memories]
+        joined = composing.joined(bound, [memory.model for memory in bound])
+        return bound[0].model.bind(joined)
+
+    def replace(self, memory: Memory, row: int, text: str, *, progress: Progress = silent) -> BoundMemory:
+        """Write one chunk of a document anew, as the others were written; these stay as they are.
+
+        Raises
+        ------
+        GradmemError
+            As for `join` and `write`.
+        """
+        memory = self.bind(memory)
+        composing.check_together(memory.model)
+        new = memory.model.write(text, memory.receipts[row].steps, progress=progress)
+        return memory.model.bind(composing.replaced(memory, row, new))
+
+    def forget(self, memory: Memory, row: int) -> BoundMemory:
+        """Drop one chunk of a document; the others stay as they are.
+
+        Raises
+        ------
+        GradmemError
+            As for `join`, or if the memory has no other chunk.
+        """
+        memory = self.bind(memory)
+        composing.check_together(memory.model)
+        return memory.model.bind(composing.without(memory, row))
 
     def open(self, path: str | os.PathLike[str]) -> BoundMemory:
         """Load a memory file that this model wrote.
