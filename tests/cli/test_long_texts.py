@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,19 @@ def test_every_chunk_is_a_readable_part_in_a_row_of_its_own(place: Path) -> None
         gradmem.receipts.text_digest(part) for part in PARTS
     ]
     assert same(memory, Memory.join([memory.model.write(part) for part in PARTS]))
+
+
+def test_a_change_moves_few_chunks(place: Path) -> None:
+    """The cuts after it are soon the same again."""
+    encoder = gradmem.load("lm", {"name": "compact"}).encoder
+    draw = random.Random(1)
+    sentences = ["".join(draw.choices("abcde ", k=draw.randint(20, 60))) + ". " for _ in range(60)]
+    before = encoder.chunks("".join(sentences), 200)
+    sentences[20] = "Something else that is longer than the sentence which was here. "
+    after = encoder.chunks("".join(sentences), 200)
+    assert "".join(after) == "".join(sentences)
+    assert all(len(chunk) <= 200 and chunk.rstrip().endswith(".") for chunk in after)
+    assert 1 <= len(set(after) - set(before)) <= 3
 
 
 def test_an_interrupted_write_goes_on(

@@ -141,3 +141,21 @@ def test_other_tasks_read_the_last_question(task: Document) -> None:
     assert pairs.encode_conversation(turns) == pairs.encode_query("k2") != pairs.encode_query("a7")
     assert pairs.before_context == []
     assert task.encode_query(" \n") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "chunk"),
+    [
+        ("One. Two. Ten.\n\nThree. Four and", "One. Two. Ten.\n\n"),
+        ("One. Two.\n\nThree and four and five. Six and", "One. Two.\n\nThree and four and five. "),
+        ('One. He said "two." Three and', 'One. He said "two." '),
+        ("One. Two three\nfour five", "One. Two three\n"),
+        ("One. Two three four fi", "One. Two three four "),
+        ("One. Twothreefour", "One. Twothreefour"),
+        ("\u4e00\u4e8c\u3002\u4e09\u56db\u3002\u4e94", "\u4e00\u4e8c\u3002\u4e09\u56db\u3002"),
+        ("abc", "abc"),
+    ],
+)
+def test_a_chunk_ends_where_a_reader_would_stop(task: Document, text: str, chunk: str) -> None:
+    """In its second half, so that chunks do not get small."""
+    assert text[: task.chunk_end(text)] == chunk
