@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_every_chunk_is_a_readable_part_in_a_row_of_its_own(place: Path) -> None
         gradmem.receipts.text_digest(part) for part in PARTS
     ]
     assert same(memory, Memory.join([memory.model.write(part) for part in PARTS]))
+
+
+def test_ask_reads_all_chunks(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write() == 0
+    capsys.readouterr()
+    assert main(["ask", "m", "What is the code?", "--jsonl"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    memory = gradmem.open("m")
+    assert told["answer"] == memory.ask("What is the code?") == memory.together(range(4)).ask("What is the code?")
 
 
 def test_a_change_moves_few_chunks(place: Path) -> None:

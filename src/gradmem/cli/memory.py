@@ -214,7 +214,7 @@ def ask(
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     """
     opened = _open(memory, checkpoint)
-    if len(opened) != 1:
+    if len(opened) != 1 and not opened.model.method.reads_together:
         raise GradmemError(f"{memory} holds {len(opened)} memories: ask them from Python")
     model = opened.model.to(device_named(device))
     opened = model.bind(opened)
