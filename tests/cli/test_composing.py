@@ -49,14 +49,14 @@ def same(one: Memory, other: Memory) -> bool:
 
 
 def probability(memory: gradmem.BoundMemory, answer: str) -> float:
-    """Mean probability of the tokens of an answer to the query, with its end, by the method alone."""
+    """Geometric mean of the probabilities of an answer's tokens, with its end, by the method alone."""
     task, method = memory.model.task, memory.model.method
     query, ids = task.encode_query(QUERY), [*task.encode(answer), task.end_id]
     joined = method.together(memory) if len(memory) > 1 else memory
     with torch.no_grad():
         logits = method.read(joined, Tokens.from_lists([query + ids]))[0, len(query) : -1]
     chosen = log_softmax(logits, -1).gather(1, torch.tensor(ids)[:, None])
-    return float(chosen.exp().mean())
+    return float(chosen.mean().exp())
 
 
 def test_forget(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

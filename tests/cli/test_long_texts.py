@@ -31,7 +31,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(*more: str) -> int:
-    line = ["write", "lm", "book.txt", "--method=compact", "--writers=select", "--budget=0.5", "--chunk_size=25"]
+    line = ["write", "lm", "book.txt", "--method=compact", "--writers=select", "--budget=0.5", "--chunk_size=22"]
     return main([*line, "-o", "m", *more])
 
 
@@ -86,14 +86,15 @@ def test_ask_reads_all_chunks(place: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_change_moves_few_chunks(place: Path) -> None:
     """The cuts after it are soon the same again."""
     encoder = gradmem.load("lm", {"name": "compact"}).encoder
-    draw = random.Random(1)
-    sentences = ["".join(draw.choices("abcde ", k=draw.randint(20, 60))) + ". " for _ in range(60)]
-    before = encoder.chunks("".join(sentences), 200)
-    sentences[20] = "Something else that is longer than the sentence which was here. "
-    after = encoder.chunks("".join(sentences), 200)
-    assert "".join(after) == "".join(sentences)
-    assert all(len(chunk) <= 200 and chunk.rstrip().endswith(".") for chunk in after)
-    assert 1 <= len(set(after) - set(before)) <= 3
+    for seed in range(5):
+        draw = random.Random(seed)
+        sentences = ["".join(draw.choices("abcde ", k=draw.randint(20, 60))) + ". " for _ in range(200)]
+        before = encoder.chunks("".join(sentences), 800)
+        sentences[30] = "Something else that is longer than the sentence which was here. "
+        after = encoder.chunks("".join(sentences), 800)
+        assert "".join(after) == "".join(sentences)
+        assert all(len(chunk) <= 800 and chunk.rstrip().endswith(".") for chunk in after)
+        assert 1 <= len(set(after) - set(before)) <= len(after) // 2
 
 
 def test_an_interrupted_write_goes_on(
@@ -116,6 +117,7 @@ def test_an_interrupted_write_goes_on(
 
 def test_a_killed_write_loses_what_was_not_saved(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_texts, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(long_texts, "SAVE_TIMES", 0)
 
     class Killed(BaseException):
         pass

@@ -146,10 +146,10 @@ def test_other_tasks_read_the_last_question(task: Document) -> None:
 @pytest.mark.parametrize(
     ("text", "chunk"),
     [
-        ("One. Two. Ten.\n\nThree. Four and", "One. Two. Ten.\n\n"),
-        ("One. Two.\n\nThree and four and five. Six and", "One. Two.\n\nThree and four and five. "),
-        ('One. He said "two." Three and', 'One. He said "two." '),
-        ("One. Two three\nfour five", "One. Two three\n"),
+        ("One, two, three. Ten.\n\nNow. A", "One, two, three. Ten.\n\n"),
+        ("One. Two.\n\nThree and four and five. Six", "One. Two.\n\nThree and four and five. "),
+        ('One. He said then "two." Three', 'One. He said then "two." '),
+        ("One. Two three and four\nfive", "One. Two three and four\n"),
         ("One. Two three four fi", "One. Two three four "),
         ("One. Twothreefour", "One. Twothreefour"),
         ("\u4e00\u4e8c\u3002\u4e09\u56db\u3002\u4e94", "\u4e00\u4e8c\u3002\u4e09\u56db\u3002"),
@@ -157,5 +157,5 @@ def test_other_tasks_read_the_last_question(task: Document) -> None:
     ],
 )
 def test_a_chunk_ends_where_a_reader_would_stop(task: Document, text: str, chunk: str) -> None:
-    """In its second half, so that chunks do not get small."""
+    """In its last quarter, so that chunks do not get small."""
     assert text[: task.chunk_end(text)] == chunk

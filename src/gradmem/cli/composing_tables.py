@@ -18,7 +18,7 @@ def chunks_table(chunks: Sequence[dict[str, Any]]) -> Table:
 
 def moved_table(moved: Sequence[Any]) -> Table:
     """Build a table of answers with their probabilities (see `Moved`), and the means over each memory's answers."""
-    built = Table(title="mean probability of an answer's tokens")
+    built = Table(title="probability of an answer, the geometric mean over its tokens")
     for heading in ("answer of", "question", "answer"):
         built.add_column(heading, overflow="fold")
     for heading in ("before", "after", "without any text"):

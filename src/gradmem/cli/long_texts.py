@@ -15,8 +15,8 @@ from ..interruption import Interruptible
 from ..receipts import Receipt
 from .console import progress_bar
 
-SAVE_SECONDS = 60.0
-"""Seconds between two saves of what is finished; a save that takes long is made less often."""
+SAVE_SECONDS, SAVE_TIMES = 60.0, 20
+"""Least seconds between two saves of what is finished, and how many times as long as a save this must be."""
 
 
 class LongText:
@@ -112,7 +112,7 @@ class LongText:
                     yield memory.receipts[place]
             if self.stopped:
                 return
-            if save and time.monotonic() - saved > max(SAVE_SECONDS, 20 * took) and some[-1] != missing[-1]:
+            if save and time.monotonic() - saved > max(SAVE_SECONDS, SAVE_TIMES * took) and some[-1] != missing[-1]:
                 began = time.monotonic()
                 self._save()
                 saved, took = time.monotonic(), time.monotonic() - began

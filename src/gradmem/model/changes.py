@@ -19,7 +19,7 @@ ANSWER = 24
 
 @dataclass(frozen=True)
 class Moved:
-    """How likely an answer is, before and after a change: the mean probability of its tokens.
+    """How likely an answer is, before and after a change: the geometric mean of the probabilities of its tokens.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ def compared(
 
 
 def probabilities(memory: BoundMemory, questions: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Mean probability of each answer's tokens, given its question and the chunks that the question reads.
+    """Geometric mean of the probabilities of each answer's tokens, after its question and the chunks that this reads.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def probabilities(memory: BoundMemory, questions: Sequence[str], answers: Sequen
             row = prefix.select(torch.zeros(1, dtype=torch.long, device=prefix.last.device))
             ((logprobs, _),) = read_answers(model.method, row, [query], [target])
         taken = logprobs.gather(1, torch.tensor(target, device=logprobs.device)[:, None])
-        found.append(round(float(taken.exp().mean()), 4))
+        found.append(round(float(taken.mean().exp()), 4))
     return found
 
 
