@@ -93,7 +93,9 @@ def test_attention_to_chunks(tmp_path: Path) -> None:
     rows = [Entries.of(memory, row) for row in range(3)]
     query, plain = (task.encode_query(text) for text in (QUERIES[0], PLAIN))
     wanted = drawn(query) - drawn(plain)
-    found = attention_to_chunks(made.method.backbone, made.method.prefix(made.method.unwritten), rows, query, plain)
+    found = attention_to_chunks(
+        made.method.backbone, made.method.prefix(made.method.unwritten), rows, start, query, plain
+    )
     assert torch.allclose(found.double(), wanted, rtol=0, atol=1e-5)
     made.method.read_chunks = 2
     assert memory.chosen(query) == tuple(sorted(wanted.topk(2).indices.tolist()))

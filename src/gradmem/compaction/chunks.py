@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ PLAIN = "What is the text about?"
 
 @torch.no_grad()
 def attention_to_chunks(
-    backbone: Backbone, prefix: Prefix, chunks: Sequence[Entries], query: list[int], plain: list[int]
+    backbone: Backbone, prefix: Prefix, chunks: Iterable[Entries], start: int, query: list[int], plain: list[int]
 ) -> Tensor:
     """How much more a question attends to each chunk than a question that fits any text.
 
@@ -34,7 +34,9 @@ def attention_to_chunks(
     backbone : Backbone
     prefix : Prefix
         What stands before every text, of one row.
-    chunks : sequence of Entries
+    chunks : iterable of Entries
+    start : int
+        Position of the first token after the longest chunk.
     query : list of int
         Tokens of the question.
     plain : list of int
@@ -44,15 +46,14 @@ def attention_to_chunks(
     -------
     Tensor, shape (chunks,)
     """
-    begin = torch.tensor([max(chunk.start for chunk in chunks)], device=prefix.last.device)
-    drawn = []
-    for ids in (query, plain):
+    begin, observers = torch.tensor([start], device=prefix.last.device), (_Observer(), _Observer())
+    for ids, observer in zip((query, plain), observers, strict=True):
         first = Prefix.select(prefix, torch.zeros_like(begin))  # no entry of it is hidden from a head
-        first.start, observer = begin, _Observer()
+        first.start = begin
         with head_attention(backbone.model, observer=observer):
             read(backbone, first, ids)
-        drawn.append(torch.stack([observer.drawn(chunk) for chunk in chunks]))
-    return drawn[0] - drawn[1]
+    asked, other = observers
+    return torch.stack([asked.drawn(chunk) - other.drawn(chunk) for chunk in chunks])
 
 
 class _Observer:

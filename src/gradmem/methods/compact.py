@@ -265,8 +265,9 @@ class Compact(Method):
         """Choose the rows that a question attends to most, at most `read_chunks`, in the order of the document."""
         if len(memory) <= self.read_chunks:
             return list(range(len(memory)))
-        rows, plain = [Entries.of(memory, row) for row in range(len(memory))], self.task.encode_query(PLAIN)
-        drawn = attention_to_chunks(self.backbone, self.prefix(self.unwritten), rows, query, plain)
+        chunks = (Entries.of(memory, row) for row in range(len(memory)))
+        start, plain = int(memory.tensors["start"].max()), self.task.encode_query(PLAIN)
+        drawn = attention_to_chunks(self.backbone, self.prefix(self.unwritten), chunks, start, query, plain)
         return sorted(drawn.topk(self.read_chunks).indices.tolist())
 
     def together(self, memory: Memory) -> Memory:
