@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import gradmem
@@ -29,27 +30,35 @@ def model(folder: Path, **options: Any) -> gradmem.MemoryModel:
     return made
 
 
-def plain_logits(made: gradmem.MemoryModel, query: list[int]) -> Tensor:
-    """Logits of the model itself: every chunk sees what stands before the text and itself, and the query sees all."""
+def plain_logits(made: gradmem.MemoryModel, query: list[int], ordered: bool) -> Tensor:
+    """Logits of the model itself after the cache of each chunk, which it reads alone at the chunk's positions."""
     before, texts = made.task.before_context, [made.task.encode(text) for text in CHUNKS]
-    longest = max(map(len, texts))
-    parts = [before, *texts, query]
-    begins = [0, *[len(before)] * len(texts), len(before) + longest]
-    ids = torch.tensor([[one for part in parts for one in part]])
-    places = torch.tensor([[begin + at for begin, part in zip(begins, parts, strict=True) for at in range(len(part))]])
-    block = torch.tensor([number for number, part in enumerate(parts) for _ in part])
-    sees = (block[:, None] == block) | (block == 0) | (block[:, None] == len(parts) - 1)
-    sees &= torch.ones_like(sees).tril()
+    language_model, behind, parts = made.method.backbone.model, 0, []
     with torch.no_grad():
-        return made.method.backbone.model(ids, attention_mask=sees[None, None], position_ids=places).logits[
-            0, -len(query) :
+        for row, text in enumerate(texts):
+            places = torch.arange(len(before) + len(text))[None] + behind
+            cache = language_model(torch.tensor([[*before, *text]]), position_ids=places).past_key_values
+            own = len(before) if row else 0
+            parts.append([(layer.keys[:, :, own:], layer.values[:, :, own:]) for layer in cache.layers])
+            behind += len(text) if ordered else 0
+        layers = [
+            tuple(torch.cat(tensors, 2) for tensors in zip(*layer, strict=True)) for layer in zip(*parts, strict=True)
+        ]
+        begin = len(before) + (behind if ordered else max(map(len, texts)))
+        places = torch.arange(begin, begin + len(query))[None]
+        return language_model(torch.tensor([query]), position_ids=places, past_key_values=DynamicCache(layers)).logits[
+            0
         ]
 
 
-def test_whole_caches_are_read_as_the_model_reads_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ordered", [True, False])
+def test_whole_caches_are_read_as_the_model_reads_them(tmp_path: Path, ordered: bool) -> None:
+    """Texts stand one after the other; without positions for all of them, each stands where a text begins."""
     made = model(tmp_path, budget=1.0)
+    if not ordered:
+        made.method.backbone.model.config.max_position_embeddings = 512
     query = made.task.encode_query(QUERIES[0])
-    wanted = plain_logits(made, query)
+    wanted = plain_logits(made, query, ordered)
     memory = made.write(CHUNKS)
     found = made.method.read(made.method.together(memory), Tokens.from_lists([query]))[0, 1:]
     assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
+from ..key_positions import KeyMover
 from ..ops.head_attention import head_attention
 from ..prefix import Prefix
 from .entries import Entries
@@ -83,11 +84,31 @@ class _Observer:
         return torch.stack(parts).mean()
 
 
+def one_after_the_other(chunks: Sequence[Entries], mover: KeyMover, length: int) -> list[Entries]:
+    """Move the keys of each chunk to the positions behind the chunk before it.
+
+    Parameters
+    ----------
+    chunks : sequence of Entries
+        They keep the positions of their texts, which each begin at `length`.
+    mover : KeyMover
+    length : int
+        Positions of what stands before every text.
+    """
+    moved, behind = list[Entries](), 0
+    for chunk in chunks:
+        offset = torch.tensor(behind, device=chunk.keys.device)
+        keys = torch.stack([mover.move(own, layer, offset) for layer, own in enumerate(chunk.keys)])
+        moved.append(replace(chunk, keys=keys, start=chunk.start + behind))
+        behind += chunk.start - length
+    return moved
+
+
 def together(chunks: Sequence[Entries]) -> Entries:
     """The entries of several chunks, head by head one chunk after the other.
 
-    Each chunk keeps its positions, from the beginning of a text on, and a question begins behind the longest. What
-    stands before every text counts once, in the first chunk.
+    They keep their positions, and a question begins behind all of them. What stands before every text counts once, in
+    the first chunk.
     """
     first, *others = chunks
     begins = [torch.zeros_like(first.before), *(chunk.before for chunk in others)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..compaction.budget import entries_of
-from ..compaction.chunks import PLAIN, attention_to_chunks, together
+from ..compaction.chunks import PLAIN, attention_to_chunks, one_after_the_other, together
 from ..compaction.entries import TENSORS, Entries
 from ..compaction.fidelity import compared, fidelity
 from ..compaction.heads import attention_layers, output_metric
@@ -35,6 +35,8 @@ WRITERS = ("select", "match", "study")
 """Writers, in the order in which they run."""
 ROOM = 64
 """Positions for what stands between a text and its repetition."""
+QUESTION_ROOM = 512
+"""Positions for a question and its answer behind several chunks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,8 +273,27 @@ class Compact(Method):
         return sorted(drawn.topk(self.read_chunks).indices.tolist())
 
     def together(self, memory: Memory) -> Memory:
-        """Put the entries of all rows into one row, so that a question reads them together."""
-        return together([Entries.of(memory, row) for row in range(len(memory))]).memory()
+        """Put the entries of all rows into one row, so that a question reads them together.
+
+        The texts stand one after the other, if the model can move keys and has positions for all. If not, each begins
+        where every text begins.
+        """
+        rows, length = [Entries.of(memory, row) for row in range(len(memory))], len(self.before_context)
+        end = length + sum(row.start - length for row in rows)
+        if self._behind is not None and end + QUESTION_ROOM <= self.backbone.max_full_attention:
+            rows = one_after_the_other(rows, self._behind, length)
+        return together(rows).memory()
+
+    @cached_property
+    def _behind(self) -> KeyMover | None:
+        """Moves a text behind another; None if positions are those of the memory, or keys do not show theirs."""
+        if self.positions == "memory":
+            return None
+        try:
+            mover = KeyMover(self.backbone)
+        except GradmemError:
+            return None
+        return mover if mover.kind == "rotary" else None
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
