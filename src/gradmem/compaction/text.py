@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ class Asked:
         """Read questions with their answers after a prefix of one row."""
         pairs = zip(queries, answers, strict=True)
         states = [read(backbone, prefix, [*query, *answer])[len(query) - 1 : -1] for query, answer in pairs]
-        return cls(queries, answers, torch.cat(states))
+        return cls(queries, answers, torch.cat([prefix.last.new_zeros(0, backbone.width), *states]))
 
     def each(self) -> Iterator[Asked]:
         """The questions one by one."""
@@ -150,11 +151,11 @@ def read_text(backbone: Backbone, task: Task, ids: list[int], questions: Sequenc
     with torch.no_grad():
         prefix = whole_prefix(backbone, task, ids)
         own = [task.encode_query(question) for question in questions]
-        held_out = [*map(task.encode_query, HELD_OUT), *own[3::4]]
-        study = [*map(task.encode_query, STOCK), *(query for i, query in enumerate(own) if i % 4 != 3)]
+        held_out = [*encoded(task, HELD_OUT), *own[3::4]]
+        study = [*encoded(task, STOCK), *(query for i, query in enumerate(own) if i % 4 != 3)]
         answers = greedy_answers(backbone, task, prefix, [*held_out, *study])
         known = Asked.read(backbone, prefix, held_out, answers[: len(held_out)])
-        answers, repeat = answers[len(held_out) :], task.encode_query(REPEAT)
+        answers, repeat = answers[len(held_out) :], repeat_query(task)
         tokens = len(repeat) + len(ids) + sum(map(len, [*study, *answers]))
         observer = _Observer(prefix.length, tokens)
         with head_attention(backbone.model, observer=observer):
@@ -165,6 +166,20 @@ def read_text(backbone: Backbone, task: Task, ids: list[int], questions: Sequenc
         )
         whole = Entries(keys, values, torch.full(keys.shape[:2], keys.shape[2]), prefix.length)
         return Text(list(ids), whole, observer.found(keys, values), studied, known)
+
+
+def encoded(task: Task, questions: Sequence[str]) -> list[list[int]]:
+    """Token ids of the questions that the task knows how to ask: one of key-value pairs takes none in plain words."""
+    found = []
+    for question in questions:
+        with suppress(GradmemError):
+            found.append(task.encode_query(question))
+    return found
+
+
+def repeat_query(task: Task) -> list[int]:
+    """Token ids that ask for the text itself; empty if the task cannot ask for it, and a text just begins again."""
+    return next(iter(encoded(task, [REPEAT])), [])
 
 
 def whole_prefix(backbone: Backbone, task: Task, ids: list[int]) -> Prefix:

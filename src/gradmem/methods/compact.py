@@ -18,10 +18,9 @@ from ..compaction.entries import TENSORS, Entries
 from ..compaction.fidelity import compared, fidelity
 from ..compaction.heads import attention_layers, output_metric
 from ..compaction.match import match
-from ..compaction.questions import REPEAT
 from ..compaction.select import Score, renumbered, select
 from ..compaction.study import study
-from ..compaction.text import Text, read_text, whole_prefix
+from ..compaction.text import Text, read_text, repeat_query, whole_prefix
 from ..errors import GradmemError, require
 from ..inner.objective import token_losses
 from ..key_positions import KeyMover
@@ -59,7 +58,7 @@ class CompactOptions(Options):
     positions: Literal["text", "memory"] | None = None
     """Where a question begins: after the end of the text, or right after the memory, whose keys move to positions 0 to
     m - 1. Default: text if heads share a budget, else memory."""
-    read_chunks: int = 8
+    read_chunks: int = 4
     """Most chunks of a long document that a question reads: those that it attends to most."""
 
     def __post_init__(self) -> None:
@@ -163,6 +162,9 @@ class Compact(Method):
     def _write_row(self, ids: list[int]) -> Iterator[tuple[Memory, dict[str, float] | None]]:
         yield self.unwritten, None
         text = self.read_text(ids)
+        if not text.held_out.queries:
+            yield from ((memory, None) for _, memory in self.compacted(text, self.options.budget))
+            return
         unwritten = fidelity(self.backbone, self.prefix(self.unwritten), text.held_out)
         start = None
         for _, memory in self.compacted(text, self.options.budget):
@@ -247,7 +249,8 @@ class Compact(Method):
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Compute the loss of each token of the text when the model is asked to repeat it: (batch, length), in nats."""
-        query = torch.tensor(self.task.encode_query(REPEAT), device=context.ids.device).expand(len(context), -1)
+        query = torch.tensor(repeat_query(self.task), dtype=torch.long, device=context.ids.device)
+        query = query.expand(len(context), -1)
         ids = torch.cat([query, context.ids[:, :-1]], 1)
         mask = torch.cat([torch.ones_like(query, dtype=torch.bool), context.mask[:, :-1]], 1)
         hidden = self.read_hidden(self.prefix(memory), Tokens(ids, mask))[:, query.shape[1] :]
@@ -256,8 +259,9 @@ class Compact(Method):
     @torch.no_grad()
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
         """Let the model repeat the texts by greedy decoding; see `Method.reconstruct`."""
-        query = self.task.encode_query(REPEAT)
-        found = []
+        query, found = repeat_query(self.task), []
+        if not query:
+            return super().reconstruct(memory, lengths)
         for row, length in enumerate(lengths):
             options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
             found += self.generate(memory[row], [query], pad_id=self.task.pad_id, **options)
