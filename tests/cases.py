@@ -39,6 +39,7 @@ GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head
 # Tiny backbone and options of each case of a method. One that is not here runs on LLAMA with its defaults.
 CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "armt": [(LLAMA, {"n_mem": 2, "d_mem": 8, "reconstruction": True}), (GPT2, {"d_mem": 8, "segment_length": 3})],
+    "compact": [(LLAMA, {"budget": 0.6}), (GPT2, {"budget": 5, "shared": False, "writers": "select"})],
     "cram": [(LLAMA, {"n_mem": 3, "write_steps": 2}), (GPT2, {"n_mem": 1, "write_steps": 3, "start": "mean"})],
     "full_context": [(LLAMA, {}), (GPT2, {})],
     "gradmem": [

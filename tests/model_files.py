@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gradmem.cli.main import main
 
-METHOD = {"n_mem": 2, "write_steps": 1}
+METHOD = {"name": "cram", "n_mem": 2, "write_steps": 1}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TEXT = "a7:Qz\n"
 

@@ -361,7 +361,7 @@ DOCUMENTS = {
 @pytest.mark.parametrize("checkpoint", ["kv-32", "babi"])
 @pytest.mark.parametrize("kind", DOCUMENTS)
 def test_other_documents_are_told_where_to_go(checkpoint: str, kind: str) -> None:
-    with pytest.raises(GradmemError, match=r"language model \(gradmem write MODEL FILE\), which recites"):
+    with pytest.raises(GradmemError, match=r"language model \(gradmem write smollm2 FILE\), which answers"):
         load(checkpoint).write(DOCUMENTS[kind])
 
 

@@ -18,7 +18,7 @@ from gradmem.store import Store
 from gradmem.tasks.text import byte_tokenizer
 from helpers import tiny_model
 
-METHOD = {"n_mem": 2, "write_steps": 1}
+METHOD = {"name": "cram", "n_mem": 2, "write_steps": 1}
 SIZES = {
     "vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
@@ -126,7 +126,9 @@ def test_what_only_describes_a_model_changes_nothing(place_of: Places, tmp_path:
 
 def test_options_count_by_their_value(place_of: Places) -> None:
     place = place_of("llama")
-    assert gradmem.load(place).fingerprints == gradmem.load(place, {"n_mem": 16, "inner_lr": 1}).fingerprints
+    assert gradmem.load(place, {"name": "cram"}).fingerprints == (
+        gradmem.load(place, {"name": "cram", "n_mem": 16, "inner_lr": 1}).fingerprints
+    )
     assert fingerprint(place) != fingerprint(place, {"inner_lr": 0.5})
 
 

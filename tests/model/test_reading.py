@@ -21,8 +21,9 @@ from gradmem.receipts import written_texts
 from helpers import DATA, needs
 
 TEXT = "abc ☃é\r\nxy"
-CRAM = {"n_mem": 8, "inner_lr": 0.1, "write_steps": 250}
-OPTIONS = [f"--{name}={value}" for name, value in CRAM.items()]
+OWN = {"n_mem": 8, "inner_lr": 0.1, "write_steps": 250}
+CRAM = {"name": "cram", **OWN}
+OPTIONS = [f"--{name}={value}" for name, value in OWN.items()]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_cram_says_that_it_does_not_answer(
     lm: Path, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the receipt, in the help, and in one line beside the answers."""
-    assert main(["write", str(lm), f"{place}/t.txt", "--steps=1", "-o", f"{tmp_path}/m"]) == 0
+    assert main(["write", str(lm), f"{place}/t.txt", "--method=cram", "--steps=1", "-o", f"{tmp_path}/m"]) == 0
     assert "cram recites its text and does not answer questions" in capsys.readouterr().out
     for command in ("write", "ask"):
         with pytest.raises(SystemExit):
@@ -85,7 +86,7 @@ def test_loading_draws_always_the_same(lm: Path, model: MemoryModel) -> None:
     torch.manual_seed(3)
     again = gradmem.load(lm, CRAM)
     assert again.fingerprints == model.fingerprints
-    assert gradmem.load(lm).method.n_mem == 16
+    assert gradmem.load(lm, {"name": "cram"}).method.n_mem == 16
     assert gradmem.load(lm, CRAM | {"n_mem": 4}).fingerprints["checkpoint"] != model.fingerprints["checkpoint"]
 
 
@@ -107,16 +108,16 @@ def test_a_query_is_continued(model: MemoryModel) -> None:
 def test_file_finds_its_language_model(place: Path, lm: Path) -> None:
     opened = gradmem.open(place / "m")
     assert opened.model.name == str(lm)
-    assert opened.model.spec["method"] == {"name": "cram", **CRAM}
+    assert opened.model.spec["method"] == CRAM
 
 
 def test_refused(lm: Path, tmp_path: Path) -> None:
     with pytest.raises(GradmemError, match="method of its own"):
         gradmem.load("kv-32", {"name": "cram"})
     with pytest.raises(GradmemError, match="unknown cram method option 'n_men'"):
-        gradmem.load(lm, {"n_men": 3})
+        gradmem.load(lm, {"name": "cram", "n_men": 3})
     with pytest.raises(GradmemError, match="no samples"):
-        gradmem.load(lm).task.batch("test", 0, 1)
+        gradmem.load(lm, {"name": "cram"}).task.batch("test", 0, 1)
 
 
 # --- Chunks ----------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def test_bad_input(place: Path, lm: Path, tmp_path: Path, capsys: pytest.Capture
     opened = Memory.load(place / "m")
     opened.receipts[0].options["n_mem"] = 3
     opened.save(tmp_path / "another")
-    receipt = json.loads(json.dumps(vars(opened.receipts[0]))) | {"context_tokens": 10**9, "options": CRAM}
+    receipt = json.loads(json.dumps(vars(opened.receipts[0]))) | {"context_tokens": 10**9, "options": OWN}
     Memory(opened[0].tensors, [type(opened.receipts[0])(**receipt)]).save(tmp_path / "endless")
     cases = {
         ("restore", f"{place}/m", "--context", f"{tmp_path}/other.txt"): "not the text that was written",
@@ -229,7 +230,7 @@ def test_bad_input(place: Path, lm: Path, tmp_path: Path, capsys: pytest.Capture
         ("restore", f"{tmp_path}/another"): "was written by the checkpoint",
         ("restore", f"{tmp_path}/endless"): "cannot hold contexts of 1000000000 tokens",
         ("restore", f"{tmp_path}/none"): "no memory file",
-        ("write", str(lm), f"{place}/t.txt", "--n_men", "3"): "did you mean 'n_mem'",
+        ("write", str(lm), f"{place}/t.txt", "--method", "cram", "--n_men", "3"): "did you mean 'n_mem'",
         ("write", str(lm), f"{place}/t.txt", "--method", "crem"): "did you mean 'cram'",
         ("write", str(lm), f"{place}/t.txt", "--chunk_size", "2"): "one character has more than",
         ("write", "kv-32", f"{place}/t.txt", "--method", "cram"): "method of its own",
@@ -243,7 +244,7 @@ def test_bad_input(place: Path, lm: Path, tmp_path: Path, capsys: pytest.Capture
 @needs("stories260K_hf")
 def test_a_pretrained_model(tmp_path: Path) -> None:
     """A tokenizer that puts a space before every text, and bytes for what it lacks."""
-    model = gradmem.load(DATA / "stories260K_hf", {"n_mem": 8, "write_steps": 80})
+    model = gradmem.load(DATA / "stories260K_hf", {"name": "cram", "n_mem": 8, "write_steps": 80})
     text = "  Lily saw a ☃. She\nwas happy."
     chunks = model.encoder.chunks(text, 10)
     assert "".join(chunks) == text

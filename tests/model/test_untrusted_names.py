@@ -152,8 +152,8 @@ def test_kernels_of_the_hub_are_not_named_by_files(place: Path, field: str, offl
     kernel = {field: "someone/kernel"}
     edit(place / "lm" / CONFIG, lambda fields: fields.update(kernel))
     edit(place / "checkpoint" / CONFIG, lambda fields: fields["backbone"].update(kernel))
-    for one, text in (("lm", "abc"), ("checkpoint", TEXT)):
-        assert gradmem.load(place / one).write(text, 1)
+    for one, text, method in (("lm", "abc", METHOD), ("checkpoint", TEXT, None)):
+        assert gradmem.load(place / one, method).write(text, 1)
     assert offline == []
 
 

@@ -207,6 +207,8 @@ def read(backbone: Backbone, prefix: Prefix, ids: list[int]) -> Tensor:
 
 def greedy_answers(backbone: Backbone, task: Task, prefix: Prefix, queries: list[list[int]]) -> list[list[int]]:
     """Let the model answer after a prefix of one row; each answer is up to its end token, or cut off."""
+    if not queries:
+        return []
     rows = torch.zeros(len(queries), dtype=torch.long, device=prefix.last.device)
     options: dict[str, Any] = task.greedy_options() | {"max_new_tokens": ANSWER}
     found = generate(backbone, prefix.select(rows), queries, task.pad_id, **options)

@@ -102,7 +102,7 @@ class Compact(Method):
     @keywords_of(CompactOptions)
     def __init__(self, backbone: Backbone, **options: Any) -> None:
         own = CompactOptions(**options)
-        super().__init__(backbone)
+        super().__init__(backbone.requires_grad_(False))
         self.options, self.read_chunks = own, own.read_chunks
         self.positions = own.positions or ("text" if own.shared else "memory")
         self.mover = KeyMover(backbone) if self.positions == "memory" else None
