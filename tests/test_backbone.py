@@ -48,7 +48,7 @@ def test_its_tokenizer_comes_along(file: Path) -> None:
 
 def test_a_memory_of_a_gguf_file_finds_it_again(file: Path, tmp_path: Path) -> None:
     """A plain language model by its file: no training, no checkpoint."""
-    memory = gradmem.load(file, {"n_mem": 2, "write_steps": 3}).write("ab c")
+    memory = gradmem.load(file, {"name": "cram", "n_mem": 2, "write_steps": 3}).write("ab c")
     assert memory.receipts[0].model == str(file)
     memory.save(tmp_path / "m")
     assert gradmem.open(tmp_path / "m").restore() == memory.restore()
@@ -93,8 +93,8 @@ def test_missing_packages_are_named(file: Path, monkeypatch: pytest.MonkeyPatch,
 def test_short_names_find_the_file_of_a_distribution(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [SimpleNamespace(suffix=s, locate=lambda s=s: file.with_suffix(s)) for s in (".py", ".gguf")]
     monkeypatch.setattr(conversion, "distribution", lambda name: SimpleNamespace(files=paths))
-    assert pretrained_place("smollm2-135m") == pretrained_place(str(file))
-    assert installed_models() == ["smollm2-135m"]
+    assert pretrained_place("smollm2") == pretrained_place("smollm2-135m") == pretrained_place(str(file))
+    assert installed_models() == ["smollm2"]
 
     def absent(name: str) -> None:
         raise PackageNotFoundError(name)

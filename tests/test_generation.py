@@ -31,7 +31,7 @@ def directory(place: Path, kind: str, **fields: Any) -> Path:
 
 
 def opened(place: Path) -> tuple[MemoryModel, BoundMemory]:
-    model = gradmem.load(place, {"n_mem": 4, "write_steps": 1})
+    model = gradmem.load(place, {"name": "cram", "n_mem": 4, "write_steps": 1})
     return model, model.write(TEXT)
 
 

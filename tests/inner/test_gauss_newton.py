@@ -183,5 +183,5 @@ def test_bad_uses_say_what_to_do(tiny: MemoryModel) -> None:
     with pytest.raises(GradmemError, match="gauss_newton_after must be"):
         make_gradmem().gauss_newton_after = -1
     pool = MemoryModel.from_spec(tiny.spec["task"], tiny.spec["backbone"], {"name": "mean_pool"})
-    with pytest.raises(GradmemError, match=r"a checkpoint takes `chunk_size`, `chunk_mode`$"):
+    with pytest.raises(GradmemError, match=r"this checkpoint takes `chunk_size`, `chunk_mode`$"):
         pool.configure({"gauss_newton_after": 1})

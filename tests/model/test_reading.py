@@ -232,7 +232,7 @@ def test_bad_input(place: Path, lm: Path, tmp_path: Path, capsys: pytest.Capture
         ("restore", f"{tmp_path}/none"): "no memory file",
         ("write", str(lm), f"{place}/t.txt", "--method", "cram", "--n_men", "3"): "did you mean 'n_mem'",
         ("write", str(lm), f"{place}/t.txt", "--method", "crem"): "did you mean 'cram'",
-        ("write", str(lm), f"{place}/t.txt", "--chunk_size", "2"): "one character has more than",
+        ("write", str(lm), f"{place}/t.txt", "--method", "cram", "--chunk_size", "2"): "one character has more than",
         ("write", "kv-32", f"{place}/t.txt", "--method", "cram"): "method of its own",
     }
     for arguments, message in cases.items():
