@@ -42,6 +42,8 @@ ASK = (
 """What the model is told in order to ask itself, in several styles."""
 CLOZE = 'Which words follow "{}" in the text?'
 """A question that is cut from a sentence of the text."""
+SHORTEST = 8
+"""Fewest words of such a sentence."""
 LONGEST = 32
 """Most tokens of a question that the model asks itself."""
 SHARED = 0.3

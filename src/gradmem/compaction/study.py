@@ -22,8 +22,8 @@ from ..prefix import Prefix
 from ..tasks.base import Task
 from .entries import Entries
 from .fidelity import divergence, fidelity
-from .questions import ASK, CLOZE, LONGEST
-from .text import Asked, Text, greedy_answers, text_prefix
+from .questions import ASK, LONGEST
+from .text import Asked, Text, continuations, greedy_answers, text_prefix
 
 STEPS, RATE = 16, 0.005
 """Most steps of Adam, and their rate relative to the size of a head's keys and values."""
@@ -95,10 +95,9 @@ def questions_about(text: Text, backbone: Backbone, task: Task) -> Asked:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         said = [task.decode(ids) for ids in generate(backbone, prefix.select(rows), own, task.pad_id, **options)]
-    questions = dict.fromkeys([*filter(None, map(_question, said)), *_clozes(task.text(text.ids))])
-    order = list(questions)
-    random.Random(0).shuffle(order)
-    queries = [task.encode_query(question) for question in order]
+    queries = [task.encode_query(question) for question in dict.fromkeys(filter(None, map(_question, said)))]
+    queries += [query for query, _ in continuations(task, text.ids)]
+    random.Random(0).shuffle(queries)
     return Asked.read(backbone, prefix, queries, greedy_answers(backbone, task, prefix, queries))
 
 
@@ -106,12 +105,6 @@ def _question(said: str) -> str | None:
     """The question in what the model said; None if there is none."""
     found = re.search(r"[A-Z][^?\n]{8,}\?", said)
     return found[0] if found else None
-
-
-def _clozes(text: str) -> list[str]:
-    """Questions for the continuation of each sentence's beginning."""
-    sentences = [sentence.split() for sentence in re.split(r"(?<=[.!?])\s+", text)]
-    return [CLOZE.format(" ".join(words[: len(words) // 2])) for words in sentences if len(words) >= 8]
 
 
 def _batches(pool: list[Asked]) -> Any:

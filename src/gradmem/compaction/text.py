@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from ..ops.head_attention import head_attention
 from ..prefix import Prefix
 from ..tasks.base import Task
 from .entries import Entries
-from .questions import ANSWER, HELD_OUT, REPEAT, STOCK
+from .questions import ANSWER, CLOZE, HELD_OUT, REPEAT, SHORTEST, STOCK
 
-MOST_QUERIES = 1024
+MOST_QUERIES = 1536
 """Most reference queries of a head. More take longer and say little that is new."""
 
 
@@ -156,11 +157,12 @@ def read_text(backbone: Backbone, task: Task, ids: list[int], questions: Sequenc
         answers = greedy_answers(backbone, task, prefix, [*held_out, *study])
         known = Asked.read(backbone, prefix, held_out, answers[: len(held_out)])
         answers, repeat = answers[len(held_out) :], repeat_query(task)
-        tokens = len(repeat) + len(ids) + sum(map(len, [*study, *answers]))
-        observer = _Observer(prefix.length, tokens)
+        told = [repeat + ids, *(query + answer for query, answer in continuations(task, ids))]
+        observer = _Observer(prefix.length, sum(map(len, [*told, *study, *answers])))
         with head_attention(backbone.model, observer=observer):
             studied = Asked.read(backbone, prefix, study, answers)
-            read(backbone, prefix, repeat + ids)
+            for sequence in told:
+                read(backbone, prefix, sequence)
         keys, values = (
             torch.stack([getattr(layer, name)[0] for layer in prefix.cache.layers]) for name in ("keys", "values")
         )
@@ -180,6 +182,17 @@ def encoded(task: Task, questions: Sequence[str]) -> list[list[int]]:
 def repeat_query(task: Task) -> list[int]:
     """Token ids that ask for the text itself; empty if the task cannot ask for it, and a text just begins again."""
     return next(iter(encoded(task, [REPEAT])), [])
+
+
+def continuations(task: Task, ids: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Questions for the second half of each sentence, with that half: so each fact is asked for once."""
+    found = []
+    for sentence in re.split(r"(?<=[.!?])\s+", task.text(ids)):
+        words = sentence.split()
+        begin, rest = (" ".join(part) for part in (words[: len(words) // 2], words[len(words) // 2 :]))
+        if len(words) >= SHORTEST and (query := encoded(task, [CLOZE.format(begin)])):
+            found.append((query[0], task.encode(rest)))
+    return found
 
 
 def whole_prefix(backbone: Backbone, task: Task, ids: list[int]) -> Prefix:
