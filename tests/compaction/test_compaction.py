@@ -17,7 +17,7 @@ from gradmem.compaction.fidelity import fidelity
 from gradmem.compaction.match import match
 from gradmem.compaction.questions import STOCK, check_language
 from gradmem.compaction.select import compacted, select
-from gradmem.compaction.text import Asked, Text, attention, whole_prefix
+from gradmem.compaction.text import Asked, Text, attention, continuations, whole_prefix
 from gradmem.errors import GradmemError
 from gradmem.memory import Memory
 from gradmem.methods.compact import Compact
@@ -41,6 +41,9 @@ class Letters:
 
     def text(self, ids: list[int]) -> str:
         return " ".join(chr(97 + i % 26) * 3 for i in ids) + "."
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(word[0]) % 45 for word in text.split()]
 
 
 def made(**options: Any) -> tuple[Compact, Text]:
@@ -232,6 +235,21 @@ def test_the_users_questions_are_studied_and_every_fourth_held_out() -> None:
     text = method.read_text(TEXT)
     assert len(text.study.queries) == len(STOCK) + 4
     assert text.held_out.queries[len(plain.held_out.queries) :] == [method.task.encode_query("dan asks")]
+
+
+def test_each_sentence_asks_for_its_second_half() -> None:
+    class Sentences(Letters):
+        def text(self, ids: list[int]) -> str:
+            return "One two three four five six seven eight. Too short. A b c d e f g h i!"
+
+        def encode_query(self, text: str) -> list[int]:
+            asked.append(text)
+            return [1]
+
+    asked: list[str] = []
+    found = continuations(Sentences(), TEXT)
+    assert [text.split('"')[1] for text in asked] == ["One two three four", "A b c d"]
+    assert found == [([1], Letters().encode("five six seven eight.")), ([1], Letters().encode("e f g h i!"))]
 
 
 def test_questions_of_another_language_are_refused() -> None:

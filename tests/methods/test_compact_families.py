@@ -33,6 +33,12 @@ class Words:
     def encode_query(self, text: str) -> list[int]:
         return [3 + ord(character) % 45 for character in text[:6]]
 
+    def text(self, ids: list[int]) -> str:
+        return " ".join(chr(97 + i % 26) for i in ids) + "."
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(character) % 45 for character in text if character != " "]
+
     def greedy_options(self) -> dict[str, Any]:
         return {"do_sample": False, "eos_token_id": [self.end_id]}
 
