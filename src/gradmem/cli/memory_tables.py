@@ -122,6 +122,10 @@ def receipts_table(receipts: Sequence[Receipt]) -> Table:
         "tokens kept": (kept, str(sum(kept))),
         "answers at risk": ([_at_risk([receipt]) for receipt in receipts], _at_risk(receipts)),
     }
+    measured = [receipt.fidelity for receipt in receipts]
+    if any(measured):
+        columns["KL"] = ([f"{one['kl']:.3f}" if one else "" for one in measured], "")
+        columns["as with the whole text"] = ([f"{one['agreement']:.1%}" if one else "" for one in measured], "")
     for heading, (_, footer) in columns.items():
         built.add_column(heading, footer, justify="right")
     for cells in zip(*(cells for cells, _ in columns.values()), strict=True):
