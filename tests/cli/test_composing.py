@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,21 @@ PARTS = ["Ann signed the paper.\n", "The code is 4711.\n", "It rained all day.\n
 QUERY = "What is the code?"
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    model = made(tmp_path)
-    model.write(PARTS).save("m")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    model = made(folder)
+    model.write(PARTS).save(folder / "m")
     for number, part in enumerate(PARTS):
-        model.write(part).save(f"m{number}", "float16")
-    Path("new.txt").write_text("The code is 1234.\n")
+        model.write(part).save(folder / f"m{number}", "float16")
+    (folder / "new.txt").write_text("The code is 1234.\n")
+    return folder
+
+
+@pytest.fixture
+def place(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
