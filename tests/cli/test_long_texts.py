@@ -16,6 +16,7 @@ from chat_models import save_model
 from gradmem import Memory, MemoryModel
 from gradmem.cli import long_texts
 from gradmem.cli.main import main
+from gradmem.compaction.questions import HELD_OUT
 from gradmem.store import Store
 
 PARTS = ["Ann signed the paper.\n", "The code is 4711.\n", "It rained all day.\n", "Bob came by train."]
@@ -185,3 +186,24 @@ def test_a_damaged_file_is_not_resumed(place: Path, capsys: pytest.CaptureFixtur
     (place / "m").write_bytes(b"no memory")
     assert write("--resume") == 2
     assert "m is damaged or no memory file" in capsys.readouterr().err
+
+
+def test_the_users_questions(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every fourth is held out; files that hold none, or another language, are refused before the work."""
+    Path("own.txt").write_text("Who signed the paper?\nWhat is the code?\n\nWho came by train?\nDid it rain all day?\n")
+    assert write("--questions=own.txt") == 0
+    asked = [receipt.fidelity["questions"] for receipt in Memory.load("m").receipts]
+    assert asked == [len(HELD_OUT) + 1] * len(PARTS)
+    Path("none.txt").write_text("\n \n")
+    Path("other.txt").write_text("Wer hat unterschrieben?\nWie lautet die Nummer?\n")
+    for more, message in (
+        (["--questions=none.txt"], "holds no question"),
+        (["--questions=other.txt"], "language of the text"),
+        (["--questions=own.txt", "--method=full_context"], "only the method compact"),
+    ):
+        capsys.readouterr()
+        line = ["write", "lm", "book.txt", *more, "-o", "n"]
+        assert main(line) == 2
+        (told,) = capsys.readouterr().err.strip().splitlines()
+        assert message in told
+        assert not Path("n").exists()

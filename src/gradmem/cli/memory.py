@@ -111,16 +111,15 @@ def write(
         raise GradmemError("--name and --tags need --store")
     given = ({"name": method} if method else {}) | (options or {})
     text = read_text(file)
+    asked = [] if questions is None else _questions(questions, text)
     model = gradmem.load(checkpoint, given or None).to(device_named(device))
     _freeze_objects()
     if chunk_size is not None and model.method.joins:
         model.configure({"chunk_size": chunk_size})
     texts = [text] if model.method.chunk_size is not None else model.encoder.chunks(text, chunk_size)
     settings: dict[str, Any] = {"steps": steps, "until": until, "max_steps": max_steps}
-    if questions is not None:
-        settings["questions"] = [line.strip() for line in read_text(questions).splitlines() if line.strip()]
-        if not settings["questions"]:
-            raise GradmemError(f"{questions} holds no question: give one a line")
+    if asked:
+        settings["questions"] = asked
     path, entry = output or Path("memory.safetensors"), None
     with Interruptible() as stopped:
         job = LongText(model, texts, path, precision, stopped, settings)
@@ -152,6 +151,17 @@ def _written(job: LongText, save: bool) -> gradmem.Memory:
         return job.write(save)
     progress = partial(progress_bar, stop=job.stopped, detail=write_loss)
     return job.model.write(job.texts, **job.settings, progress=progress)
+
+
+def _questions(file: Path, text: str) -> list[str]:
+    """Read the user's own questions about a text, one a line."""
+    from ..compaction.questions import check_language
+
+    found = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if not found:
+        raise GradmemError(f"{file} holds no question: give one a line")
+    check_language(found, text)
+    return found
 
 
 def _write_to_store(job: LongText, name: str | None, tags: str) -> tuple[Any, bytes]:

@@ -78,11 +78,11 @@ class MemoryModel(
         Raises
         ------
         GradmemError
-            If a text is empty, too long or has unknown characters, the number of steps is negative, or the questions
-            are in another language or the method takes none.
+            If a text is empty, too long or has unknown characters, the number of steps is negative, or the method
+            takes no questions.
         """
         most, texts = self.most_steps(steps, until, max_steps), writing.as_texts(text)
-        with writing.asking(self.method, questions, texts):
+        with writing.asking(self.method, questions):
             return self._write(texts, None, most, until, progress)
 
     def append(

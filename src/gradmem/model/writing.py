@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 
 from ..batch import Tokens
-from ..compaction.questions import check_language
 from ..errors import GradmemError
 from ..memory import Memory
 from ..methods.base import Method, Written, last_state
@@ -202,20 +201,19 @@ def measure_again(
 
 
 @contextmanager
-def asking(method: Method, questions: Sequence[str], texts: Sequence[str]) -> Iterator[None]:
+def asking(method: Method, questions: Sequence[str]) -> Iterator[None]:
     """Give a method the user's own questions while it writes.
 
     Raises
     ------
     GradmemError
-        If it takes none, or they are in another language than the texts.
+        If it takes none.
     """
     if not questions:
         yield
         return
     if not isinstance(method, Compact):
         raise GradmemError("only the method compact fits memories to questions: leave them out, or choose it")
-    check_language(questions, "\n".join(texts))
     method.questions = questions
     try:
         yield
