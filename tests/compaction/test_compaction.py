@@ -219,13 +219,27 @@ def test_study_gets_nearer_or_keeps_its_start(monkeypatch: pytest.MonkeyPatch) -
     method, text = made(writers="select,match,study")
     entries = select(text, 4, method.metric, "contribution", shared=True)
     monkeypatch.setattr(study_module, "STEPS", 4)
-    asked = study_module.questions_about(text, method.backbone, method.task)
+    whole = method._entries_prefix(text.whole)
+    asked = study_module.questions_about(text, method.backbone, method.task, whole)
     known, _ = asked.split(study_module.HELD_OUT)
     before = fidelity(method.backbone, method._entries_prefix(entries), known)[0]
     better = study_module.study(entries, text, method.backbone, method.task, method._entries_prefix)
     assert fidelity(method.backbone, method._entries_prefix(better), known)[0] < before
     monkeypatch.setattr(study_module, "RATE", 100.0)
     assert study_module.study(entries, text, method.backbone, method.task, method._entries_prefix) is entries
+
+
+@torch.no_grad()
+def test_study_keeps_its_start_if_the_task_takes_no_questions() -> None:
+    class Pairs(Letters):
+        def encode_query(self, text: str) -> list[int]:
+            raise GradmemError("this is no query")
+
+    method, _ = made(writers="select,match,study", budget=0.5)
+    method.task = Pairs()
+    text = method.read_text(TEXT)
+    kept = dict(method.compacted(text, 0.5))
+    assert all(torch.equal(kept["study"].tensors[name], kept["match"].tensors[name]) for name in kept["match"].tensors)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ..key_positions import KeyMover
 from ..ops.head_attention import head_attention
 from ..prefix import Prefix
 from .entries import Entries
-from .text import attention, read, scores
+from .text import attention, read, scaled_queries, scores
 
 PLAIN = "What is the text about?"
 """A question that fits any chunk as well as any other."""
@@ -65,9 +65,7 @@ class _Observer:
         self.cap: float | None = None
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
-        self.cap, scaling = options.get("softcap"), options.get("scaling")
-        queries = query[0].unflatten(0, (key.shape[1], -1)).float()
-        queries = queries * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        self.cap, queries = options.get("softcap"), scaled_queries(query[0], key.shape[1], options)
         own = scores(queries, key[0].float(), self.cap)
         later = torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).triu(own.shape[-1] - own.shape[-2] + 1)
         self.layers[int(module.layer_idx)] = queries, own.masked_fill(later, -torch.inf).logsumexp(-1)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..memory import LENGTHS, Memory
+from ..prefix import Prefix
 
 TENSORS = ("keys", "values", "counts", "before", "start", LENGTHS)
 """Names of the tensors of a memory of keys and values."""
@@ -68,6 +69,14 @@ class Entries:
             LENGTHS: torch.tensor([total]),
         }
         return Memory(tensors)
+
+    @classmethod
+    def of_prefix(cls, prefix: Prefix) -> Entries:
+        """The whole cache of a prefix of one row."""
+        keys, values = (
+            torch.stack([getattr(layer, name)[0] for layer in prefix.cache.layers]) for name in ("keys", "values")
+        )
+        return cls(keys, values, torch.full(keys.shape[:2], keys.shape[2]), prefix.length)
 
     @classmethod
     def of(cls, memory: Memory, row: int) -> Entries:

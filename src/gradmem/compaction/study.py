@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..tasks.base import Task
 from .entries import Entries
 from .fidelity import divergence, fidelity
 from .questions import ASK, LONGEST
-from .text import Asked, Text, continuations, greedy_answers, text_prefix
+from .text import Asked, Text, continuations, encoded, greedy_answers
 
 STEPS, RATE = 16, 0.005
 """Most steps of Adam, and their rate relative to the size of a head's keys and values."""
@@ -52,7 +52,9 @@ def study(
     prefix_of : callable
         Puts entries into the cache of the model, differentiably.
     """
-    asked = questions_about(text, backbone, task)
+    asked = questions_about(text, backbone, task, prefix_of(text.whole))
+    if len(asked.queries) < HELD_OUT:
+        return entries
     known, studied = asked.split(HELD_OUT)
     batches = _batches([*text.study.each(), *studied.each()])
     sizes = [_size(tensor, entries.used) for tensor in (entries.keys, entries.values)]
@@ -86,16 +88,20 @@ def study(
 
 
 @torch.no_grad()
-def questions_about(text: Text, backbone: Backbone, task: Task) -> Asked:
-    """Questions that the model asks itself and questions cut from sentences, with the answers of the whole text."""
-    prefix = text_prefix(backbone, text.whole)
-    own = [task.encode_query(style) for style in ASK for _ in range(SAMPLES)]
+def questions_about(text: Text, backbone: Backbone, task: Task, prefix: Prefix) -> Asked:
+    """Questions that the model asks itself and questions cut from sentences, with its answers after the whole text.
+
+    There are none if the task takes none in plain words.
+    """
+    own = [query for query in encoded(task, ASK) for _ in range(SAMPLES)]
+    if not own:
+        return Asked.read(backbone, prefix, [], [])
     options: dict[str, Any] = task.greedy_options() | {"max_new_tokens": LONGEST, "do_sample": True, "temperature": 0.8}
     rows = torch.zeros(len(own), dtype=torch.long, device=prefix.last.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         said = [task.decode(ids) for ids in generate(backbone, prefix.select(rows), own, task.pad_id, **options)]
-    queries = [task.encode_query(question) for question in dict.fromkeys(filter(None, map(_question, said)))]
+    queries = encoded(task, list(dict.fromkeys(filter(None, map(_question, said)))))
     queries += [query for query, _ in continuations(task, text.ids)]
     random.Random(0).shuffle(queries)
     return Asked.read(backbone, prefix, queries, greedy_answers(backbone, task, prefix, queries))
@@ -107,12 +113,12 @@ def _question(said: str) -> str | None:
     return found[0] if found else None
 
 
-def _batches(pool: list[Asked]) -> Any:
-    """Questions without end: fresh ones at every step, until all were used."""
+def _batches(pool: list[Asked]) -> Iterator[list[Asked]]:
+    """Questions without end, from at least one: fresh ones at every step, until all were used."""
     order = random.Random(0)
     while True:
         order.shuffle(pool)
-        yield from (pool[i : i + QUESTIONS] for i in range(0, len(pool) - QUESTIONS + 1, QUESTIONS))
+        yield from (pool[i : i + QUESTIONS] for i in range(0, len(pool), QUESTIONS))
 
 
 def _loss(backbone: Backbone, prefix: Prefix, asked: list[Asked]) -> Tensor:

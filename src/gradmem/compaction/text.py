@@ -143,11 +143,6 @@ def read_text(backbone: Backbone, task: Task, ids: list[int], questions: Sequenc
         Tokens of the text.
     questions : sequence of str
         The user's own questions, besides those that fit any text. Every fourth is held out.
-
-    Raises
-    ------
-    GradmemError
-        If the model's attention cannot be observed.
     """
     with torch.no_grad():
         prefix = whole_prefix(backbone, task, ids)
@@ -163,11 +158,8 @@ def read_text(backbone: Backbone, task: Task, ids: list[int], questions: Sequenc
             studied = Asked.read(backbone, prefix, study, answers)
             for sequence in told:
                 read(backbone, prefix, sequence)
-        keys, values = (
-            torch.stack([getattr(layer, name)[0] for layer in prefix.cache.layers]) for name in ("keys", "values")
-        )
-        whole = Entries(keys, values, torch.full(keys.shape[:2], keys.shape[2]), prefix.length)
-        return Text(list(ids), whole, observer.found(keys, values), studied, known)
+        whole = Entries.of_prefix(prefix)
+        return Text(list(ids), whole, observer.found(whole.keys, whole.values), studied, known)
 
 
 def encoded(task: Task, questions: Sequence[str]) -> list[list[int]]:
@@ -199,14 +191,6 @@ def whole_prefix(backbone: Backbone, task: Task, ids: list[int]) -> Prefix:
     """Run a text, with what the task puts before it."""
     given = torch.tensor([[*task.before_context, *ids]], device=backbone.model.device)
     return backbone.prefix(backbone.embed(given))
-
-
-def text_prefix(backbone: Backbone, whole: Entries) -> Prefix:
-    """The prefix of a text that was run before, from its whole cache."""
-    cache = backbone.new_cache()
-    for layer, (keys, values) in enumerate(zip(whole.keys, whole.values, strict=True)):
-        cache.update(keys[None], values[None], layer)
-    return Prefix(whole.keys.new_zeros(1, backbone.width), cache)
 
 
 def read(backbone: Backbone, prefix: Prefix, ids: list[int]) -> Tensor:
@@ -253,9 +237,7 @@ class _Observer:
             count = max(1, round(self.share * length))
             self.chosen = torch.randperm(length, generator=self.generator)[:count].sort().values.to(query.device)
         self.cap = options.get("softcap")
-        scaling = options.get("scaling")
-        queries = query[0, :, self.chosen] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        queries = queries.unflatten(0, (heads, -1)).float()
+        queries = scaled_queries(query[0, :, self.chosen], heads, options)
         own = scores(queries, key[0, :, self.first :].float(), self.cap)
         later = torch.arange(length, device=query.device) > self.chosen[:, None]
         own = own.masked_fill(later, -torch.inf)
@@ -264,8 +246,6 @@ class _Observer:
 
     def found(self, keys: Tensor, values: Tensor) -> References:
         """What the noted queries find in keys and values of shape (layers, key-value heads, entries, width)."""
-        if sorted(self.layers) != list(range(len(keys))):
-            raise GradmemError("the model's attention cannot be observed: take another model, or the method cram")
         layers = []
         for layer in range(len(keys)):
             queries, mass, output = (torch.cat(parts, 2) for parts in zip(*self.layers.pop(layer), strict=True))
@@ -274,6 +254,15 @@ class _Observer:
             layers.append((queries, mass, output, wanted, inside.square().mean(2)))
         queries, mass, output, wanted, seen = map(torch.stack, zip(*layers, strict=True))
         return References(queries, mass, output, wanted, seen, self.cap)
+
+
+def scaled_queries(query: Tensor, heads: int, options: dict[str, Any]) -> Tensor:
+    """Queries (query heads, queries, width) times the scale of their scores, by the key-value head that they share.
+
+    `options` are those that a model gives to its attention.
+    """
+    scaling = options.get("scaling")
+    return (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (heads, -1)).float()
 
 
 def scores(queries: Tensor, keys: Tensor, cap: float | None) -> Tensor:

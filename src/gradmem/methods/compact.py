@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -96,8 +96,7 @@ class Compact(Method):
     task_name = "document"
     reads_together = True
     runtime_options = ("read_chunks",)
-    questions: Sequence[str] = ()
-    """The user's own questions, for the next texts that are written."""
+    questions: Sequence[str] | None = ()
 
     @keywords_of(CompactOptions)
     def __init__(self, backbone: Backbone, **options: Any) -> None:
@@ -175,7 +174,7 @@ class Compact(Method):
     def read_text(self, ids: list[int]) -> Text:
         """Read a text whole, with what questions look for in it: done once, for memories of any size."""
         with self.backbone.without_dropout():
-            return read_text(self.backbone, self.task, ids, self.questions)
+            return read_text(self.backbone, self.task, ids, self.questions or ())
 
     def compacted(self, text: Text, budget: float | str) -> Iterator[tuple[str, Memory]]:
         """Run the writers one after the other.
@@ -213,13 +212,12 @@ class Compact(Method):
     @cached_property
     def unwritten(self) -> Memory:
         """The memory of no text."""
-        if not (head := self.before_context):
+        if not self.before_context:
             return self._empty()
         with torch.no_grad(), self.backbone.without_dropout():
             prefix = whole_prefix(self.backbone, self.task, [])
-        keys, values = (torch.stack([getattr(x, n)[0] for x in prefix.cache.layers]) for n in ("keys", "values"))
-        counts = torch.full(keys.shape[:2], len(head))
-        return Entries(keys, values, counts, len(head), first=counts).memory()
+        entries = Entries.of_prefix(prefix)
+        return replace(entries, first=entries.counts).memory()
 
     def _empty(self) -> Memory:
         model = self.backbone.model
@@ -304,9 +302,7 @@ class Compact(Method):
         found = memory.tensors
         if set(found) == set(TENSORS) and all(found[n].is_floating_point() == (n in self.widths) for n in found):
             counts, lengths = found["counts"], found[LENGTHS]
-            shaped = all(
-                t.shape[2:] == ((self.widths[n],) if n in self.widths else t.shape[2:]) for n, t in found.items()
-            )
+            shaped = all(found[name].shape[2:] == (width,) for name, width in self.widths.items())
             fits = counts.shape[1:] == (self.layers, self.heads) and found["start"].ndim == lengths.ndim == 1
             before = found["before"]
             fits = fits and before.shape == counts.shape and bool(((before >= 0) & (before <= counts)).all())

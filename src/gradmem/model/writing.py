@@ -12,7 +12,6 @@ from ..batch import Tokens
 from ..errors import GradmemError
 from ..memory import Memory
 from ..methods.base import Method, Written, last_state
-from ..methods.compact import Compact
 from ..progress import Progress
 from ..receipts import Author, Receipt, text_digest, written_texts
 from ..tasks.base import Task
@@ -212,7 +211,7 @@ def asking(method: Method, questions: Sequence[str]) -> Iterator[None]:
     if not questions:
         yield
         return
-    if not isinstance(method, Compact):
+    if method.questions is None:
         raise GradmemError("only the method compact fits memories to questions: leave them out, or choose it")
     method.questions = questions
     try:

@@ -53,6 +53,8 @@ class Method(WholeContexts, ABC):
     """Names of options that do not depend on the weights; they are attributes that may be set at any time."""
     reads_together: bool = False
     """Whether the rows of a memory are chunks of one document, which a question reads together."""
+    questions: Sequence[str] | None = None
+    """The user's own questions about the next texts; None if the method does not fit memories to questions."""
     joins: bool = False
     """Whether several chunks of a context can be written into one memory; if not, each needs a memory of its own."""
     caution: str = ""
