@@ -61,7 +61,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--name", default="smollm2-135m", help="what those who load the result call that model")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recipe", default="english")
+    parser.add_argument("--recipe", default="english-vectors")
     parser.add_argument(
         "--minutes", type=float, default=4.0, help="of training, shared by the stages as their steps are"
     )

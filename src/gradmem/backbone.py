@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from typing_extensions import Self
 
 from .errors import GradmemError, refused
 from .language_model import built_model, loaded_model
+from .low_rank import add_low_rank, low_rank_parameters
 from .model_runner import ModelRunner
 from .ops import attention
 from .ops.head import ScaledHead
@@ -117,7 +119,12 @@ class Backbone(ModelRunner):
 
     @classmethod
     def from_pretrained(
-        cls, name: str, vocabulary: int | None = None, unspoken: int = 0, dtype: str = "float32"
+        cls,
+        name: str,
+        vocabulary: int | None = None,
+        unspoken: int = 0,
+        dtype: str = "float32",
+        lora: int | None = None,
     ) -> Backbone:
         """Load pretrained weights.
 
@@ -131,6 +138,8 @@ class Backbone(ModelRunner):
             How many of the last tokens occur in no text, such as a pad token: the embeddings may grow by them.
         dtype : str
             Type of the weights, by its PyTorch name.
+        lora : int, optional
+            Train LoRA of this rank on all linear layers of the blocks, and none of the model's own weights.
 
         Raises
         ------
@@ -146,7 +155,21 @@ class Backbone(ModelRunner):
             model = loaded_model(place, getattr(torch, dtype))
             if vocabulary is not None:
                 _fit(model, vocabulary, unspoken, name)
+            if lora is not None:
+                add_low_rank(model, lora)
             return cls(model)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Say whether the model is trained: all of its weights or, if it has LoRA, that alone."""
+        super().requires_grad_(requires_grad and not self.has_lora)
+        for parameter in low_rank_parameters(self.model):
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether LoRA alone is trained, and none of the model's own weights."""
+        return bool(low_rank_parameters(self.model))
 
     @property
     def attends(self) -> bool:

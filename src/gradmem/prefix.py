@@ -158,9 +158,11 @@ def _join_layers(layers: Sequence[Any], batches: list[int], length: int) -> Any:
     joined = copy.copy((filled or layers)[0])
     for name in ("keys", "values") if filled else ():
         like = getattr(joined, name)
-        rows = like.new_zeros(sum(batches), like.shape[1], length, like.shape[3])
-        for part, layer in zip(rows.split(batches), layers, strict=True):
-            if layer.get_seq_length():
-                part[:, :, : layer.get_seq_length()] = getattr(layer, name)
-        setattr(joined, name, rows)
+        parts = [
+            F.pad(getattr(layer, name), (0, 0, 0, length - layer.get_seq_length()))
+            if layer.get_seq_length()
+            else like.new_zeros(batch, like.shape[1], length, like.shape[3])
+            for layer, batch in zip(layers, batches, strict=True)
+        ]
+        setattr(joined, name, torch.cat(parts))
     return joined

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from gradmem import load
 from gradmem.errors import GradmemError
 from gradmem.model import MemoryModel
-from gradmem.model.delta import load_delta, packed, save_delta, unpacked
+from gradmem.model.delta import factors, load_delta, packed, product, save_delta, unpacked
 from gradmem.tasks.text import byte_tokenizer
 
 
@@ -90,3 +91,37 @@ def test_rounding_is_to_the_nearest_of_fifteen() -> None:
     off = (back - values).unflatten(1, (-1, 32)).abs()
     assert bool((off <= 0.53 * steps).all())
     assert torch.equal(back[2], values[2])
+
+
+def test_lora_on_a_backbone_is_saved_merged_and_small(pretrained: str, tmp_path: Path) -> None:
+    """Only LoRA is trained; a checkpoint holds merged weights, and a difference of its rank all that was learned."""
+    spec = ({"name": "qa", "tokenizer": pretrained}, {"pretrained": pretrained, "lora": 2}, {"name": "full_context"})
+    model = MemoryModel.from_spec(*spec)
+    learned = {name: p for name, p in model.method.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-3] for name in learned} == {"lora_A", "lora_B"}
+    with torch.no_grad():
+        for parameter in learned.values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        ids = torch.arange(12)[None]
+        wanted = model.method.backbone.hidden(model.method.backbone.embed(ids))
+        model.save_pretrained(tmp_path / "whole")
+        assert torch.equal(model.method.backbone.hidden(model.method.backbone.embed(ids)), wanted)
+        whole = load(tmp_path / "whole")
+        torch.testing.assert_close(whole.method.backbone.hidden(whole.method.backbone.embed(ids)), wanted)
+        files = save_delta(whole, pretrained, tmp_path / "delta", rank=2)
+        back = load_delta(tmp_path / "delta", pretrained)
+        found = back.method.backbone.hidden(back.method.backbone.embed(ids))
+    untrained = MemoryModel.from_spec(spec[0], {"pretrained": pretrained}, spec[2]).method.backbone
+    moved = (untrained.hidden(untrained.embed(ids)) - wanted).norm()
+    assert (found - wanted).norm() < 0.02 * moved
+    numbers = sum(parameter.numel() for parameter in learned.values())
+    assert files[0].stat().st_size < 2 * numbers + 6_000
+    with pytest.raises(GradmemError, match="rank of at least 1"):
+        MemoryModel.from_spec(spec[0], {"pretrained": pretrained, "lora": 0}, spec[2])
+
+
+def test_products_are_the_same_in_any_order() -> None:
+    """Fingerprints of checkpoints must not depend on how a machine sums."""
+    left, right = factors(torch.randn(96, 64, generator=torch.Generator().manual_seed(1)), 16)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(product(left, right), product(left[:, order], right[order]))

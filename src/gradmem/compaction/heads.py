@@ -83,12 +83,12 @@ def output_metric(backbone: Backbone, layers: list[Layer]) -> Tensor:
     GradmemError
         If attention is followed by no linear layer.
     """
-    called: list[tuple[int, nn.Module]] = []
+    called: list[tuple[int, Any]] = []
     hooks = [
         child.register_forward_pre_hook(lambda child, _, number=number: called.append((number, child)))
         for number, layer in enumerate(layers)
         for child in layer.module.modules()
-        if isinstance(child, nn.Linear | Conv1D)
+        if _maps(child) == (layer.heads * layer.each * layer.values, backbone.width)
     ]
     try:
         backbone.hidden(_probe(backbone))
@@ -98,10 +98,10 @@ def output_metric(backbone: Backbone, layers: list[Layer]) -> Tensor:
     last = dict(called)  # the output projection is the last that a layer's attention calls
     metrics = []
     for number, layer in enumerate(layers):
-        weight = last[number].weight if number in last else None
-        if not isinstance(weight, Tensor) or layer.heads * layer.each * layer.values not in weight.shape:
+        if number not in last:
             kind = backbone.model.config.model_type
             raise GradmemError(f"compact needs a linear layer behind attention, and '{kind}' has none")
+        weight = last[number].weight.detach()
         rows = weight if isinstance(last[number], Conv1D) else weight.T
         part = rows.float().unflatten(0, (layer.heads, layer.each, layer.values))
         metrics.append(torch.einsum("hrdo,hreo->hrde", part, part))
@@ -110,3 +110,10 @@ def output_metric(backbone: Backbone, layers: list[Layer]) -> Tensor:
 
 def _probe(backbone: Backbone) -> Tensor:
     return backbone.embed(torch.zeros(1, 1, dtype=torch.long, device=backbone.model.device))
+
+
+def _maps(module: nn.Module) -> tuple[int, int] | None:
+    """From how many numbers to how many a linear layer maps; None for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else None

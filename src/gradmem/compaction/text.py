@@ -162,6 +162,22 @@ def read_text(backbone: Backbone, task: Task, ids: list[int], questions: Sequenc
         return Text(list(ids), whole, observer.found(whole.keys, whole.values), studied, known)
 
 
+def read_repeated(backbone: Backbone, task: Task, ids: list[int]) -> Text:
+    """Read a text whole, and note what the model looks for when it repeats the text: what training has time for.
+
+    Gradients pass through the cache of the text, and not through the repetition.
+    """
+    prefix, repeat = whole_prefix(backbone, task, ids), repeat_query(task)
+    whole = Entries.of_prefix(prefix)
+    with torch.no_grad():
+        observer = _Observer(prefix.length, len(repeat) + len(ids))
+        with head_attention(backbone.model, observer=observer):
+            read(backbone, prefix, repeat + ids)
+        references = observer.found(whole.keys.detach(), whole.values.detach())
+    none = Asked([], [], prefix.last.new_zeros(0, backbone.width))
+    return Text(list(ids), whole, references, none, none)
+
+
 def encoded(task: Task, questions: Sequence[str]) -> list[list[int]]:
     """Token ids of the questions that the task knows how to ask: one of key-value pairs takes none in plain words."""
     found = []

@@ -20,7 +20,7 @@ from ..compaction.heads import attention_layers, output_metric
 from ..compaction.match import match
 from ..compaction.select import Score, renumbered, select
 from ..compaction.study import study
-from ..compaction.text import Text, read_text, repeat_query, whole_prefix
+from ..compaction.text import Text, read_repeated, read_text, repeat_query, whole_prefix
 from ..errors import GradmemError, require
 from ..inner.objective import token_losses
 from ..key_positions import KeyMover
@@ -101,7 +101,7 @@ class Compact(Method):
     @keywords_of(CompactOptions)
     def __init__(self, backbone: Backbone, **options: Any) -> None:
         own = CompactOptions(**options)
-        super().__init__(backbone.requires_grad_(False))
+        super().__init__(backbone.requires_grad_(backbone.has_lora))
         self.options, self.read_chunks = own, own.read_chunks
         self.positions = own.positions or ("text" if own.shared else "memory")
         self.mover = KeyMover(backbone) if self.positions == "memory" else None
@@ -160,6 +160,10 @@ class Compact(Method):
 
     def _write_row(self, ids: list[int]) -> Iterator[tuple[Memory, dict[str, float] | None]]:
         yield self.unwritten, None
+        if torch.is_grad_enabled():
+            text = read_repeated(self.backbone, self.task, ids)
+            yield from ((memory, None) for _, memory in self.compacted(text, self.options.budget))
+            return
         text = self.read_text(ids)
         if not text.held_out.queries:
             yield from ((memory, None) for _, memory in self.compacted(text, self.options.budget))

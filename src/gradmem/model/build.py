@@ -45,7 +45,7 @@ def default_write_steps(spec: Spec) -> int:
 
 
 def build_backbone(spec: Spec, task: Task, stored: Stored | None = None) -> Backbone:
-    """Build a backbone from `pretrained: NAME` (and `dtype`) or the fields of a config, for the task's tokenizer.
+    """Build a backbone from `pretrained: NAME` (with `dtype`, `lora`) or the fields of a config, for a tokenizer.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def build_backbone(spec: Spec, task: Task, stored: Stored | None = None) -> Back
     """
     if "pretrained" in spec:
         options = {key: value for key, value in spec.items() if key != "pretrained"}
-        if extra := sorted(options.keys() - {"dtype"}):
+        if extra := sorted(options.keys() - {"dtype", "lora"}):
             raise GradmemError(f"a pretrained backbone takes no other options: leave out {', '.join(extra)}")
         if stored is not None:
             raise GradmemError("its config names a pretrained model, but a checkpoint must hold all its weights")

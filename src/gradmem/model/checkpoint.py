@@ -14,6 +14,7 @@ from safetensors.torch import save_model
 
 from ..errors import GradmemError
 from ..language_model import CONFIG
+from ..low_rank import merged
 from ..methods.base import Method
 from ..tasks.base import Task
 from ..untrusted import WEIGHTS, Stored, check_counts, read_json
@@ -76,7 +77,8 @@ def save(directory: Path, method: Method, task: Task, specs: dict[str, Spec], ab
     abstain : Abstain, optional
     """
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
-        save_model(method, str(Path(temporary) / WEIGHTS))
+        with merged(method):
+            save_model(method, str(Path(temporary) / WEIGHTS))
         # A task without paths: its tokenizer is saved with it, and its data is not needed.
         portable = {name: value for name, value in specs["task"].items() if name != "data"}
         config = {"format": FORMAT, **specs, "task": _with_tokenizer(portable, HERE)}

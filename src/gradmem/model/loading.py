@@ -16,6 +16,8 @@ from ..memory import Memory
 from ..pretrained import HUB_NAME, PACKAGED, is_gguf
 from ..untrusted import check_counts, read_json
 from .checkpoint_model import NAMED
+from .delta import CONFIG as DELTA
+from .delta import load_delta
 from .model import BoundMemory, MemoryModel
 from .packaged import checkpoint_names, checkpoint_path, unknown_checkpoint
 
@@ -52,9 +54,9 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
 
 def _checkpoint(name: str) -> MemoryModel:
     if name not in checkpoint_names() and os.path.isdir(name):  # Path.is_dir raises for names that are too long
-        return MemoryModel.from_pretrained(name)
+        return _directory(Path(name))
     if (directory := checkpoint_path(name)) is not None:
-        model = MemoryModel.from_pretrained(directory)
+        model = _directory(directory)
         model.name = name
         return model
     if not _is_hub_name(name):
@@ -65,6 +67,11 @@ def _checkpoint(name: str) -> MemoryModel:
         raise
     except Exception as error:  # the hub client raises errors of several libraries
         raise GradmemError(f"'{name}' is no directory, and cannot be downloaded from the hub: {error}") from error
+
+
+def _directory(directory: Path) -> MemoryModel:
+    """The checkpoint in a directory: whole, or the difference to a pretrained model."""
+    return load_delta(directory) if (directory / DELTA).is_file() else MemoryModel.from_pretrained(directory)
 
 
 def _is_hub_name(name: str) -> bool:

@@ -63,4 +63,4 @@ def _folders() -> list[Path]:
 
 
 def _whole(directory: Path) -> bool:
-    return (directory / "config.json").is_file()
+    return any((directory / name).is_file() for name in ("config.json", "delta.json"))

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...backbone import Backbone
 from ...errors import GradmemError
+from ...low_rank import low_rank_parameters
 from ...prefix import Prefix
 from .prefix_method import Phase
 
@@ -57,6 +58,8 @@ def add_lora(backbone: Backbone, ranks: dict[Phase, int]) -> list[Any]:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise GradmemError("write_lora and read_lora need peft: pip install 'gradmem[train]'") from error
+    if low_rank_parameters(backbone.model):
+        raise GradmemError("write_lora and read_lora need a backbone without `lora`: leave out one of them")
     transposed = any(isinstance(module, Conv1D) for module in backbone.modules())
     trainable = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     for phase, rank in ranks.items():
