@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ def low_rank_parameters(model: nn.Module) -> list[nn.Parameter]:
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
     """Put plain layers with merged weights in the place of those with LoRA, until the context ends."""
-    found = [
+    found: list[tuple[nn.Module, str, Any]] = [
         (parent, name, child)
         for parent in list(model.modules())
         for name, child in parent.named_children()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from families import tiny_model
 from gradmem.backbone import Backbone
+from gradmem.batch import Tokens
 from gradmem.compaction import study as study_module
 from gradmem.compaction.budget import entries_of
 from gradmem.compaction.fidelity import fidelity
@@ -19,9 +20,12 @@ from gradmem.compaction.questions import STOCK, check_language
 from gradmem.compaction.select import compacted, select
 from gradmem.compaction.text import Asked, Text, attention, continuations, whole_prefix
 from gradmem.errors import GradmemError
+from gradmem.low_rank import add_low_rank
 from gradmem.memory import Memory
 from gradmem.methods.compact import Compact
 
+STEP = 1e-3
+"""Of finite differences: Llama's norms compute in float32, whatever the weights are."""
 TEXT = [5, 9, 11, 7, 30, 12, 8, 3, 40, 41, 4, 6, 21, 22, 13, 35]
 
 
@@ -305,3 +309,36 @@ def test_rows_are_written_as_if_each_were_alone() -> None:
     for name, tensor in both[1].tensors.items():
         assert torch.allclose(tensor.double(), alone.tensors[name].double(), atol=1e-6), name
     assert replace(both[1], receipts=[]).nbytes == alone.nbytes
+
+
+def test_training_passes_gradients_through_the_kept_entries() -> None:
+    """The gradient of LoRA, through the text's own cache and the reading, is that of finite differences."""
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    add_low_rank(model, 2)
+    method = Compact(Backbone(model.double()), budget=0.4, writers="select")
+    method.task = Letters()
+    learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    assert len(learned) == 2 * 7 * model.config.num_hidden_layers
+    with torch.no_grad():
+        for parameter in learned:
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    context = Tokens.from_lists([TEXT, TEXT[::-1][:11]])
+    queries = Tokens.from_lists([[3, 4, 9], [8, 21, 5]])
+
+    def loss() -> Tensor:
+        return method.read(method.write(context).memory, queries).square().mean()
+
+    loss().backward()
+    for parameter in (learned[0], learned[5], learned[-1]):
+        assert parameter.grad is not None
+        way = torch.randn(parameter.shape, dtype=parameter.dtype)
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(way, alpha=sign * STEP)
+            ends.append(loss().item())
+            with torch.no_grad():
+                parameter.sub_(way, alpha=sign * STEP)
+        slope = float((parameter.grad * way).sum())
+        assert abs((ends[0] - ends[1]) / (2 * STEP) - slope) < 1e-3 * max(0.1, abs(slope))

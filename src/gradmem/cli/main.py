@@ -26,6 +26,7 @@ from .demo import demo
 from .download import download
 from .export import export
 from .launch import launch
+from .pack import pack
 from .parsers import (
     HelpFormatter,
     command_parser,
@@ -54,6 +55,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "replace": composing.replace,
     "forget": composing.forget,
     "export": export,
+    "pack": pack,
     "serve": serving.serve,
     "demo": demo,
     "list": memory.show_list,

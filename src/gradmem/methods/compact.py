@@ -75,6 +75,9 @@ class Compact(Method):
     The model reads the text once and answers questions that fit any text. Its own queries say which entries count, and
     what attention should find in them. Nothing is trained, and the questions that people will ask need not be known.
 
+    A backbone with `lora` can be trained to answer from what `select` keeps. Gradients pass through the text's cache
+    and the reading; what is kept is chosen by the queries that repeat the text, and is constant.
+
     A memory holds `keys` and `values`, shapes (batch, entries, width), of all heads one after the other: layer 0 head
     0, layer 0 head 1, and so on. `counts`, int64, shape (batch, layers, heads), says how many each head has, and
     `before` how many of these, its first ones, stand before the text; `start`, int64, shape (batch,), at which position
@@ -93,6 +96,7 @@ class Compact(Method):
         If layers restrict attention to a window, keep no keys and values, or differ in shape.
     """
 
+    write_steps = 2
     task_name = "document"
     reads_together = True
     runtime_options = ("read_chunks",)
@@ -162,7 +166,8 @@ class Compact(Method):
         yield self.unwritten, None
         if torch.is_grad_enabled():
             text = read_repeated(self.backbone, self.task, ids)
-            yield from ((memory, None) for _, memory in self.compacted(text, self.options.budget))
+            _, memory = next(self.compacted(text, self.options.budget))
+            yield from [(memory, None)] * self.write_steps
             return
         text = self.read_text(ids)
         if not text.held_out.queries:

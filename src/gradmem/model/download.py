@@ -13,10 +13,11 @@ from ..files import atomic_directory
 from ..pretrained import HUB_NAME
 from ..untrusted import WEIGHTS
 from .checkpoint import FILES
-from .model import MemoryModel
+from .delta import CONFIG as DELTA
+from .loading import load_directory
 from .packaged import DOWNLOADABLE, HUB, checkpoint_names, checkpoint_path, downloads, unknown_checkpoint
 
-COPIED = [*FILES, "README.md", "recipe.yaml"]
+COPIED = [*FILES, "delta*.safetensors", DELTA, "README.md", "recipe.yaml"]
 """Files that are fetched: those of a checkpoint, its model card and its recipe."""
 
 
@@ -49,7 +50,7 @@ def download(name: str, source: str | os.PathLike[str] = HUB) -> Path:
             raise unknown_checkpoint(name)
         return here
     directory = _fetched(name, os.fspath(source))
-    if MemoryModel.from_pretrained(directory).fingerprints["checkpoint"] != DOWNLOADABLE[name]:
+    if load_directory(directory).fingerprints["checkpoint"] != DOWNLOADABLE[name]:
         raise GradmemError(f"{directory} is damaged or not the published '{name}': nothing was installed")
     _install(directory, downloads() / name)
     return downloads() / name
@@ -63,7 +64,7 @@ def _fetched(name: str, source: str) -> Path:
             raise GradmemError(f"there is no directory {source}")
         with refused(f"cannot download '{name}' from {source} (--source takes another hub name, or a directory)"):
             folder = Path(snapshot_download(source, allow_patterns=[f"{name}/{file}" for file in COPIED]))
-    if not (folder / name / WEIGHTS).is_file():
+    if not any((folder / name / file).is_file() for file in (WEIGHTS, DELTA)):
         raise GradmemError(f"{source} has no checkpoint '{name}': it needs a folder of this name with {WEIGHTS}")
     return folder / name
 

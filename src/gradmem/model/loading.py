@@ -54,9 +54,9 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
 
 def _checkpoint(name: str) -> MemoryModel:
     if name not in checkpoint_names() and os.path.isdir(name):  # Path.is_dir raises for names that are too long
-        return _directory(Path(name))
+        return load_directory(Path(name))
     if (directory := checkpoint_path(name)) is not None:
-        model = _directory(directory)
+        model = load_directory(directory)
         model.name = name
         return model
     if not _is_hub_name(name):
@@ -69,7 +69,7 @@ def _checkpoint(name: str) -> MemoryModel:
         raise GradmemError(f"'{name}' is no directory, and cannot be downloaded from the hub: {error}") from error
 
 
-def _directory(directory: Path) -> MemoryModel:
+def load_directory(directory: Path) -> MemoryModel:
     """The checkpoint in a directory: whole, or the difference to a pretrained model."""
     return load_delta(directory) if (directory / DELTA).is_file() else MemoryModel.from_pretrained(directory)
 
