@@ -116,8 +116,8 @@ class CheckpointModel(ModelHubMixin):
 
     @property
     def takes_methods(self) -> bool:
-        """Whether other methods can be put on its backbone: it is plain, or full_context, which changes nothing."""
-        return self.plain or self.spec["method"]["name"] == "full_context"
+        """Whether other methods can be put on its backbone: it is plain, or its method has no weights of its own."""
+        return self.plain or len(list(self.method.parameters())) == len(list(self.method.backbone.parameters()))
 
     def with_method(self, method: Spec) -> Self:
         """The same backbone, which is shared, under another method that needs no training.
@@ -216,8 +216,8 @@ class CheckpointModel(ModelHubMixin):
     def _own_method(self) -> GradmemError:
         known = ", ".join(f"`{name}`" for name in (*CHUNK_OPTIONS, *self.method.runtime_options))
         return GradmemError(
-            f"'{self.name}' has a method of its own: only plain language models and checkpoints of full_context take "
-            f"another; this checkpoint takes {known}"
+            f"'{self.name}' has a method of its own: only plain language models and checkpoints of "
+            f"full_context and compact take another; this checkpoint takes {known}"
         )
 
     @cached_property

@@ -15,7 +15,7 @@ from ..lazy import uncollected
 from ..memory import Memory
 from ..pretrained import HUB_NAME, PACKAGED, is_gguf
 from ..untrusted import check_counts, read_json
-from .checkpoint_model import NAMED
+from .checkpoint_model import CHUNK_OPTIONS, NAMED
 from .delta import CONFIG as DELTA
 from .delta import load_delta
 from .model import BoundMemory, MemoryModel
@@ -32,8 +32,8 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
         A packaged checkpoint, a directory, or a hub name `owner/model`. For a plain language model also a GGUF file, or
         the short name of a model that comes as a Python package.
     method : dict, optional
-        For a plain language model, or a checkpoint of `full_context`: `name` and options of a method that needs no
-        training, by default `compact` and the checkpoint's own. For any checkpoint: `chunk_size` and `chunk_mode`, to
+        For a plain language model, or a checkpoint of `full_context` or `compact`: `name` and options of a method that
+        needs no training, by default `compact` and the checkpoint's own. For any checkpoint: `chunk_size` and `chunk_mode`, to
         cut contexts in another way than in training, and `gauss_newton_after`, to continue GradMem's descent by
         Gauss-Newton steps.
 
@@ -46,8 +46,8 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
     if name not in checkpoint_names() and _is_language_model(name):
         return MemoryModel.from_language_model(name, {"name": "compact"} | (method or {}))
     model = _checkpoint(name)
-    if method and "name" in method and model.takes_methods:
-        return model.with_method(method)
+    if method and model.takes_methods and set(method) - {*CHUNK_OPTIONS, *model.method.runtime_options}:
+        return model.with_method(method if "name" in method else {**model.spec["method"], **method})
     model.configure(method or {})
     return model
 
