@@ -33,9 +33,9 @@ def load(name: str | os.PathLike[str], method: dict[str, Any] | None = None) -> 
         the short name of a model that comes as a Python package.
     method : dict, optional
         For a plain language model, or a checkpoint of `full_context` or `compact`: `name` and options of a method that
-        needs no training, by default `compact` and the checkpoint's own. For any checkpoint: `chunk_size` and `chunk_mode`, to
-        cut contexts in another way than in training, and `gauss_newton_after`, to continue GradMem's descent by
-        Gauss-Newton steps.
+        needs no training, by default `compact` and the checkpoint's own. For any checkpoint: `chunk_size` and
+        `chunk_mode`, to cut contexts in another way than in training, and `gauss_newton_after`, to continue GradMem's
+        descent by Gauss-Newton steps.
 
     Raises
     ------
