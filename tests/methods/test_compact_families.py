@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicCache
 from families import tiny_model
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
-from gradmem.cartridge import save_cartridge
 from gradmem.errors import GradmemError
+from gradmem.exports.cartridge import save_cartridge
 from gradmem.memory import Memory
 from gradmem.methods.compact import Compact
 

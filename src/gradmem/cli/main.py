@@ -24,7 +24,7 @@ from .board import board
 from .console import use_utf8
 from .demo import demo
 from .download import download
-from .export import export
+from .export import export, merge
 from .launch import launch
 from .pack import pack
 from .parsers import (
@@ -56,6 +56,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "forget": composing.forget,
     "export": export,
     "pack": pack,
+    "merge": merge,
     "serve": serving.serve,
     "demo": demo,
     "list": memory.show_list,

@@ -14,7 +14,6 @@ from ...batch import Tokens
 from ...errors import GradmemError, require
 from ...inner.optimizers import Tensors
 from ...memory import LENGTHS, Memory
-from ...prefix import Prefix
 from .chunks import ChunkMode, Chunks, chunk_counts, pack, pad_rows, ragged_index, split_chunks
 from .prefix_method import Head, PrefixMethod, PrefixOptions, pads_last
 from .written import Written
@@ -250,17 +249,17 @@ class ChunkedMethod(PrefixMethod):
 
     # READ and receipts
 
-    def prefix(self, memory: Memory) -> Prefix:
-        """Run `[read_start ; P(M) of each chunk ; read_end]` once for each row."""
+    def inputs(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Build `[read_start ; P(M) of each chunk ; read_end]` of each row; see `PrefixMethod.inputs`."""
         if LENGTHS not in memory.tensors:
-            return super().prefix(memory)
+            return super().inputs(memory)
         counts = chunk_counts(memory)
         embeds = pad_rows(self._project("read", split_chunks(memory).tensors), counts).flatten(1, 2)
         real = torch.arange(embeds.shape[1]) < counts[:, None] * self.n_mem
         if self.control:
             start, end = (self.control[f"read_{side}"].expand(len(memory), -1, -1) for side in ("start", "end"))
             embeds, real = torch.cat([start, embeds, end], 1), F.pad(real, (self.n_ctrl, self.n_ctrl), value=True)
-        return self.backbone.prefix(pads_last(embeds, real.to(embeds.device, non_blocking=True)), real)
+        return pads_last(embeds, real.to(embeds.device, non_blocking=True)), real.sort(1, descending=True).values
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Compute the loss of each context token given a memory, chunk by chunk: shape (batch, length), in nats.

@@ -118,9 +118,21 @@ class PrefixMethod(Method):
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
         compare_forms(memory, Memory(self._start(1)), what)
 
+    def inputs(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Build what READ runs before a query: `[read_start ; P(M) ; read_end]`, as input embeddings.
+
+        Returns
+        -------
+        embeds : Tensor, shape (batch, positions, d)
+        real : Tensor, bool, shape (batch, positions)
+            False at the pads of shorter rows, which stand last; on the CPU.
+        """
+        embeds = self._surround("read", memory.tensors)
+        return embeds, torch.ones(embeds.shape[:2], dtype=torch.bool)
+
     def prefix(self, memory: Memory) -> Prefix:
-        """Run `[read_start ; P(M) ; read_end]` once for each row."""
-        return self.backbone.prefix(self._surround("read", memory.tensors))
+        """Run the `inputs` once for each row."""
+        return self.backbone.prefix(*self.inputs(memory))
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Compute the loss of each context token given a memory: shape (batch, length), in nats."""

@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicCache
 
 from families import tiny_model
 from gradmem import GradmemError, Memory
-from gradmem.cartridge import load_cartridge, save_cartridge
 from gradmem.cli.main import main
+from gradmem.exports.cartridge import load_cartridge, save_cartridge
 
 ENTRIES, QUERY, NEW = 5, [7, 8, 9, 25], 6
 

@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
 
-from .errors import GradmemError, refused
-from .files import write_bytes
-from .memory import LENGTHS, Memory
+from ..errors import GradmemError, refused
+from ..files import write_bytes
+from ..memory import LENGTHS, Memory
+from .keys_values import keys_values
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = "prompt_embeddings"
-TENSORS = {"keys", "values", "counts", "before", "start", LENGTHS}
-"""Tensors of a memory of keys and values."""
 
 
 def save_cartridge(memory: Memory, directory: Path) -> int:
@@ -30,7 +28,7 @@ def save_cartridge(memory: Memory, directory: Path) -> int:
     Parameters
     ----------
     memory : Memory
-        Keys and values, of one row. Every head must keep as many entries, and a question must start right after them.
+        Of one row; see `keys_values`.
     directory : Path
         It is created if it does not exist. The two files of an adapter in it are replaced.
 
@@ -42,12 +40,14 @@ def save_cartridge(memory: Memory, directory: Path) -> int:
     Raises
     ------
     GradmemError
-        If the memory is of another kind, or the directory cannot be written.
+        If the memory cannot be exported, or the directory cannot be written.
     """
-    keys, values = _layers(memory)
-    layers, heads, entries, width = keys.shape
+    found = keys_values(memory)
+    layers, heads, entries, width = found.keys.shape
+    if found.keys.shape != found.values.shape:
+        raise GradmemError("the model's keys and values have different widths, which a cartridge cannot have")
     # (layers, keys and values, heads, entries, width) -> (entries, everything else)
-    embeddings = torch.stack([keys, values], 1).permute(3, 0, 1, 2, 4).reshape(entries, -1)
+    embeddings = torch.stack([found.keys, found.values], 1).permute(3, 0, 1, 2, 4).reshape(entries, -1)
     config = {
         "peft_type": "CARTRIDGE",
         "task_type": "CAUSAL_LM",
@@ -92,26 +92,3 @@ def load_cartridge(directory: Path) -> Memory:
             LENGTHS: torch.tensor([len(keys)]),
         }
     )
-
-
-def _layers(memory: Memory) -> tuple[Tensor, Tensor]:
-    """Keys and values of a memory that can be exported, each of shape (layers, heads, entries, width)."""
-    found = memory.tensors
-    if found.keys() != TENSORS:
-        raise GradmemError("only a memory of keys and values can be exported: write it with --method compact")
-    if len(memory) != 1:
-        raise GradmemError(
-            f"the memory has {len(memory)} chunks, and a cartridge is one: write a shorter text, or one chunk alone"
-        )
-    keys, values, counts = (found[name][0] for name in ("keys", "values", "counts"))
-    entries = int(counts.flatten()[0])
-    if bool((counts != entries).any()):
-        raise GradmemError("the heads of the memory keep different numbers of entries: write it with --shared false")
-    if int(found["start"]) != entries:
-        raise GradmemError(
-            f"questions to the memory start at position {int(found['start'])}, and those to a cartridge right after "
-            f"its {entries} entries: write it with --positions memory"
-        )
-    if keys.shape != values.shape:
-        raise GradmemError("the model's keys and values have different widths, which a cartridge cannot have")
-    return keys.view(*counts.shape, entries, -1), values.view(*counts.shape, entries, -1)
