@@ -65,8 +65,8 @@ def check_served(model: MemoryModel, directory: Path | None) -> None:
         return
     if "tokenizer" not in model.spec["task"]:
         raise GradmemError(
-            f"'{model.name}' is a small model with a vocabulary of its own, which these servers do not load: write with "
-            "a language model"
+            f"'{model.name}' is a small model with a vocabulary of its own, which these programs do not load: write "
+            "with a language model"
         )
     if directory is None:
         adapters = " and LoRA adapters in READ" if _adapted(model) else ""

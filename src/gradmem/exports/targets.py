@@ -43,9 +43,7 @@ def export(memory: BoundMemory, to: str, output: Path, served: Path | None = Non
         return f"{save_state(memory, output)} positions"
     if to == "sglang":
         if not has_vectors(memory):
-            raise GradmemError(
-                "SGLang takes no keys and values from files: write the memory with --method cram or gradmem"
-            )
+            raise GradmemError("SGLang takes no keys and values from files: export to llama.cpp, vllm or cartridge")
         return f"{save_lists(memory, output)} embeddings"
     if has_vectors(memory):
         return f"{save_tensor(memory, output)} embeddings"

@@ -1,4 +1,4 @@
-"""A KV connector of vLLM that loads exported memories: `KVConnectorBase_V1`, for one process without tensor parallelism.
+"""A KV connector of vLLM (`KVConnectorBase_V1`) that loads exported memories, without tensor parallelism.
 
 A prompt that begins with the token ids of a memory gets its keys and values instead of computing them. vLLM loads this
 module by name (`kv_connector_module_path`); it needs vLLM to be imported.
@@ -78,13 +78,10 @@ class MemoryConnector(KVConnectorBase_V1):
         """Count the positions of the prompt's memory that are not in vLLM's cache yet."""
         prompt = list(request.prompt_token_ids or [])
         for file, ids in self._memories():
-            if (
-                len(ids) % self.block == 0
-                and num_computed_tokens < len(ids) < len(prompt)
-                and prompt[: len(ids)] == ids
-            ):
-                self.matched[request.request_id] = file, len(ids)
-                return len(ids) - num_computed_tokens, False
+            count = len(ids)
+            if count % self.block == 0 and num_computed_tokens < count < len(prompt) and prompt[:count] == ids:
+                self.matched[request.request_id] = file, count
+                return count - num_computed_tokens, False
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
