@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+import gradmem
+from chat_models import save_model
 from families import tiny_model
 from gradmem import GradmemError, Memory
 from gradmem.cli.main import main
 from gradmem.exports.cartridge import load_cartridge, save_cartridge
+from gradmem.exports.targets import export
 
 ENTRIES, QUERY, NEW = 5, [7, 8, 9, 25], 6
 
@@ -95,6 +98,23 @@ def test_what_peft_saves_is_read(tmp_path: Path) -> None:
         assert torch.equal(found.tensors[name].view(len(legacy), heads, 5, width), wanted)
 
 
+@torch.no_grad()
+def test_vectors_are_exported_as_what_the_model_makes_of_them(tmp_path: Path) -> None:
+    """A memory of vectors, run through the model: peft predicts what READ predicts."""
+    peft = with_cartridges()
+    folder = save_model(tmp_path / "model")
+    memory = gradmem.load(folder, {"name": "gradmem", "n_mem": 3, "write_steps": 1, "n_ctrl": 1}).write("Clara signed.")
+    assert export(memory, "cartridge", tmp_path / "adapter") == "5 positions"
+    query = torch.tensor([memory.model.encoder.query_ids("Who?")])
+    wanted = memory.model.method.backbone.model(query, past_key_values=memory.prefix.select(torch.tensor([0])).cache)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain.resize_token_embeddings(len(memory.model.task.tokenizer))
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    found = adapted(input_ids=query).logits
+    known = min(found.shape[2], wanted.logits.shape[2]) - 1  # the last one may be a pad token, drawn at random
+    assert torch.allclose(found[..., :known], wanted.logits[..., :known], atol=1e-4)
+
+
 def changed(memory: Memory, **tensors: Tensor) -> Memory:
     return Memory({**memory.tensors, **tensors})
 
@@ -108,7 +128,7 @@ def test_what_cannot_be_exported_says_why(
     ragged = memory.tensors["counts"].clone()
     ragged[0, 0, 0], ragged[0, 0, 1] = 4, 6
     cases: list[tuple[Memory, str]] = [
-        (Memory({"memory": torch.zeros(1, 2, 8)}), "write it with --method compact"),
+        (Memory({"memory": torch.zeros(1, 2, 8)}), "does not say which model wrote it"),
         (Memory.join([memory, memory]), "has 2 chunks"),
         (changed(memory, counts=ragged), "write it with --shared false"),
         (changed(memory, start=torch.tensor([40])), "write it with --positions memory"),

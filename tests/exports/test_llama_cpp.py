@@ -108,7 +108,7 @@ def test_what_llama_cpp_cannot_hold_says_why(
 )
 def test_other_models_are_refused(memory: BoundMemory, kind: str, fields: Any, why: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    tiny_model(kind, vocab_size=259, **fields).save_pretrained(folder)
+    tiny_model(kind, vocab_size=259, max_position_embeddings=1024, **fields).save_pretrained(folder)
     memory.model.task.tokenizer.save_pretrained(folder)
     other = gradmem.load(folder, COMPACT).write("a b")
     with pytest.raises(gradmem.GradmemError, match=why):

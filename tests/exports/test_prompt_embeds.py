@@ -20,7 +20,7 @@ from gradmem.cli.main import main
 from gradmem.exports.prompt_embeds import memory_embeds, prompt_embeds, to_base64
 
 TEXT = "Clara signed the minutes in Velmouth."
-CRAM = {"name": "cram", "n_mem": 3, "write_steps": 2, "n_ctrl": 1}
+VECTORS = {"name": "gradmem", "n_mem": 3, "write_steps": 1, "n_ctrl": 1}
 NEW = 12
 
 
@@ -32,10 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     "method",
     [
-        CRAM,
-        {"name": "gradmem", "n_mem": 2, "write_steps": 1, "projection": "per_sample"},
+        {"name": "cram", "n_mem": 2, "write_steps": 1},
+        VECTORS | {"projection": "per_sample"},
         {"name": "rmt", "n_mem": 2, "n_ctrl": 1, "projection": "proj_rw"},
-        CRAM | {"chunk_size": 16, "chunk_mode": "independent"},
+        VECTORS | {"chunk_size": 16, "chunk_mode": "independent"},
     ],
     ids=["cram", "gradmem", "rmt", "chunks"],
 )
@@ -59,7 +59,7 @@ def test_transformers_answers_the_same(folder: str, method: dict[str, Any]) -> N
 
 def test_a_request_carries_only_its_own_numbers(folder: str) -> None:
     """Not the storage that a part of a tensor shares with the rest."""
-    memory = gradmem.load(folder, CRAM).write(TEXT)
+    memory = gradmem.load(folder, VECTORS).write(TEXT)
     part = prompt_embeds(memory, "Who?" * 20)[:2]
     assert len(to_base64(part)) < 3000
     assert torch.equal(received(to_base64(part), 16, torch.float32), part)
@@ -91,7 +91,7 @@ def test_the_stand_in_refuses_what_vllm_refuses(data: str, why: str) -> None:
 
 def test_files_for_vllm_and_sglang(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the command: a tensor that loads without code, and lists of numbers, of which a client makes whole prompts."""
-    memory = gradmem.load(folder, CRAM).write(TEXT)
+    memory = gradmem.load(folder, VECTORS).write(TEXT)
     file, wanted = memory.save(tmp_path / "m.safetensors"), memory_embeds(memory)
     for to, name in (("vllm", "m.pt"), ("sglang", "m.json")):
         capsys.readouterr()
@@ -103,7 +103,7 @@ def test_files_for_vllm_and_sglang(folder: str, tmp_path: Path, capsys: pytest.C
 
 
 def test_what_is_no_prompt_is_refused(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = gradmem.load(folder, CRAM)
+    model = gradmem.load(folder, VECTORS)
     both = model.write([TEXT, TEXT + " So."])
     with pytest.raises(GradmemError, match="has 2 rows"):
         memory_embeds(both)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 import gradmem
 from chat_models import save_model
-from exports.vllm_standin import BLOCK, Engine, config, install
+from exports.vllm_standin import BASE, BLOCK, Engine, config, install
 from gradmem import BoundMemory, GradmemError
 from gradmem.exports.asking import prompt_ids
 from gradmem.exports.targets import export
@@ -104,6 +104,6 @@ def test_what_cannot_be_loaded_says_why(memory: BoundMemory, tmp_path: Path, mon
 
 def test_without_vllm_the_connector_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
-    monkeypatch.setitem(sys.modules, "vllm.distributed", None)
+    monkeypatch.setitem(sys.modules, BASE, None)
     with pytest.raises(ImportError, match="pip install vllm"):
         importlib.import_module("gradmem.exports.vllm_connector")
