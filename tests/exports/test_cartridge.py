@@ -108,11 +108,8 @@ def test_vectors_are_exported_as_what_the_model_makes_of_them(tmp_path: Path) ->
     query = torch.tensor([memory.model.encoder.query_ids("Who?")])
     wanted = memory.model.method.backbone.model(query, past_key_values=memory.prefix.select(torch.tensor([0])).cache)
     plain = AutoModelForCausalLM.from_pretrained(folder)
-    plain.resize_token_embeddings(len(memory.model.task.tokenizer))
     adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
-    found = adapted(input_ids=query).logits
-    known = min(found.shape[2], wanted.logits.shape[2]) - 1  # the last one may be a pad token, drawn at random
-    assert torch.allclose(found[..., :known], wanted.logits[..., :known], atol=1e-4)
+    assert torch.allclose(adapted(input_ids=query).logits, wanted.logits, atol=1e-4)
 
 
 def changed(memory: Memory, **tensors: Tensor) -> Memory:

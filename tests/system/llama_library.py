@@ -138,10 +138,3 @@ class Llama:
         self.position += count
         logits = self.library.llama_get_logits_ith(self.context, -1)
         return torch.tensor(logits[: self.vocabulary])
-
-    def continued(self, logits: Tensor, most: int, ends: list[int]) -> list[int]:
-        """Generate greedily up to an end token."""
-        answer = [int(logits.argmax())]
-        while len(answer) < most and answer[-1] not in ends:
-            answer.append(int(self.read([answer[-1]]).argmax()))
-        return answer

