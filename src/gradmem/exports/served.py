@@ -69,7 +69,7 @@ def check_served(model: MemoryModel, directory: Path | None) -> None:
             "with a language model"
         )
     if directory is None:
-        adapters = " and LoRA adapters in READ" if _adapted(model) else ""
+        adapters = " and LoRA adapters in READ" if _reads_adapted(model) else ""
         raise GradmemError(
             f"'{model.name}' has weights of its own{adapters}: merge it first (gradmem merge {model.name} -o DIR), let "
             "the server run DIR, and give --served DIR"
@@ -82,19 +82,18 @@ def check_served(model: MemoryModel, directory: Path | None) -> None:
 def merged_model(model: MemoryModel) -> PreTrainedModel:
     """Copy the language model of a checkpoint, with its adapters of READ merged and without those of WRITE."""
     merged: PreTrainedModel = copy.deepcopy(model.method.backbone.model)
-    if not _adapted(model, "write") and not _adapted(model):
-        return merged
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, layer in [one for one in merged.named_modules() if isinstance(one[1], BaseTunerLayer)]:
-        if "read" in layer.lora_A:
-            layer.merge(safe_merge=True, adapter_names=["read"])
-        parent, _, own = name.rpartition(".")
-        setattr(merged.get_submodule(parent), own, layer.get_base_layer())
+    for parent in list(merged.modules()):
+        for name, child in list(parent.named_children()):
+            layer: Any = child  # of peft, if it has adapters
+            if not hasattr(layer, "lora_A"):
+                continue
+            for adapter in set(layer.lora_A) - {"write"}:
+                layer.base_layer.weight += layer.get_delta_weight(adapter).to(layer.base_layer.weight.dtype)
+            setattr(parent, name, layer.base_layer)
     return merged
 
 
-def _adapted(model: MemoryModel, phase: str = "read") -> bool:
-    """Whether the method has LoRA adapters in a phase."""
+def _reads_adapted(model: MemoryModel) -> bool:
+    """Whether LoRA adapters are active in READ."""
     adapters: list[Any] = getattr(model.method, "adapters", [])
-    return any(phase in layer.lora_A for layer in adapters)
+    return any("read" in layer.lora_A for layer in adapters)
