@@ -128,7 +128,7 @@ def test_what_cannot_be_exported_says_why(
         (Memory({"memory": torch.zeros(1, 2, 8)}), "does not say which model wrote it"),
         (Memory.join([memory, memory]), "has 2 chunks"),
         (changed(memory, counts=ragged), "write it with --shared false"),
-        (changed(memory, start=torch.tensor([40])), "write it with --positions memory"),
+        (changed(memory, start=torch.tensor([40])), "write it with --shared false --positions memory"),
         (changed(memory, values=torch.zeros(1, memory.tensors["keys"].shape[1], 4)), "different widths"),
     ]
     for number, (one, what) in enumerate(cases):
