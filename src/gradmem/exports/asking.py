@@ -18,7 +18,8 @@ from ..memory import digest
 from ..model import BoundMemory
 from .keys_values import KeysValues
 
-QUESTION = "GRADMEMQUESTION"
+QUESTION = "GRADMEMQUESTION?"
+"""A question, with the mark at its end that some tokenizers join to a line break behind it."""
 
 
 def stand_ins(found: KeysValues, memory: BoundMemory) -> list[int]:
