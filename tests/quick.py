@@ -111,6 +111,7 @@ SLOW_TESTS = {
     "test_fidelity_is_that_of_the_language_model",
     "test_figure",
     "test_file_finds_its_language_model",
+    "test_files_for_vllm_and_sglang",
     "test_files_go_out_and_in",
     "test_finite_differences",
     "test_five_steps_store_more_than_five_of_descent",
