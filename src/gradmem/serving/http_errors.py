@@ -1,11 +1,11 @@
-"""All errors in one JSON form, `{"error": {"message", "type"}}`, which OpenAI's clients understand too."""
+"""All errors in the one JSON form of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
 import math
 from concurrent.futures import CancelledError
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,18 +27,42 @@ class Refused(Exception):
     message : str
     retry_after : float or None
         Seconds after which the client may try again.
+    param : str or None
+        The field of the request that is wrong, such as `messages[0].content`.
+    code : str or None
+        What is wrong, in one word for programs; by default what the status means.
     """
 
-    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        retry_after: float | None = None,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.retry_after = status, message, retry_after
+        self.status, self.message, self.retry_after, self.param = status, message, retry_after, param
+        self.code = code or CODES.get(status) or HTTPStatus(status).phrase.lower().replace(" ", "_")
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON of the response."""
+        kind = "server_error" if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
+"""Codes that OpenAI's API has for a status; other errors have the phrase of their status."""
 
 
 class Error(BaseModel):
-    """What is wrong, in one line, and the kind of error."""
+    """What is wrong, in one line; whose mistake it is; the field of the request, if it is one; and a code."""
 
     message: str
-    type: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str
 
 
 class ErrorBody(BaseModel):
@@ -56,52 +80,65 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 def error_response(error: BaseException) -> JSONResponse:
     """Build the response to a request that failed. It tells nothing about an unexpected error."""
-    status, message, wait = _describe(error)
-    kind = HTTPStatus(status).phrase.lower().replace(" ", "_")
-    headers = {} if wait is None else {"Retry-After": str(max(1, math.ceil(wait)))}
-    if status == HTTPStatus.UNAUTHORIZED:
+    refused = refusal(error)
+    headers = {} if refused.retry_after is None else {"Retry-After": str(max(1, math.ceil(refused.retry_after)))}
+    if refused.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, HTTPException):
         headers |= error.headers or {}
-    return JSONResponse({"error": {"message": message, "type": kind}}, status, headers)
+    return JSONResponse(refused.body, refused.status, headers)
 
 
-def _describe(error: BaseException) -> tuple[int, str, float | None]:
-    """Return status, message and seconds to wait. Messages of the store may hold its location: they stay here."""
+def refusal(error: BaseException) -> Refused:
+    """Say how an error is answered. Messages of the store may hold its location: they stay here."""
     if isinstance(error, Refused):
-        return error.status, error.message, error.retry_after
+        return error
     if isinstance(error, Busy):
-        return 429, str(error), error.retry_after
+        return Refused(429, str(error), error.retry_after)
     if isinstance(error, Closed | CancelledError):
-        return 503, "the server is shutting down", 5
+        return Refused(503, "the server is shutting down", 5)
     if isinstance(error, Unavailable):
-        return 503, "the store cannot be used at the moment", 5
+        return Refused(503, "the store cannot be used at the moment", 5)
     if isinstance(error, Missing):
-        return 404, "no such memory, or no such version of it", None
+        return Refused(404, "no such memory, or no such version of it")
     if isinstance(error, QuotaExceeded):
-        return 403, _one_line(str(error)), None
+        return Refused(403, _one_line(str(error)))
     if isinstance(error, Conflict | NotServed):
-        return 409, _one_line(str(error)), None
+        return Refused(409, _one_line(str(error)))
     if isinstance(error, GradmemError):
-        return 422, _one_line(str(error)), None
+        return Refused(422, _one_line(str(error)), code="invalid_value")
     if isinstance(error, RequestValidationError):
-        return 422, _one_line(_first_invalid(error)), None
+        return _invalid(error)
     if isinstance(error, HTTPException):
-        return error.status_code, _one_line(str(error.detail)), None
+        return Refused(error.status_code, _one_line(str(error.detail)))
     if isinstance(error, TimeoutError):
-        return 504, "the request took longer than the server's timeout", None
-    return 500, "internal error: see the server's log", None
+        return Refused(504, "the request took longer than the server's timeout")
+    return Refused(500, "internal error: see the server's log")
 
 
 def _one_line(message: str) -> str:
     return " ".join(message.split())[:1000]
 
 
-def _first_invalid(error: RequestValidationError) -> str:
+UNSUPPORTED = "unsupported_parameter"
+"""Kind of the error of a field that OpenAI's API has and this server cannot obey, and its code."""
+KINDS = {
+    "missing": ("missing_required_parameter", "this field is needed"),
+    "extra_forbidden": ("unknown_parameter", "no such field"),
+}
+"""Codes and messages for kinds of errors that pydantic names."""
+
+
+def _invalid(error: RequestValidationError) -> Refused:
     """Name the first invalid field, without its value."""
     first = error.errors()[0]
-    fields = [str(field) for field in first["loc"] if "[" not in str(field)]  # those with [ are names of our types
-    return f"{'.'.join(fields)}: {first['msg']}"
+    kind, place = first["type"], first["loc"][1:]  # without its beginning, such as `body`
+    code, message = KINDS.get(kind, (kind if kind == UNSUPPORTED else "invalid_value", first["msg"]))
+    if kind == "json_invalid":
+        return Refused(422, f"the body is no JSON: {_one_line(str(first['ctx']['error']))}", code="invalid_json")
+    names = [name for name in place if "[" not in str(name)]  # those with [ are names of types
+    field = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).removeprefix(".")
+    return Refused(422, _one_line(f"{field}: {message}" if field else message), param=field or None, code=code)
 
 
 def install(app: FastAPI) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from datetime import datetime
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, Field
 
+from ..errors import GradmemError
 from ..store.database import utc
-from .http_errors import Refused
+from .http_errors import Refused, refusal
 
 MAX_STRUCTURE_BYTES, MAX_QUOTES = 2**18, 2**15
 """Most bytes of JSON outside its strings, and most quotation marks: these cost time to parse and to validate."""
@@ -34,6 +37,25 @@ class JsonRoute(APIRoute):
             return await handle(request)
 
         return checked
+
+
+class OpenAIRoute(JsonRoute):
+    """A route of OpenAI's API, which answers 400 where the other routes answer 422."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler of requests."""
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except (GradmemError, RequestValidationError) as error:
+                refused = refusal(error)
+                if refused.status != HTTPStatus.UNPROCESSABLE_ENTITY:
+                    raise
+                raise Refused(400, refused.message, param=refused.param, code=refused.code) from error
+
+        return answer
 
 
 def check_json(content_type: str, body: bytes) -> None:
@@ -82,6 +104,8 @@ Query = Annotated[str, Field(max_length=2**16), AfterValidator(_valid_unicode)]
 """A query to a memory."""
 Content = Annotated[str, Field(max_length=2**20), AfterValidator(_valid_unicode)]
 """A message of a conversation."""
+Stop = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_valid_unicode)]
+"""A text that ends an answer."""
 Tags = Annotated[list[Line], Field(max_length=MAX_TAGS, fail_fast=True)]
 """A list of tags."""
 TagLine = Annotated[str, Field(max_length=MAX_TAGS * 101), AfterValidator(_valid_unicode), AfterValidator(_few_tags)]
