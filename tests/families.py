@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
-from gradmem.generation import RowStreamer
+from gradmem.generation import RowControl
 from gradmem.memory import LENGTHS, Memory
 from gradmem.methods import GradMem
 from gradmem.prefix import Prefix
@@ -164,22 +164,22 @@ def made(kind: str, **fields: Any) -> GradMem:
     ).eval()
 
 
-class Told(RowStreamer):
-    """What was streamed, for each query."""
+class Told(RowControl):
+    """What was told of each query while it was answered."""
 
     def __init__(self, queries: int) -> None:
         self.ids: list[list[int]] = [[] for _ in range(queries)]
 
     def begin(self, rows: list[int]) -> None:
-        self.rows, self.prompted = rows, False
+        self.rows = rows
 
-    def put(self, value: Tensor) -> None:
-        for row, token in zip(self.rows, value.tolist(), strict=True) if self.prompted else ():
+    def choose(self, ids: Tensor, scores: Tensor) -> Tensor:
+        return scores
+
+    def ended(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        for row, token in zip(self.rows, ids[:, -1].tolist(), strict=True):
             self.ids[row].append(token)
-        self.prompted = True
-
-    def end(self) -> None:
-        pass
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 @torch.no_grad()
@@ -232,6 +232,5 @@ def check(method: GradMem) -> None:
         joined = one[order[0]].join([one[row] for row in order[1:]])
         told = Told(3)
         reads(joined.select(torch.arange(3)), order, "joined")
-        found = method.generate(joined, [queries[row] for row in order], streamer=told, **settings)
+        found = method.generate(joined, [queries[row] for row in order], control=told, **settings)
         assert found == [alone[row] for row in order], "generated after joined prefixes"
-        assert told.ids == found, "streamed"

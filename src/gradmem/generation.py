@@ -34,12 +34,40 @@ OPTIONS = (
 """Options of transformers' generation that depend on the new tokens only and choose no cache."""
 
 
-class RowStreamer(BaseStreamer):
-    """A streamer for several queries, which learns which of them generation runs next."""
+class RowControl:
+    """What follows the answers to several queries as they are generated in one batch, and decides about each.
+
+    Attributes
+    ----------
+    ids : list of list of int
+        The tokens of each answer so far, up to the one with which it ended.
+    """
+
+    ids: list[list[int]]
 
     def begin(self, rows: list[int]) -> None:
-        """Start these queries: the next values are their prompts, and after them their tokens."""
+        """Learn which queries the next rows of scores and tokens belong to."""
         raise NotImplementedError
+
+    def choose(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Change the scores of the next tokens, shape (rows, vocabulary), of which the highest will be taken."""
+        raise NotImplementedError
+
+    def ended(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Take the last tokens of `ids`, shape (rows, length), and return which rows have ended: bool, shape (rows,).
+
+        An end token ends its row whatever this returns.
+        """
+        raise NotImplementedError
+
+    def cut(self, row: int, text: str) -> str:
+        """The part of an answer's whole text that is the answer."""
+        raise NotImplementedError
+
+    def hooks(self, rows: list[int]) -> dict[str, Any]:
+        """Begin these queries; return the arguments of `ModelRunner.generate` that let this object decide."""
+        self.begin(rows)
+        return {"logits_processor": [self.choose], "stopping_criteria": [self.ended]}
 
 
 class _AfterPrefix(BaseStreamer):
@@ -59,7 +87,13 @@ class _AfterPrefix(BaseStreamer):
 
 
 def generate(
-    backbone: Backbone, prefix: Prefix, queries: list[list[int]], pad_id: int, streamer: Any = None, **options: Any
+    backbone: Backbone,
+    prefix: Prefix,
+    queries: list[list[int]],
+    pad_id: int,
+    streamer: Any = None,
+    control: RowControl | None = None,
+    **options: Any,
 ) -> list[list[int]]:
     """Continue each query after its prefix, with the generation of transformers.
 
@@ -75,6 +109,8 @@ def generate(
         Token ids, at least one each.
     pad_id : int
     streamer : BaseStreamer, optional
+    control : RowControl, optional
+        Decides about each token, for greedy answers: one for each query, without beams.
     options
         Those listed in `OPTIONS`, with the meaning that they have in `GenerationMixin.generate`.
 
@@ -95,9 +131,7 @@ def generate(
         groups = [[row for row, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
     found: list[list[list[int]]] = [[] for _ in queries]
     for rows in groups:
-        if isinstance(streamer, RowStreamer):
-            streamer.begin(rows)
-        elif streamer is not None and len(groups) > 1:
+        if streamer is not None and len(groups) > 1:
             raise GradmemError("this model cannot answer queries of different lengths in one batch: stream one query")
         # Generation repeats ids, mask and positions for beams and sequences, but not a cache that it is given.
         repeated = torch.tensor(rows, device=prefix.last.device).repeat_interleave(copies(options))
@@ -105,15 +139,16 @@ def generate(
         inputs = own.generation_inputs(
             [queries[row] for row in rows], pad_id, positions=backbone.takes_positions, copies=copies(options)
         )
-        if streamer is not None and not isinstance(streamer, RowStreamer):
+        if streamer is not None:
             streamer = _AfterPrefix(streamer, own.length)
+        hooks = {} if control is None else control.hooks(rows)
         with own.active():
-            generated = backbone.generate(**inputs, pad_token_id=pad_id, streamer=streamer, **options)
+            generated = backbone.generate(**inputs, pad_token_id=pad_id, streamer=streamer, **hooks, **options)
         new = generated[:, inputs["input_ids"].shape[1] :].tolist()
         each = len(new) // len(rows)
         for i, row in enumerate(rows):
             found[row] = new[i * each : (i + 1) * each]
-    return [answer for answers in found for answer in answers]
+    return [answer for answers in found for answer in answers] if control is None else control.ids
 
 
 def copies(options: dict[str, Any]) -> int:

@@ -147,7 +147,9 @@ class ModelRunner(nn.Module):
         cache.layers = [DynamicLayer() if layer.is_sliding else layer for layer in cache.layers]
         return cache
 
-    def generate(self, streamer: Any = None, **options: Any) -> Any:
+    def generate(
+        self, streamer: Any = None, logits_processor: Any = None, stopping_criteria: Any = None, **options: Any
+    ) -> Any:
         """Generate with transformers from the arguments alone; the model's own generation config is ignored.
 
         Raises
@@ -161,7 +163,13 @@ class ModelRunner(nn.Module):
             settings = GenerationConfig(**options, use_cache=True)
             model.generation_config = GenerationConfig()
             with self._caching():
-                return model.generate(**inputs, generation_config=settings, streamer=streamer)
+                return model.generate(
+                    **inputs,
+                    generation_config=settings,
+                    streamer=streamer,
+                    logits_processor=logits_processor,
+                    stopping_criteria=stopping_criteria,
+                )
         except ValueError as error:
             raise GradmemError(f"cannot generate: {str(error).splitlines()[0]}") from error
         finally:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from .errors import require
+from .errors import GradmemError, require
 
 MIN_TEMPERATURE = 1e-5
 """Below this temperature an answer is greedy: scores divided by less are no numbers any more."""
@@ -56,6 +56,12 @@ class Sampling:
         require("top_p", self.top_p, 0 <= self.top_p <= 1, "from 0 to 1")
         require("stop", self.stop, all(self.stop), "texts that are not empty")
 
+    @property
+    def chooses(self) -> bool:
+        """Whether any other token than the likeliest may be taken."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return bool(penalties) or self.temperature >= MIN_TEMPERATURE
+
     def cut(self, text: str) -> str:
         """The text up to the first of the texts that end it."""
         return text[: min((at for one in self.stop if (at := text.find(one)) >= 0), default=len(text))]
@@ -92,6 +98,8 @@ class TokenChooser:
         """Change the scores of the next token, shape (vocabulary,), in place."""
         bias = self.sampling.logit_bias
         if bias:
+            if (last := max(bias)) >= len(scores):
+                raise GradmemError(f"logit_bias names the token {last}, and the model has {len(scores)} tokens")
             scores[list(bias)] += torch.tensor(list(bias.values()), dtype=scores.dtype, device=scores.device)
         frequency, presence = self.sampling.frequency_penalty, self.sampling.presence_penalty
         if self._counts and (frequency or presence):

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..errors import GradmemError
-from ..generation import RowStreamer, check_options, copies
+from ..generation import check_options, copies
 from ..memory import Memory
 from ..ops.dtypes import work_dtype
 from ..ops.selective_scan import selective_scan
@@ -88,9 +88,8 @@ class Mamba(OnePassMethod):
         self, prefix: Prefix, queries: list[list[int]], pad_id: int, options: dict[str, Any]
     ) -> list[list[int]]:
         """Run the queries without their last tokens, from which the generation of transformers then goes on."""
+        control = options.pop("control", None)
         check_options(options)
-        if isinstance(streamer := options.get("streamer"), RowStreamer):
-            streamer.begin(list(range(len(queries))))
         model = self.backbone.model
         device = prefix.last.device
         given = Tokens.from_lists([query[:-1] for query in queries], pad_id).to(device)
@@ -103,10 +102,11 @@ class Mamba(OnePassMethod):
             cache.update_conv_state(F.pad(conv.mT, (1, 0)).to(model.dtype), layer, conv_kernel_size=conv.shape[1] + 1)
             cache.update_recurrent_state(ssm, layer)
         ids = torch.tensor([query[-1:] for query in queries], device=device)
+        options |= {} if control is None else control.hooks(list(range(len(queries))))
         generated = self.backbone.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), cache_params=cache, pad_token_id=pad_id, **options
         )
-        return generated[:, 1:].tolist()
+        return generated[:, 1:].tolist() if control is None else control.ids
 
     def _unwritten(self, batch: int) -> Memory:
         config, like = self.backbone.model.config, self.backbone.body.layers[0].mixer.A_log

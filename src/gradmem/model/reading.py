@@ -41,7 +41,8 @@ class Answer:
     abstained : bool or None
         Whether that probability is below the threshold: better show "not in this memory" than the text.
     finish_reason : {"stop", "length"}
-        "stop" if the answer ended by itself, "length" if it was cut off at the most tokens that an answer may have.
+        "stop" if the answer ended by itself or at a text that ends it, "length" if it was cut off at the most tokens
+        that it may have.
     query_tokens, answer_tokens : int
         Number of tokens read and generated.
     """
@@ -74,7 +75,7 @@ def generate(
     queries : list of list of int
         Token ids, from `TextEncoder.query_ids`.
     options : dict
-        Those of `gradmem.generation.OPTIONS`.
+        Those of `gradmem.generation.OPTIONS`, and `control`, a `RowControl`.
     """
     index = torch.tensor(rows, device=method.device)
     return method.generate(prefix, queries, index, pad_id=task.pad_id, **(task.greedy_options() | options))
@@ -113,7 +114,9 @@ def answer(
         raise GradmemError("`answer` gives one answer for each query: use `ask` for beams and several sequences")
     ends = set(task.end_ids)
     ids = [_up_to_end(row, ends) for row in generate(method, task, prefix, rows, queries, options)]
-    texts = [task.decode(row) for row in ids]
+    whole = [task.decode(row) for row in ids]
+    control = options.get("control")
+    texts = whole if control is None else [control.cut(row, text) for row, text in enumerate(whole)]
     stated = [task.statement(task.text(query), text) for query, text in zip(queries, texts, strict=True)]
     statements = [task.encode(one) or [task.end_id] for one in stated]  # an empty text is no more than its end
     with torch.no_grad():
@@ -123,11 +126,11 @@ def answer(
     answers = [
         replace(
             answer,
-            finish_reason="stop" if row[-1] in ends else "length",
+            finish_reason="stop" if row[-1] in ends or answer.text != text else "length",
             query_tokens=len(query),
             answer_tokens=len(row),
         )
-        for answer, query, row in zip(map(assess, texts, ids, logprobs, losses), queries, ids, strict=True)
+        for answer, text, query, row in zip(map(assess, texts, ids, logprobs, losses), whole, queries, ids, strict=True)
     ]
     return answers, torch.stack(states)
 

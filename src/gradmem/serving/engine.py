@@ -14,8 +14,11 @@ from ..errors import GradmemError, require
 from ..memory import Memory
 from ..methods.base import Written
 from ..model import Answer, BoundMemory, MemoryModel
+from ..prefix import Prefix
+from ..sampling import Sampling
 from ..tasks.base import Conversation
-from .engine_requests import AnswerStreamer, AskRequest, OnStep, OnText, WriteRequest
+from .answer_control import AnswerControl
+from .engine_requests import AskRequest, OnStep, OnText, OnToken, WriteRequest
 from .errors import Busy, Closed
 from .prefix_cache import PrefixCache
 
@@ -88,9 +91,11 @@ class Engine:
         query: str | Conversation,
         *,
         timeout: float | None = None,
+        sampling: Sampling | None = None,
         on_text: OnText | None = None,
+        on_token: OnToken | None = None,
     ) -> Future[Answer]:
-        """Queue a query. The answer is the greedy one of `BoundMemory.answer`.
+        """Queue a query. The answer is that of `BoundMemory.answer`, by default the greedy one.
 
         Parameters
         ----------
@@ -103,14 +108,20 @@ class Engine:
             A query, or the messages of a conversation; see `Task.encode_conversation`.
         timeout : float, optional
             Most seconds to wait. If they pass before the query is started, the future raises `TimeoutError`.
+        sampling : Sampling, optional
+            How the tokens of this answer are chosen. Answers with other options share its batch.
         on_text : callable
             Called on the engine's thread with the part of the answer that later tokens cannot change, each time it
             grows (see `Task.settled`). It must be quick. An error that it raises ends the request.
+        on_token : callable
+            Called likewise with each `Token` of the answer, before `on_text` gets the text with it. Only if
+            `sampling.top_logprobs` is given.
 
         Returns
         -------
         Future
-            It can be cancelled while the query waits. It raises what is wrong with the query.
+            It can be cancelled while the query waits, and given up while its answer is generated. It raises what is
+            wrong with the query.
 
         Raises
         ------
@@ -124,7 +135,8 @@ class Engine:
         known = isinstance(memory, BoundMemory) and memory.model.method.backbone is self.model.method.backbone
         if not known or (len(memory) != 1 and not memory.model.method.reads_together):
             raise GradmemError("the engine takes one memory, opened with its own model: model.open(FILE), memory[ROW]")
-        request = AskRequest(key, memory, query, on_text, float("inf") if timeout is None else timeout)
+        seconds = float("inf") if timeout is None else timeout
+        request = AskRequest(key, memory, query, sampling or Sampling(), on_text, on_token, seconds)
         self._accept(self._asks, request)
         return request.future
 
@@ -249,28 +261,43 @@ class Engine:
             return
         for requests in of_model.values():
             try:
-                for request, answer in zip(requests, self._read(requests), strict=True):
-                    if not request.future.done():
-                        request.future.set_result(answer)
+                self._read(requests)
             except Exception as error:  # any error: it belongs to the futures, and this thread must survive it
                 _fail(requests, error)
         self._batch_seconds = time.monotonic() - started
 
-    def _read(self, requests: list[AskRequest]) -> list[Answer]:
+    def _read(self, requests: list[AskRequest]) -> None:
         """Answer queries to memories of one model from their joined prefixes, each of which is joined once."""
         model = requests[0].memory.model
-        keys = [(request.key, request.memory.chosen(request.ids)) for request in requests]
-        memories = {
-            key: request.memory.together(key[1]) for key, request in dict(zip(keys, requests, strict=True)).items()
-        }
-        row = {key: i for i, key in enumerate(memories)}
-        first, *others = [self._prefix_cache.get(key, memory) for key, memory in memories.items()]
-        joined = Memory.join(list(memories.values()))
-        options = {}
-        if any(request.on_text for request in requests):
-            options["streamer"] = AnswerStreamer(requests, model.task.settled)
-        rows, queries = [row[key] for key in keys], [request.ids for request in requests]
-        return model.answer_ids(joined, first.join(others), rows, queries, **options)
+        rows: dict[Hashable, int] = {}
+        memories: list[BoundMemory] = []
+        prefixes: list[Prefix] = []
+        fitting: list[tuple[AskRequest, int]] = []
+        for request in requests:
+            key = request.key, request.memory.chosen(request.ids)
+            memory = memories[rows[key]] if key in rows else request.memory.together(key[1])
+            prefix = self._prefix_cache.get(key, memory)
+            if not request.fits(prefix.end):
+                continue
+            if key not in rows:
+                rows[key] = len(memories)
+                memories.append(memory)
+                prefixes.append(prefix)
+            fitting.append((request, rows[key]))
+        if not fitting:
+            return
+        asked = [request for request, _ in fitting]
+        options: dict[str, Any] = {}
+        if any(request.controlled for request in asked):
+            options["control"] = AnswerControl(asked, model.task)
+            options["max_new_tokens"] = max(request.most_tokens for request in asked)
+        queries, order = [request.ids for request in asked], [row for _, row in fitting]
+        joined = prefixes[0].join(prefixes[1:])
+        for request, answer in zip(
+            asked, model.answer_ids(Memory.join(memories), joined, order, queries, **options), strict=True
+        ):
+            if not request.future.done():
+                request.future.set_result(answer)
 
     def _next_writes(self) -> list[WriteRequest]:
         """Take the write that has waited longest, and those right behind it that fit its batch."""

@@ -1,4 +1,4 @@
-"""The requests that wait for an engine: queries, texts to write, and answers that are streamed."""
+"""The requests that wait for an engine: queries, and texts to write."""
 
 from __future__ import annotations
 
@@ -8,16 +8,29 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from ..generation import RowStreamer
+from ..errors import GradmemError
 from ..memory import Memory
 from ..methods.base import Written
 from ..model import Answer, BoundMemory, MemoryModel
+from ..sampling import Sampling, Token
 from ..tasks.base import Conversation
 
 OnText = Callable[[str], object]
+OnToken = Callable[[Token], object]
 OnStep = Callable[[Written, int], object]
+
+
+class AnswerFuture(Future[Answer]):
+    """The answer to come. `cancel` also ends an answer that is being generated, soon after it returns False."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.abandoned = False
+
+    def cancel(self) -> bool:
+        """Give the answer up."""
+        self.abandoned = True
+        return super().cancel()
 
 
 @dataclass(eq=False)
@@ -27,11 +40,23 @@ class AskRequest:
     key: Hashable
     memory: BoundMemory
     query: str | Conversation
+    sampling: Sampling
     on_text: OnText | None
+    on_token: OnToken | None
     timeout: float
-    future: Future[Answer] = field(default_factory=Future)
+    future: AnswerFuture = field(default_factory=AnswerFuture)
     arrived: float = field(default_factory=time.monotonic)
     ids: list[int] = field(default_factory=list)
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens of the answer."""
+        return self.sampling.max_tokens or self.memory.model.task.answer_length
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the answer is not just the greedy one as a whole."""
+        return self.on_text is not None or self.on_token is not None or self.sampling != Sampling()
 
     def start(self) -> bool:
         """Tokenize the query. Return False if it was cancelled, came too late or is invalid."""
@@ -40,9 +65,20 @@ class AskRequest:
         try:
             if time.monotonic() > self.arrived + self.timeout:
                 raise TimeoutError(f"the query waited longer than its {self.timeout:g} s")
-            self.ids = self.memory.model.encoder.query_ids(self.query)
+            self.ids = self.memory.model.encoder.query_ids(self.query, {"max_new_tokens": self.most_tokens})
         except Exception as error:  # any error: the engine's thread must survive it
             self.future.set_exception(error)
+        return not self.future.done()
+
+    def fits(self, taken: int) -> bool:
+        """Whether the query and its answer have room behind a prefix that takes so many positions; if not, fail."""
+        most, query = self.memory.model.method.backbone.max_positions, len(self.ids)
+        if taken + query + self.most_tokens > most:
+            message = (
+                f"the query has {query} tokens and its answer may have {self.most_tokens}: the memory leaves room for "
+                f"{max(0, most - taken)} tokens in all"
+            )
+            self.future.set_exception(GradmemError(message))
         return not self.future.done()
 
 
@@ -80,38 +116,3 @@ class WriteRequest:
             self.on_step(written, total)
         except Exception as error:
             self.future.set_exception(error)
-
-
-class AnswerStreamer(RowStreamer):
-    """Passes each request the beginning of its answer; transformers calls it after every token of the batch."""
-
-    def __init__(self, requests: list[AskRequest], settled: Callable[[list[int]], str]) -> None:
-        self.requests, self.settled = requests, settled
-        self.rows: list[int] = []
-        self.prompted = False
-        self.ids: list[list[int]] = [[] for _ in requests]
-        self.texts = [""] * len(requests)
-
-    def begin(self, rows: list[int]) -> None:
-        """Take the requests that the next tokens belong to; see `RowStreamer.begin`."""
-        self.rows, self.prompted = rows, False
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompts in the first call, then one token of each answer."""
-        if not self.prompted:
-            self.prompted = True
-            return
-        for i, token in zip(self.rows, value.tolist(), strict=True):
-            request = self.requests[i]
-            self.ids[i].append(token)
-            if request.on_text is None or request.future.done():
-                continue
-            try:
-                if (text := self.settled(self.ids[i])) != self.texts[i]:
-                    self.texts[i] = text
-                    request.on_text(text)
-            except Exception as error:  # an error of one callback must not end the other requests
-                request.future.set_exception(error)
-
-    def end(self) -> None:
-        """Do nothing: every text has been passed on already."""

@@ -120,25 +120,30 @@ def _one_line(message: str) -> str:
     return " ".join(message.split())[:1000]
 
 
-UNSUPPORTED = "unsupported_parameter"
-"""Kind of the error of a field that OpenAI's API has and this server cannot obey, and its code."""
-KINDS = {
+UNSUPPORTED = "unsupported"
+"""Kind of the error of a field that OpenAI's API has and this server cannot obey."""
+KINDS: dict[str, tuple[str, str | None]] = {
     "missing": ("missing_required_parameter", "this field is needed"),
     "extra_forbidden": ("unknown_parameter", "no such field"),
+    "literal_error": ("unsupported_value", None),
+    UNSUPPORTED: ("unsupported_parameter", None),
 }
-"""Codes and messages for kinds of errors that pydantic names."""
+"""Codes for kinds of errors that pydantic names, and messages that are better than its own."""
 
 
 def _invalid(error: RequestValidationError) -> Refused:
     """Name the first invalid field, without its value."""
     first = error.errors()[0]
     kind, place = first["type"], first["loc"][1:]  # without its beginning, such as `body`
-    code, message = KINDS.get(kind, (kind if kind == UNSUPPORTED else "invalid_value", first["msg"]))
+    code, message = KINDS.get(kind, ("invalid_value", None))
+    message = message or first["msg"]
     if kind == "json_invalid":
         return Refused(422, f"the body is no JSON: {_one_line(str(first['ctx']['error']))}", code="invalid_json")
     names = [name for name in place if "[" not in str(name)]  # those with [ are names of types
     field = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).removeprefix(".")
-    return Refused(422, _one_line(f"{field}: {message}" if field else message), param=field or None, code=code)
+    return Refused(
+        422, _one_line(f"{field}: {message}" if field else message), param=_one_line(field) or None, code=code
+    )
 
 
 def install(app: FastAPI) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -13,14 +13,12 @@ from .openai_fields import (
     MAX_STOPS,
     Asking,
     Penalty,
-    Refusable,
     StreamOptions,
     Strict,
     TokenLimit,
     TopLogprobs,
     Unused,
     messages_of,
-    only,
     refused_but,
 )
 from .validation import Content, Stop
@@ -29,7 +27,7 @@ from .validation import Content, Stop
 class Part(Strict):
     """A part of a message."""
 
-    type: only("text")  # type: ignore[valid-type]
+    type: Literal["text"]
     text: Content
     prompt_cache_breakpoint: Unused = None
 
@@ -48,15 +46,15 @@ TextOrParts = Annotated[
 class Message(Strict):
     """A message of a conversation."""
 
-    role: only("system", "developer", "user", "assistant")  # type: ignore[valid-type]
+    role: Literal["system", "developer", "user", "assistant"]
     content: TextOrParts | None = None
     name: Unused = None
-    annotations: refused_but([]) = None  # type: ignore[valid-type]
-    audio: Refusable = None
-    function_call: Refusable = None
-    refusal: Refusable = None
-    tool_calls: refused_but([]) = None  # type: ignore[valid-type]
-    tool_call_id: Refusable = None
+    annotations: Any = refused_but([])
+    audio: Any = refused_but()
+    function_call: Any = refused_but()
+    refusal: Any = refused_but()
+    tool_calls: Any = refused_but([])
+    tool_call_id: Any = refused_but()
 
     @property
     def text(self) -> str:
@@ -90,15 +88,15 @@ class ChatRequest(Asking):
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
     top_logprobs: TopLogprobs = None
     stop: StopOrStops | None = Field(None, description="Up to 4 texts that end the answer, which has none of them.")
-    audio: Refusable = None
-    function_call: refused_but("none", "auto") = None  # type: ignore[valid-type]
-    functions: refused_but([]) = None  # type: ignore[valid-type]
-    modalities: refused_but(["text"]) = None  # type: ignore[valid-type]
-    prediction: Refusable = None
-    reasoning_effort: refused_but("none") = None  # type: ignore[valid-type]
-    response_format: refused_but({"type": "text"}) = None  # type: ignore[valid-type]
-    verbosity: refused_but("medium") = None  # type: ignore[valid-type]
-    web_search_options: Refusable = None
+    audio: Any = refused_but()
+    function_call: Any = refused_but("none", "auto")
+    functions: Any = refused_but([])
+    modalities: Any = refused_but(["text"])
+    prediction: Any = refused_but()
+    reasoning_effort: Any = refused_but("none")
+    response_format: Any = refused_but({"type": "text"})
+    verbosity: Any = refused_but("medium")
+    web_search_options: Any = refused_but()
 
     @property
     def conversation(self) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from .http_errors import UNSUPPORTED, Refused
@@ -18,33 +18,14 @@ MAX_STOPS = 4
 
 
 def refused_but(*accepted: Any) -> Any:
-    """Type of a field that the server cannot obey: null and these values, which ask for nothing, are accepted."""
-    shown = [json.dumps(one) for one in (*accepted, None)]
-
-    def check(value: Any) -> Any:
-        if value is None or any(type(value) is type(one) and value == one for one in accepted):
-            return value
-        raise PydanticCustomError(UNSUPPORTED, "not supported: leave it out")  # type: ignore[arg-type]
-
-    return Annotated[Any, AfterValidator(check), Field(description=f"Refused, unless it is {' or '.join(shown)}.")]
+    """A field that the server cannot obey: null and these values, which ask for nothing, are accepted."""
+    values = [*accepted, None]
+    shown = " or ".join(f"`{json.dumps(one)}`" for one in values)
+    return Field(None, description=f"Refused, unless it is {shown}.", json_schema_extra={ACCEPTED: values})
 
 
-def only(*supported: str) -> Any:
-    """Type of a field that has one of these values; all others are refused as not supported."""
-
-    def check(value: str) -> str:
-        if value in supported:
-            return value
-        known = " or ".join(f"'{one}'" for one in supported)
-        raise PydanticCustomError(
-            UNSUPPORTED, "'{given}' is not supported, only {known}", {"given": value[:40], "known": known}
-        )
-
-    return Annotated[Line, AfterValidator(check)]
-
-
-Refusable = refused_but()
-"""A field that is refused unless it is null."""
+ACCEPTED = "enum"
+"""Where the JSON schema of a field has the only values that are accepted."""
 Unused = Annotated[Any, Field(description="Accepted; it has no effect here.")]
 """A field that asks for nothing that a server of one's own does: labels, caches and prices of OpenAI's."""
 Temperature = Annotated[float | None, Field(ge=0, le=2, description="0 is greedy. Default: 0; 1 if `top_p` is given.")]
@@ -55,16 +36,26 @@ TopLogprobs = Annotated[int | None, Field(ge=0, le=20)]
 
 
 class Strict(BaseModel):
-    """An object without unknown fields."""
+    """An object without unknown fields, and with fields that are refused by name."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*")
+    @classmethod
+    def _refuse(cls, value: Any, info: ValidationInfo) -> Any:
+        extra = cls.model_fields[info.field_name or ""].json_schema_extra
+        if not isinstance(extra, dict) or ACCEPTED not in extra:
+            return value
+        if any(type(value) is type(one) and value == one for one in extra[ACCEPTED]):  # type: ignore[union-attr]
+            return value
+        raise PydanticCustomError(UNSUPPORTED, "not supported here: leave it out")
 
 
 class StreamOptions(Strict):
     """What a stream holds besides the answer."""
 
     include_usage: bool | None = Field(False, description="End with a chunk that has the usage.")
-    include_obfuscation: refused_but(False) = None  # type: ignore[valid-type]
+    include_obfuscation: Any = refused_but(False)
 
 
 class Asking(Strict):
@@ -83,10 +74,10 @@ class Asking(Strict):
     safety_identifier: Unused = None
     service_tier: Unused = None
     user: Unused = None
-    moderation: Refusable = None
-    store: refused_but(False) = None  # type: ignore[valid-type]
-    tool_choice: refused_but("none", "auto") = None  # type: ignore[valid-type]
-    tools: refused_but([]) = None  # type: ignore[valid-type]
+    moderation: Any = refused_but()
+    store: Any = refused_but(False)
+    tool_choice: Any = refused_but("none", "auto")
+    tools: Any = refused_but([])
 
     @property
     def named(self) -> tuple[str, str]:

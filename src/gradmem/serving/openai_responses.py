@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -10,27 +10,22 @@ from ..sampling import Sampling
 from .openai_chat import text_or_list
 from .openai_fields import (
     Asking,
-    Refusable,
     Strict,
     TokenLimit,
     TopLogprobs,
     Unused,
     messages_of,
-    only,
     refused_but,
 )
 from .validation import Content
-
-LOGPROBS = "message.output_text.logprobs"
-"""What `include` may name."""
 
 
 class Part(Strict):
     """A part of a message: one that was said, or one of an earlier answer."""
 
-    type: only("input_text", "output_text")  # type: ignore[valid-type]
+    type: Literal["input_text", "output_text"]
     text: Content
-    annotations: refused_but([]) = None  # type: ignore[valid-type]
+    annotations: Any = refused_but([])
     logprobs: Unused = None
     prompt_cache_breakpoint: Unused = None
 
@@ -44,8 +39,8 @@ TextOrParts = Annotated[
 class Item(Strict):
     """A message, which is the only kind of item that a memory can be asked with."""
 
-    type: only("message") = "message"  # type: ignore[valid-type]
-    role: only("system", "developer", "user", "assistant")  # type: ignore[valid-type]
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
     content: TextOrParts
     id: Unused = None
     phase: Unused = None
@@ -67,28 +62,28 @@ TextOrItems = Annotated[
 class Format(Strict):
     """How an answer is written."""
 
-    type: only("text")  # type: ignore[valid-type]
+    type: Literal["text"]
 
 
 class TextOptions(Strict):
     """How an answer is written, and how much."""
 
     format: Format | None = None
-    verbosity: refused_but("medium") = None  # type: ignore[valid-type]
+    verbosity: Any = refused_but("medium")
 
 
 class Reasoning(Strict):
     """Answers are given at once, without thinking first."""
 
-    effort: refused_but("none") = None  # type: ignore[valid-type]
-    generate_summary: Refusable = None
-    summary: Refusable = None
+    effort: Any = refused_but("none")
+    generate_summary: Any = refused_but()
+    summary: Any = refused_but()
 
 
 class ResponseStreamOptions(Strict):
     """What a stream holds besides the answer."""
 
-    include_obfuscation: refused_but(False) = None  # type: ignore[valid-type]
+    include_obfuscation: Any = refused_but(False)
 
 
 class ResponseRequest(Asking):
@@ -101,21 +96,21 @@ class ResponseRequest(Asking):
     instructions: Content | None = Field(None, description="What the model is told before the conversation.")
     max_output_tokens: TokenLimit = None
     metadata: dict[str, str] | None = Field(None, max_length=16, description="Returned with the response.")
-    include: list[only(LOGPROBS)] | None = Field(None, max_length=100)  # type: ignore[valid-type]
+    include: list[Literal["message.output_text.logprobs"]] | None = Field(None, max_length=100)
     top_logprobs: TopLogprobs = None
     stream_options: ResponseStreamOptions | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
-    access_programs: Refusable = None
-    background: refused_but(False) = None  # type: ignore[valid-type]
-    background_options: Refusable = None
-    context_management: refused_but([]) = None  # type: ignore[valid-type]
-    conversation: Refusable = None
-    image: Refusable = None
+    access_programs: Any = refused_but()
+    background: Any = refused_but(False)
+    background_options: Any = refused_but()
+    context_management: Any = refused_but([])
+    conversation: Any = refused_but()
+    image: Any = refused_but()
     max_tool_calls: Unused = None
-    previous_response_id: Refusable = None
-    prompt: Refusable = None
-    truncation: refused_but("disabled") = None  # type: ignore[valid-type]
+    previous_response_id: Any = refused_but()
+    prompt: Any = refused_but()
+    truncation: Any = refused_but("disabled")
 
     @property
     def messages(self) -> list[dict[str, str]]:
