@@ -107,7 +107,10 @@ class TokenChooser:
             scores[list(self._counts)] -= torch.tensor(less, dtype=scores.dtype, device=scores.device)
         if self._generator is not None:
             warped = self._warpers(torch.empty(1, 0, dtype=torch.long), scores[None])
-            chosen = torch.multinomial(warped[0].softmax(-1).cpu(), 1, generator=self._generator)
+            probabilities = warped[0].softmax(-1).cpu()
+            if not bool(probabilities.isfinite().all()):
+                raise GradmemError("no token can be drawn: the memory holds numbers that are not finite")
+            chosen = torch.multinomial(probabilities, 1, generator=self._generator)
             scores.fill_(-torch.inf)[chosen.to(scores.device)] = 0.0
 
     def take(self, token: int) -> None:

@@ -105,4 +105,4 @@ def test_who_does_not_take_an_answer_is_left(listening: Listening) -> None:
 def test_what_is_no_http_is_refused_in_the_one_form(listening: Listening, sent: bytes) -> None:
     head, _, body = everything(listening.connect(sent)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400")
-    assert json.loads(body)["error"]["type"] == "bad_request"
+    assert json.loads(body)["error"]["code"] == "bad_request"

@@ -51,23 +51,23 @@ def test_json_is_counted_as_it_is() -> None:
     [
         ("/v1/memories", "checkpoint", {"text": "a7:Qz"}),
         ("/v1/memories", "name", {"text": "a7:Qz", "checkpoint": "HERE"}),
-        ("/v1/memories/notes/ask", "queries.0", {}),
+        ("/v1/memories/notes/ask", "queries[0]", {}),
         ("/v1/chat/completions", "model", {"messages": [{"role": "user", "content": "a7"}]}),
         ("/v1/chat/completions", "memory_id", {"model": "HERE", "messages": [{"role": "user", "content": "a7"}]}),
-        ("/v1/chat/completions", "messages.0.content", {"model": "HERE:notes"}),
+        ("/v1/chat/completions", "messages[0].content", {"model": "HERE:notes"}),
     ],
 )
 def test_strings_are_limited(client: TestClient, served: str, path: str, field: str, more: dict[str, Any]) -> None:
-    long, name = "x" * 4 * MANY, field.partition(".")[0]
+    long, name = "x" * 4 * MANY, field.partition("[")[0]
     value = {"queries": [long], "messages": [{"role": "user", "content": long}]}.get(name, long)
     body = {key: served if one == "HERE" else one for key, one in more.items()} | {name: value}
     answer = client.post(path, json=body)
-    refused(answer, 422, f"body.{field}: String should have at most")
+    refused(answer, 400 if "chat" in path else 422, f"{field}: String should have at most")
 
 
 def test_lists_are_limited_and_their_first_mistake_ends_them(client: TestClient, served: str) -> None:
     written(client, served, name="notes")
-    for queries, words in (([[]] * 1000, "body.queries.0"), (["a7"] * 65, "at most 64")):
+    for queries, words in (([[]] * 1000, "queries[0]"), (["a7"] * 65, "at most 64")):
         refused(client.post("/v1/memories/notes/ask", json={"queries": queries}), 422, words)
     tags = [str(number) for number in range(101)]
     new = {"text": "b1:c2", "checkpoint": served}
@@ -96,7 +96,7 @@ def test_who_forgets_the_content_type_is_told(client: TestClient, kind: str) -> 
 @pytest.mark.parametrize("name", ["since", "until"])
 @pytest.mark.parametrize("value", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "1e400", "9" * 50, "x"])
 def test_odd_times_are_refused(client: TestClient, name: str, value: str) -> None:
-    refused(client.get("/v1/memories", params={name: value}), 422, f"query.{name}")
+    refused(client.get("/v1/memories", params={name: value}), 422, f"{name}: ")
 
 
 def test_a_header_that_would_take_long_to_parse_is_refused(client: TestClient) -> None:

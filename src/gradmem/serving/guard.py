@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .api_keys import ApiKeys
 from .body_reader import BodyReader, body_too_large
 from .errors import ClientDisconnected, Closed
-from .http_errors import Refused, error_response
+from .http_errors import Refused, error_response, refusal
 from .settings import Settings, is_loopback
+from .streaming import EVENT_STREAM, server_sent_event
 from .telemetry import Telemetry
 
 BODY_SECONDS = 30.0
@@ -39,18 +40,29 @@ SECURITY_HEADERS = {
 
 
 class Response:
-    """Sends a response with the security headers, and remembers its status."""
+    """Sends a response with the security headers, and remembers its status and whether it has ended."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.status: int | None = None
+        self._streams = self._ended = False
 
     async def __call__(self, message: Message) -> None:
         """Send one message."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message).update(SECURITY_HEADERS)
+            headers = MutableHeaders(scope=message)
+            headers.update(SECURITY_HEADERS)
+            self._streams = headers.get("content-type", "").startswith(EVENT_STREAM)
+        self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
+
+    async def end_stream(self, error: Exception) -> None:
+        """End a stream of events that is not finished. A client learns of a timeout, which nobody else could tell."""
+        if self._streams and not self._ended:
+            told = isinstance(error, TimeoutError)
+            event = server_sent_event("error", refusal(error).body) if told else ""
+            await self({"type": "http.response.body", "body": event.encode(), "more_body": False})
 
 
 class Guard:
@@ -89,6 +101,8 @@ class Guard:
             except Exception as error:
                 if response.status is None:
                     await error_response(error)(scope, receive, response)
+                else:
+                    await response.end_stream(error)
                 if not isinstance(error, Refused | TimeoutError):
                     raise
 

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import AfterValidator, Field
 
-from ..errors import GradmemError
+from ..errors import GradmemError, Missing
 from ..store.database import utc
 from .http_errors import Refused, refusal
 
@@ -49,6 +49,8 @@ class OpenAIRoute(JsonRoute):
         async def answer(request: Request) -> Response:
             try:
                 return await handle(request)
+            except Missing as error:
+                raise Refused(404, refusal(error).message, param="model", code="model_not_found") from error
             except (GradmemError, RequestValidationError) as error:
                 refused = refusal(error)
                 if refused.status != HTTPStatus.UNPROCESSABLE_ENTITY:

@@ -1,4 +1,4 @@
-"""The parts of OpenAI's API."""
+"""`/v1/chat/completions`, and `/v1/models`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ from gradmem.serving.api_keys import ApiKeys
 def spoken(model: MemoryModel, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a model generate these tokens, whatever it is asked."""
 
-    def generate(memory: Any, queries: list[list[int]], *_: Any, streamer: Any = None, **__: Any) -> list[list[int]]:
-        if streamer is not None:
-            if hasattr(streamer, "begin"):
-                streamer.begin(list(range(len(queries))))
-            streamer.put(torch.tensor(queries))
+    def generate(memory: Any, queries: list[list[int]], *_: Any, control: Any = None, **__: Any) -> list[list[int]]:
+        if control is not None:
+            control.begin(list(range(len(queries))))
             for token in ids:
-                streamer.put(torch.tensor([token] * len(queries)))
-            streamer.end()
+                control.ended(torch.tensor([[token]] * len(queries)), None)
         return [ids] * len(queries)
 
     monkeypatch.setattr(model.method, "generate", generate)
@@ -50,7 +47,7 @@ def test_streamed_pieces_are_the_answer_also_where_decoding_rewrites(
             usage = whole["usage"]
             assert (whole["choices"][0]["finish_reason"], usage["completion_tokens"]) == (reason, len(ids))
             assert usage["total_tokens"] == usage["prompt_tokens"] + len(ids) > len(ids)
-            assert whole["gradmem"]["finish_reason"] == reason
+            assert whole["choices"][0]["gradmem"]["finish_reason"] == reason
             lines = chat(client, name, stream=True, stream_options={"include_usage": True}).text.split("\n\n")
             chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
             pieces = [one["delta"].get("content") or "" for chunk in chunks for one in chunk["choices"]]
@@ -67,7 +64,7 @@ def test_keys_are_as_the_openai_client_sends_them(served: str, keys: ApiKeys, tm
         refused(chat(client, served), 401, "a key is needed")
         client.headers = headers
         written(client, served, name="notes")
-        refused(chat(client, served), 422, "is no query: ask for a key of 2")
+        refused(chat(client, served), 400, "is no query: ask for a key of 2")
         asked = {"model": f"{served}:notes", "messages": [{"role": "user", "content": "a7"}]}
         found = client.post("/v1/chat/completions", json=asked).json()
         assert found["choices"][0]["message"]["content"] == load(served).write(TEXT).ask("a7")
@@ -95,9 +92,9 @@ def test_a_conversation_about_a_document(tmp_path: Path, keys: ApiKeys) -> None:
         lines = chat(client, name, messages=messages, stream=True).text.split("\n\n")
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
         assert "".join(one["delta"].get("content") or "" for c in chunks for one in c["choices"]) == wanted.text
-        refused(chat(client, name, messages=messages[:1]), 422, "no message with the role `user`")
-        refused(chat(client, name, messages=[*messages[:2], *messages[2:] * 40]), 422, "the limit of")
-        refused(chat(client, name, messages=[{"role": "user", "content": " "}]), 422, "the query is empty")
+        refused(chat(client, name, messages=messages[:1]), 400, "no message with the role `user`")
+        refused(chat(client, name, messages=[*messages[:2], *messages[2:] * 40]), 400, "the limit of")
+        refused(chat(client, name, messages=[{"role": "user", "content": " "}]), 400, "the query is empty")
 
 
 def test_several_methods_of_one_model(tmp_path: Path, keys: ApiKeys) -> None:
