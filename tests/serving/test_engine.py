@@ -7,15 +7,18 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from cases import ALL, TEXT, build
-from gradmem import GradmemError, Memory, MemoryModel
+from chat_models import save_model
+from gradmem import GradmemError, Memory, MemoryModel, load
 from gradmem.methods.base import Written
 from gradmem.model import Answer
+from gradmem.sampling import Sampling
 from gradmem.serving import Busy, Closed, Engine
 from gradmem.serving.prefix_cache import PrefixCache
 
@@ -81,7 +84,9 @@ def test_answers_are_those_of_the_model(case: tuple[str, int], monkeypatch: pyte
     assert [answer.text for answer in wanted] == [memories[i].ask(query) for i, query in asked]
     batches = sizes(model, monkeypatch)
     with Engine(model, max_batch=7, max_wait_ms=200) as engine, ThreadPoolExecutor(len(asked)) as clients:
-        got = list(clients.map(lambda one: engine.ask(one[0], memories[one[0]], one[1]).result(), asked))
+        listeners = [None, lambda text: None]  # a batch that somebody listens to is generated under control
+        ask = lambda i, query: engine.ask(i, memories[i], query, on_text=listeners[i % 2]).result()  # noqa: E731
+        got = list(clients.map(lambda one: ask(*one), asked))
     assert max(batches) == 7
     assert sum(batches) == len(asked)
     for answer, alone in zip(got, wanted, strict=True):
@@ -304,3 +309,37 @@ def test_close_gives_up_what_takes_too_long(held: Held, memory: Memory) -> None:
     for future in (held.written, long, asked):
         with pytest.raises(Closed):
             future.result(60)
+
+
+def test_an_answer_that_is_given_up_ends_at_its_next_token(tmp_path: Path) -> None:
+    """And no other answer of its batch does."""
+    model = load(save_model(tmp_path / "lm"), {"name": "cram", "n_mem": 2, "write_steps": 1})
+    memory, letter = model.write("Ann."), model.task.encode("a")[0]
+    options = Sampling(max_tokens=30, logit_bias={letter: 100.0})
+    told: list[str] = []
+    with Engine(model, max_wait_ms=1000, max_batch=2) as engine:
+
+        def leave(text: str) -> None:
+            told.append(text)
+            if len(told) == 3:
+                left.cancel()
+
+        left = engine.ask(1, memory, "Who?", sampling=options, on_text=leave)
+        kept = engine.ask(1, memory, "Who?", sampling=options)
+        assert kept.result().text == "a" * 30
+        assert left.result().answer_tokens == 4
+    assert told == ["a", "aa", "aaa"]
+
+
+def test_a_query_fits_behind_its_memory_or_is_refused(tmp_path: Path) -> None:
+    """The prefix counts, which may be longer than usual; the others of the batch are answered."""
+    model = load(save_model(tmp_path / "lm", positions=400), {"name": "full_context"})
+    short, long = model.write("Ann."), model.write("A" * 90)
+    taken = [memory.prefix.end for memory in (short, long)]
+    query = len(model.encoder.query_ids("Who?", {"max_new_tokens": 1}))
+    room = Sampling(max_tokens=400 - query - taken[1] + 1)
+    with Engine(model, max_wait_ms=1000, max_batch=2) as engine:
+        fits = engine.ask(1, short, "Who?", sampling=room)
+        with pytest.raises(GradmemError, match=f"the memory leaves room for {400 - taken[1]} tokens"):
+            engine.ask(2, long, "Who?", sampling=room).result()
+        assert fits.result().answer_tokens > 0

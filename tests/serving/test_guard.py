@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from tests.serving.requesting import TEXT, Once, Slow, authorized, client_of, refused, written
+from tests.serving.requesting import TEXT, Once, Slow, authorized, chat, client_of, events, refused, written
 
 from gradmem import GradmemError
 from gradmem.serving.api_keys import ApiKeys
+from gradmem.serving.engine import Engine
 from gradmem.store import Store
 
 
@@ -145,6 +147,23 @@ def test_a_request_ends_in_time_and_its_write_with_it(
         slow = {"text": "b1:c2", "checkpoint": served, "steps": 10_000}
         refused(client.post("/v1/memories", json=slow), 504, "longer than the server")
         assert len(client.get("/v1/memories").json()["memories"]) == 1
+
+
+def test_a_stream_that_takes_too_long_says_so_and_ends(client: TestClient, served: str, monkeypatch: Any) -> None:
+    written(client, served, name="notes")
+    waiting: list[Future[Any]] = []
+
+    def ask(*_: Any, on_text: Any, **__: Any) -> Future[Any]:
+        on_text("Q")
+        waiting.append(Future())
+        return waiting[0]
+
+    monkeypatch.setattr(Engine, "ask", ask)
+    monkeypatch.setitem(vars(client.app.state.settings), "timeout", 1.0)  # type: ignore[attr-defined]
+    (_, first), (name, last) = events(chat(client, served, stream=True).text)
+    assert first["choices"][0]["delta"]["content"] == "Q"
+    assert (name, last["error"]["code"]) == ("error", "gateway_timeout")
+    assert waiting[0].cancelled()
 
 
 def test_what_needs_no_key_reads_no_body_and_takes_no_place(served: str, keys: ApiKeys, tmp_path: Path) -> None:

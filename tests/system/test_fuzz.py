@@ -51,7 +51,14 @@ def client(tiny: MemoryModel, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield client
 
 
-PATHS = ("/v1/memories", "/v1/memories/notes/ask", "/v1/chat/completions", "/v1/memories/files", "/v1/memories/texts")
+PATHS = (
+    "/v1/memories",
+    "/v1/memories/notes/ask",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/memories/files",
+    "/v1/memories/texts",
+)
 TEXTS = st.text().map(lambda text: json.dumps({"text": text, "checkpoint": "x"}).encode())
 
 
@@ -182,7 +189,8 @@ def test_files_that_are_valid_but_mean_nothing_are_answered(client: TestClient, 
             asked = client.post(f"/v1/memories/{ref}/ask", json={"queries": ["a7"]})
             assert asked.status_code in (200, 422), asked.text
             chat = {"model": f"{name}:{ref}", "messages": [{"role": "user", "content": "a7"}]}
-            assert client.post("/v1/chat/completions", json=chat).status_code in (200, 422)
+            for drawn in ({}, {"temperature": 1, "logprobs": True, "top_logprobs": 2}):
+                assert client.post("/v1/chat/completions", json=chat | drawn).status_code in (200, 400)
             assert client.get("/v1/memories").status_code == 200
 
 

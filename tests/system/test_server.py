@@ -53,7 +53,7 @@ def test_openai_client_asks_a_memory(server: Server) -> None:
         found = client.chat.completions.create(model=model, messages=asked, extra_body=extra)
         assert found.choices[0].message.content == wanted.text == "9f"
         assert found.choices[0].finish_reason == "stop"
-        assert found.gradmem["logprob"] == pytest.approx(wanted.logprob, abs=1e-4)
+        assert found.choices[0].gradmem["logprob"] == pytest.approx(wanted.logprob, abs=1e-4)
     with client.chat.completions.create(model="kv-16:notes", messages=asked, stream=True) as stream:
         chunks = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "9f"
@@ -61,7 +61,7 @@ def test_openai_client_asks_a_memory(server: Server) -> None:
     assert len(chunks) > 2
     with pytest.raises(openai.NotFoundError, match="no such memory"):
         client.chat.completions.create(model="kv-16:other", messages=asked)
-    with pytest.raises(openai.UnprocessableEntityError, match="no memory is named"):
+    with pytest.raises(openai.BadRequestError, match="no memory is named"):
         client.chat.completions.create(model="kv-16", messages=asked)
 
 
