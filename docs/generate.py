@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import io
+import json
 import os
 import pkgutil
 import re
@@ -152,7 +153,7 @@ def http() -> str:
         "A server describes itself too: `/openapi.json` is this document for machines, `/docs` a page of it. How to",
         "start one, keys, limits and the client: [serve memories](../howto/serve.md).\n",
         "Bodies are JSON and say so (`Content-Type: application/json`). Errors have one form,",
-        '`{"error": {"message": ..., "type": ...}}`:\n',
+        '`{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}`:\n',
         "| status | meaning |\n|---|---|",
         *(f"| {status} | {STATUSES[int(status)]} |" for status in ERROR_RESPONSES),
         "",
@@ -164,7 +165,7 @@ def http() -> str:
 
 
 STATUSES = {
-    400: "this is no HTTP/1.1 request, or its head is too long",
+    400: "this is no HTTP/1.1 request, or its head is too long; in OpenAI's API also what is 422 elsewhere",
     401: "a key is missing or wrong",
     403: "a full quota, or a page of another site",
     404: "no such memory or checkpoint",
@@ -220,7 +221,7 @@ def type_of(schema: Plain) -> str:
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(type_of(one) for one in schema["anyOf"]))
     if "enum" in schema:
-        return ", ".join(f"`{one}`" for one in schema["enum"])
+        return ", ".join(f"`{one if isinstance(one, str) else json.dumps(one)}`" for one in schema["enum"])
     kind = str(schema.get("type", "any"))
     return f"list of {type_of(schema['items'])}" if kind == "array" and "items" in schema else kind
 

@@ -333,7 +333,7 @@ def test_an_answer_that_is_given_up_ends_at_its_next_token(tmp_path: Path) -> No
 
 def test_a_query_fits_behind_its_memory_or_is_refused(tmp_path: Path) -> None:
     """The prefix counts, which may be longer than usual; the others of the batch are answered."""
-    model = load(save_model(tmp_path / "lm", positions=400), {"name": "full_context"})
+    model = load(save_model(tmp_path / "lm", positions=400), {"name": "compact", "budget": 0.5, "writers": "select"})
     short, long = model.write("Ann."), model.write("A" * 90)
     taken = [memory.prefix.end for memory in (short, long)]
     query = len(model.encoder.query_ids("Who?", {"max_new_tokens": 1}))

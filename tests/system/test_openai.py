@@ -81,7 +81,9 @@ def test_chat_streams(place: Place) -> None:
     *chunks, last = list(client.chat.completions.create(**asked, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
     assert (last.choices, last.usage) == ([], whole.usage)
-    with client.chat.completions.stream(**place.asked(logprobs=True)) as stream:
+    ended = place.asked(logprobs=True, stop=whole.choices[0].message.content[8:10])  # the helper wants whole answers
+    whole = client.chat.completions.create(**ended)
+    with client.chat.completions.stream(**ended) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion()
     assert {"chunk", "content.delta", "content.done", "logprobs.content.delta"} <= kinds
@@ -90,7 +92,7 @@ def test_chat_streams(place: Place) -> None:
         "assistant",
     )
     assert final.choices[0].logprobs.content == whole.choices[0].logprobs.content
-    assert final.choices[0].finish_reason == "length"
+    assert final.choices[0].finish_reason == "stop"
 
 
 def test_responses(place: Place) -> None:
@@ -107,11 +109,9 @@ def test_responses(place: Place) -> None:
     events = list(client.responses.create(**asked, stream=True))
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == chat
     assert events[-1].response.output_text == chat
-    # The helper of the client wants an answer that is not cut off.
-    stop = client.chat.completions.create(**place.asked()).choices[0].message.content
     with client.responses.stream(**asked) as stream:
         found = list(stream)
-    assert [event.snapshot for event in found if event.type == "response.output_text.delta"][-1] == stop
+    assert [event.snapshot for event in found if event.type == "response.output_text.delta"][-1] == chat
     more = [{"role": "user", "content": QUESTIONS[0]}, *reply.output, {"role": "user", "content": "When?"}]
     assert client.responses.create(**{**asked, "input": more}, instructions="Hum.").output_text
 
@@ -145,9 +145,13 @@ def test_errors_are_of_the_clients_classes(place: Place) -> None:
     with pytest.raises(openai.AuthenticationError):
         place.client(key="gm-wrong").models.list()
     flooding = place.client(key=ApiKeys(place.folder / "keys.json").add("flood"))
-    with pytest.raises(openai.RateLimitError, match="requests in a minute"):
-        for _ in range(RATE + 1):
+    refused = None
+    for _ in range(RATE + 1):
+        try:
             flooding.models.list()
+        except openai.RateLimitError as error:
+            refused = error
+    assert "requests in a minute" in str(refused)
 
 
 def test_clients_stream_at_the_same_time(place: Place) -> None:
@@ -195,8 +199,8 @@ def test_clients_stream_at_the_same_time(place: Place) -> None:
 
 def test_a_server_that_dies_is_an_error(place: Place) -> None:
     """The last test: a stream never just ends."""
-    long = place.asked() | {"max_completion_tokens": 800}
-    with pytest.raises((openai.APIConnectionError, openai.APIError)):
-        for number, _ in enumerate(place.client().chat.completions.create(**long, stream=True)):
-            if number == 2:
-                place.server.process.kill()
+    stream = place.client().chat.completions.create(**place.asked() | {"max_completion_tokens": 800}, stream=True)
+    next(iter(stream))
+    place.server.process.kill()
+    with pytest.raises(openai.APIConnectionError):
+        list(stream)

@@ -105,9 +105,9 @@ class _GrowingAnswer:
         sampling = self.request.sampling
         settled = self.task.settled(self.ids)
         text = sampling.cut(settled)
-        if stopped := text != settled:
+        if text != settled:
             self.ended = True
-            self._show_tokens(self._tokens_of(text))
+            self._show_tokens(self._tokens_of(text) if self._tokens else 0)
         elif self.ended:
             self._show_tokens(len(self.ids) - by_itself)
         elif held := sampling.held_back(text):
@@ -115,15 +115,15 @@ class _GrowingAnswer:
         else:
             self._show_tokens(len(self.ids))
         # What an end cuts off is not settled: the rest comes with the answer itself.
-        if text != self._shown and (stopped or text.startswith(self._shown)):
+        if text != self._shown:
             self._shown = text
             if self.request.on_text is not None:
                 self.request.on_text(text)
 
     def _show_tokens(self, until: int) -> None:
         """Tell the listener of tokens about the first so many."""
-        for token in self._tokens[self._shown_tokens : until]:
-            if self.request.on_token is not None:
+        if self.request.on_token is not None:
+            for token in self._tokens[self._shown_tokens : until]:
                 self.request.on_token(token)
         self._shown_tokens = max(self._shown_tokens, until)
 

@@ -122,8 +122,8 @@ class ChatRequest(Asking):
         return [
             Sampling(
                 max_tokens=self.max_completion_tokens or self.max_tokens,
-                temperature=self.heat,
-                top_p=self.share,
+                temperature=self.effective_temperature,
+                top_p=self.effective_top_p,
                 seed=None if self.seed is None else (self.seed + choice) % 2**63,
                 presence_penalty=self.presence_penalty or 0.0,
                 frequency_penalty=self.frequency_penalty or 0.0,

@@ -95,14 +95,14 @@ class Asking(Strict):
         return checkpoint, ref
 
     @property
-    def heat(self) -> float:
+    def effective_temperature(self) -> float:
         """The temperature: answers are greedy unless the request asks for draws."""
         if self.temperature is not None:
             return self.temperature
         return 0.0 if self.top_p is None else 1.0
 
     @property
-    def share(self) -> float:
+    def effective_top_p(self) -> float:
         """The share of probability that is drawn from."""
         return 1.0 if self.top_p is None else self.top_p
 

@@ -124,7 +124,7 @@ class ResponseRequest(Asking):
         wanted = bool(self.include) or bool(self.top_logprobs)
         return Sampling(
             max_tokens=self.max_output_tokens,
-            temperature=self.heat,
-            top_p=self.share,
+            temperature=self.effective_temperature,
+            top_p=self.effective_top_p,
             top_logprobs=(self.top_logprobs or 0) if wanted else None,
         )

@@ -88,7 +88,7 @@ class Completion(BaseModel):
     usage: Usage
 
 
-async def asked_of(
+async def answers_to(
     asked: Asking, messages: list[dict[str, str]], samplings: list[Sampling], store: AsyncStore, engines: EnginePool
 ) -> Answers:
     """Ask the memory that a request names."""
@@ -103,7 +103,7 @@ async def asked_of(
 async def complete(asked: ChatRequest, store: OwnStore, engines: Pool) -> Any:
     """Answer the last message of the user from a memory, which stands before the conversation."""
     samplings = asked.samplings
-    answers = await asked_of(asked, asked.conversation, samplings, store, engines)
+    answers = await answers_to(asked, asked.conversation, samplings, store, engines)
     common = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),

@@ -20,7 +20,7 @@ from ..openai_answers import Answers, logprobs_of
 from ..openai_responses import ResponseRequest
 from ..streaming import server_sent
 from ..validation import OpenAIRoute
-from .chat import Logprob, asked_of
+from .chat import Logprob, answers_to
 
 router = APIRouter(prefix="/v1/responses", tags=["OpenAI"], route_class=OpenAIRoute)
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
@@ -133,7 +133,7 @@ class ModelResponse(BaseModel):
 @router.post("", response_model=ModelResponse)
 async def respond(asked: ResponseRequest, store: OwnStore, engines: Pool) -> Any:
     """Answer the last message of the user from a memory, which stands before the conversation."""
-    answers = await asked_of(asked, asked.messages, [asked.sampling], store, engines)
+    answers = await answers_to(asked, asked.messages, [asked.sampling], store, engines)
     begun = ModelResponse(
         id=f"resp_{secrets.token_hex(24)}",
         created_at=int(time.time()),
@@ -142,9 +142,9 @@ async def respond(asked: ResponseRequest, store: OwnStore, engines: Pool) -> Any
         max_output_tokens=asked.max_output_tokens,
         metadata=asked.metadata or {},
         model=asked.model,
-        temperature=asked.heat,
+        temperature=asked.effective_temperature,
         top_logprobs=asked.top_logprobs or 0,
-        top_p=asked.share,
+        top_p=asked.effective_top_p,
     )
     item = f"msg_{secrets.token_hex(24)}"
     if not asked.stream:
