@@ -218,8 +218,8 @@ def type_of(schema: Plain) -> str:
     """A JSON type in words."""
     if "$ref" in schema:
         return str(schema["$ref"].rsplit("/", 1)[1])
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(type_of(one) for one in schema["anyOf"]))
+    if kinds := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(dict.fromkeys(type_of(one) for one in kinds))
     if "enum" in schema:
         return ", ".join(f"`{one if isinstance(one, str) else json.dumps(one)}`" for one in schema["enum"])
     kind = str(schema.get("type", "any"))

@@ -117,7 +117,8 @@ def refusal(error: BaseException) -> Refused:
 
 
 def _one_line(message: str) -> str:
-    return " ".join(message.split())[:1000]
+    # A field of the request may be named with half a character, which no response can hold.
+    return " ".join(message.encode(errors="replace").decode().split())[:1000]
 
 
 UNSUPPORTED = "unsupported"

@@ -20,8 +20,9 @@ MAX_STOPS = 4
 def refused_but(*accepted: Any) -> Any:
     """A field that the server cannot obey: null and these values, which ask for nothing, are accepted."""
     values = [*accepted, None]
-    shown = " or ".join(f"`{json.dumps(one)}`" for one in values)
-    return Field(None, description=f"Refused, unless it is {shown}.", json_schema_extra={ACCEPTED: values})
+    shown = " or ".join(f"`{json.dumps(one)}`" for one in accepted)
+    description = f"Refused, unless it is {shown}." if accepted else "Refused."
+    return Field(None, description=description, json_schema_extra={ACCEPTED: values})
 
 
 ACCEPTED = "enum"
@@ -29,10 +30,12 @@ ACCEPTED = "enum"
 Unused = Annotated[Any, Field(description="Accepted; it has no effect here.")]
 """A field that asks for nothing that a server of one's own does: labels, caches and prices of OpenAI's."""
 Temperature = Annotated[float | None, Field(ge=0, le=2, description="0 is greedy. Default: 0; 1 if `top_p` is given.")]
-TopP = Annotated[float | None, Field(ge=0, le=1)]
+TopP = Annotated[float | None, Field(ge=0, le=1, description="Draw from the likeliest tokens that add up to this.")]
 Penalty = Annotated[float | None, Field(ge=-2, le=2)]
-TokenLimit = Annotated[int | None, Field(ge=1, le=MAX_TOKENS, description="Default: that of the model's task.")]
-TopLogprobs = Annotated[int | None, Field(ge=0, le=20)]
+TokenLimit = Annotated[
+    int | None, Field(ge=1, le=MAX_TOKENS, description="Most tokens of an answer. Default: that of the model's task.")
+]
+TopLogprobs = Annotated[int | None, Field(ge=0, le=20, description="Also of the likeliest tokens at each place.")]
 
 
 class Strict(BaseModel):

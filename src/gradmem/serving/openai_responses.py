@@ -17,7 +17,7 @@ from .openai_fields import (
     messages_of,
     refused_but,
 )
-from .validation import Content
+from .validation import Content, Line
 
 
 class Part(Strict):
@@ -95,7 +95,7 @@ class ResponseRequest(Asking):
     input: TextOrItems = Field(description="The question, or the messages of a conversation.")
     instructions: Content | None = Field(None, description="What the model is told before the conversation.")
     max_output_tokens: TokenLimit = None
-    metadata: dict[str, str] | None = Field(None, max_length=16, description="Returned with the response.")
+    metadata: dict[Line, Line] | None = Field(None, max_length=16, description="Returned with the response.")
     include: list[Literal["message.output_text.logprobs"]] | None = Field(None, max_length=100)
     top_logprobs: TopLogprobs = None
     stream_options: ResponseStreamOptions | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.serving.requesting import TEXT, authorized, chat, client_of, events, refused, written
+from tests.serving.requesting import JSON, TEXT, authorized, chat, client_of, events, refused, written
 from tests.serving.routes.conftest import Plain
 
 from chat_models import save_model
@@ -266,6 +266,12 @@ def test_what_cannot_be_obeyed_is_refused_by_name(plain: Plain, fields: dict[str
     refused(answer, 400, f"{param}: ")
     error = answer.json()["error"]
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+def test_any_name_of_a_field_is_answered(plain: Plain) -> None:
+    for name, shown in ((r"\ud800", "?"), ("a b\\n" * 900, "a b a b"), ("", "no such field")):
+        body = f'{{"model": "x", "messages": [{{"role": "user", "content": "x"}}], "{name}": 1}}'
+        refused(plain.client.post("/v1/chat/completions", content=body.encode(), headers=JSON), 400, shown)
 
 
 def test_every_field_of_openais_client_is_known() -> None:
