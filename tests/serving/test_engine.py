@@ -311,11 +311,33 @@ def test_close_gives_up_what_takes_too_long(held: Held, memory: Memory) -> None:
             future.result(60)
 
 
+def talkative(place: Path) -> tuple[MemoryModel, Memory, Sampling]:
+    """A model, a memory of it, and options with which it says "a" thirty times."""
+    model = load(save_model(place), {"name": "cram", "n_mem": 2, "write_steps": 1})
+    letter = model.task.encode("a")[0]
+    return model, model.write("Ann."), Sampling(max_tokens=30, logit_bias={letter: 100.0})
+
+
+def test_close_gives_up_an_answer_that_takes_too_long(tmp_path: Path) -> None:
+    model, memory, options = talkative(tmp_path / "lm")
+    engine = Engine(model)
+    closing = threading.Thread(target=engine.close, args=(0.0,))
+
+    def close(text: str) -> None:
+        if text == "aaa":
+            closing.start()
+            while not engine._past_deadline():
+                threading.Event().wait(0.01)
+
+    with pytest.raises(Closed):
+        engine.ask(1, memory, "Who?", sampling=options, on_text=close).result(60)
+    closing.join(60)
+    assert not closing.is_alive()
+
+
 def test_an_answer_that_is_given_up_ends_at_its_next_token(tmp_path: Path) -> None:
     """And no other answer of its batch does."""
-    model = load(save_model(tmp_path / "lm"), {"name": "cram", "n_mem": 2, "write_steps": 1})
-    memory, letter = model.write("Ann."), model.task.encode("a")[0]
-    options = Sampling(max_tokens=30, logit_bias={letter: 100.0})
+    model, memory, options = talkative(tmp_path / "lm")
     told: list[str] = []
     with Engine(model, max_wait_ms=1000, max_batch=2) as engine:
 
@@ -329,6 +351,16 @@ def test_an_answer_that_is_given_up_ends_at_its_next_token(tmp_path: Path) -> No
         assert kept.result().text == "a" * 30
         assert left.result().answer_tokens == 4
     assert told == ["a", "aa", "aaa"]
+
+
+def test_short_answers_do_not_wait_for_long_ones_that_came_first(held: Held, memory: Memory) -> None:
+    done: list[str] = []
+    for name, sampling in (("long", Sampling(max_tokens=8)), ("short", Sampling(max_tokens=2))):
+        future = held.engine.ask(1, memory, "a7", sampling=sampling)
+        future.add_done_callback(lambda _, name=name: done.append(name))  # type: ignore[misc]
+    held.gate.set()
+    held.engine.close()
+    assert done == ["short", "long"]
 
 
 def test_a_query_fits_behind_its_memory_or_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..generation import RowControl
 from ..sampling import Token, TokenChooser
 from ..tasks.base import Task
 from .engine_requests import AskRequest
+from .errors import Closed
 
 
 class AnswerControl(RowControl):
@@ -21,9 +23,12 @@ class AnswerControl(RowControl):
     ----------
     requests : list of AskRequest
     task : Task
+    too_late : callable
+        Whether the engine has no more time for answers.
     """
 
-    def __init__(self, requests: list[AskRequest], task: Task) -> None:
+    def __init__(self, requests: list[AskRequest], task: Task, too_late: Callable[[], bool]) -> None:
+        self.too_late = too_late
         self.answers = [_GrowingAnswer(request, task) for request in requests]
         self.ids = [answer.ids for answer in self.answers]
         self.running: list[_GrowingAnswer] = []
@@ -40,12 +45,22 @@ class AnswerControl(RowControl):
         return scores
 
     def ended(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Give each answer its next token. Raises `CancelledError` if nobody wants any of the answers."""
+        """Give each answer its next token.
+
+        Raises
+        ------
+        CancelledError
+            If nobody wants any of the answers.
+        Closed
+            If the engine has no more time.
+        """
         for answer, token in zip(self.running, ids[:, -1].tolist(), strict=True):
             if not answer.ended or not answer.ids:  # no answer is without a token, not even one that failed
                 answer.guarded(answer.take, token)
         if all(answer.unwanted for answer in self.answers):
             raise CancelledError
+        if self.too_late():
+            raise Closed("the engine is closed")
         return torch.tensor([answer.ended for answer in self.running], device=ids.device)
 
     def cut(self, row: int, text: str) -> str:

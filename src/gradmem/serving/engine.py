@@ -109,7 +109,8 @@ class Engine:
         timeout : float, optional
             Most seconds to wait. If they pass before the query is started, the future raises `TimeoutError`.
         sampling : Sampling, optional
-            How the tokens of this answer are chosen. Answers with other options share its batch.
+            How the tokens of this answer are chosen. Answers with other options share its batch, unless one may be
+            twice as long as another: short answers do not wait for long ones.
         on_text : callable
             Called on the engine's thread with the part of the answer that later tokens cannot change, each time it
             grows (see `Task.settled`). It must be quick. An error that it raises ends the request.
@@ -253,13 +254,14 @@ class Engine:
                 self._changed.wait_for(lambda: len(self._asks) >= self.max_batch or self._closed, max(0, rest))
             waiting = [self._asks.popleft() for _ in range(min(self.max_batch, len(self._asks)))]
         started = time.monotonic()
-        of_model: dict[int, list[AskRequest]] = {}
+        batches: dict[tuple[int, int], list[AskRequest]] = {}
         for request in waiting:
             if request.start():
-                of_model.setdefault(id(request.memory.model), []).append(request)
-        if not of_model:
+                # A batch lasts as long as its longest answer: answers of other lengths go their own ways.
+                batches.setdefault((request.most_tokens.bit_length(), id(request.memory.model)), []).append(request)
+        if not batches:
             return
-        for requests in of_model.values():
+        for _, requests in sorted(batches.items(), key=lambda batch: batch[0]):  # the shortest first
             try:
                 self._read(requests)
             except Exception as error:  # any error: it belongs to the futures, and this thread must survive it
@@ -289,7 +291,7 @@ class Engine:
         asked = [request for request, _ in fitting]
         options: dict[str, Any] = {}
         if any(request.controlled for request in asked):
-            options["control"] = AnswerControl(asked, model.task)
+            options["control"] = AnswerControl(asked, model.task, self._past_deadline)
             options["max_new_tokens"] = max(request.most_tokens for request in asked)
         queries, order = [request.ids for request in asked], [row for _, row in fitting]
         joined = prefixes[0].join(prefixes[1:])
