@@ -117,8 +117,7 @@ def refusal(error: BaseException) -> Refused:
 
 
 def _one_line(message: str) -> str:
-    # A field of the request may be named with half a character, which no response can hold.
-    return " ".join(message.encode(errors="replace").decode().split())[:1000]
+    return " ".join(message.split())[:1000]
 
 
 UNSUPPORTED = "unsupported"
