@@ -63,6 +63,7 @@ def test_a_store_of_version_1_is_brought_up_to_date(store: Store) -> None:
             "DROP INDEX gradmem_memories_quota",
             "ALTER TABLE gradmem_memories DROP COLUMN bytes",
             *(f"ALTER TABLE gradmem_versions DROP COLUMN {name}" for name in ("unmeasured", "answers", "at_risk")),
+            "DROP TABLE gradmem_files",
             "UPDATE gradmem_schema SET version = 1",
         ):
             connection.execute(text(statement))

@@ -26,6 +26,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     TypeDecorator,
     UniqueConstraint,
     create_engine,
@@ -44,7 +45,7 @@ from sqlalchemy.schema import CreateColumn
 from ..errors import GradmemError, Missing
 from ..files import close_to_others, make_private
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the tables. A store with a higher version was made by a newer gradmem, and is refused."""
 BUSY_SECONDS = 60
 """Most seconds that a process waits for others that write to the same SQLite file."""
@@ -132,6 +133,17 @@ tags = Table(
     Column("created", Moment, nullable=False),
     Index("gradmem_tags_created", "owner", "tag", "created", "memory"),
     sqlite_with_rowid=False,
+)
+files = Table(
+    "gradmem_files",
+    metadata,
+    Column("owner", String, primary_key=True),
+    Column("path", Label, primary_key=True),
+    Column("text", Text, nullable=False),
+    Column("size", BigInteger, nullable=False),  # bytes of the text
+    Column("created", Moment, nullable=False),
+    Column("updated", Moment, nullable=False),
+    Column("memory", ForeignKey(memories.c.id, ondelete="SET NULL"), index=True),  # written from this text
 )
 ADDED = (memories.c.bytes, versions.c.unmeasured, versions.c.answers, versions.c.at_risk)
 """Columns that version 2 of the tables added."""
@@ -226,10 +238,13 @@ def _make_tables(connection: Connection, name: str) -> None:
         metadata.create_all(connection)
         connection.execute(insert(schema).values(version=SCHEMA))
     elif found < SCHEMA:
-        _upgrade(connection)
+        if found < 2:
+            _add_columns(connection)
+        files.create(connection)  # version 3 has text files
+        connection.execute(update(schema).values(version=SCHEMA))
 
 
-def _upgrade(connection: Connection) -> None:
+def _add_columns(connection: Connection) -> None:
     """Upgrade tables of version 1 to version 2."""
     for column in ADDED:
         lacking = CreateColumn(column).compile(dialect=connection.dialect)
@@ -237,7 +252,6 @@ def _upgrade(connection: Connection) -> None:
     sizes = select(func.coalesce(func.sum(versions.c.size), 0)).where(versions.c.memory == memories.c.id)
     connection.execute(update(memories).values(bytes=sizes.scalar_subquery()))
     quota.create(connection)
-    connection.execute(update(schema).values(version=SCHEMA))
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:

@@ -141,8 +141,16 @@ class Transaction:
             self.set_columns(row.id, name=name or row.name)
         return self.entry(row.id)
 
-    def insert(self, memory: Memory, data: bytes, content: str, name: str | None, tags: Sequence[str]) -> Entry:
-        """Store a new memory, under a name that no other memory has."""
+    def insert(
+        self,
+        memory: Memory,
+        data: bytes,
+        content: str | None,
+        name: str | None,
+        tags: Sequence[str],
+        memories: int = 1,
+    ) -> Entry:
+        """Store a new memory, under a name that no other memory has. It counts as so many `memories` of the quota."""
         version, receipt, moment = version_of(memory, data), memory.receipts[0], now()
         values: dict[str, Any] = {
             "id": secrets.token_hex(16),
@@ -158,7 +166,7 @@ class Transaction:
             "created": moment,
             "updated": moment,
         }
-        self.check_room(version.size, memories=1)
+        self.check_room(version.size, memories)
         self.connection.execute(insert(db.memories).values(**values))
         insert_version(self.connection, values, version, data)
         insert_tags(self.connection, values, tags)
@@ -199,12 +207,19 @@ class Transaction:
             raise Conflict(f"the name '{name}' is taken by another memory: update that memory, or choose another name")
 
     def check_room(self, size: int, memories: int = 0) -> None:
-        """Raise `QuotaExceeded` if so many more memories and bytes would exceed the quota."""
+        """Raise `QuotaExceeded` if so many more memories and bytes would exceed the quota.
+
+        Text files count too: their bytes, and as a memory each, whether or not it is written already.
+        """
         quota, advice = self.quota, "delete memories that you no longer need, then try again"
         if quota == Quota():
             return
         query = select(func.count(), func.coalesce(func.sum(_memories.bytes), 0)).where(self.mine)
         there, used = map(int, self.connection.execute(query).one())
+        unwritten = func.count().filter(db.files.c.memory.is_(None))
+        texts = select(unwritten, func.coalesce(func.sum(db.files.c.size), 0)).where(db.files.c.owner == self.owner)
+        more, text_bytes = map(int, self.connection.execute(texts).one())
+        there, used = there + more, used + text_bytes
         if memories and quota.memories is not None and there + memories > quota.memories:
             raise QuotaExceeded(f"at most {quota.memories:,} memories may be stored, and {there:,} are: {advice}")
         if quota.bytes is not None and used + size > quota.bytes:
