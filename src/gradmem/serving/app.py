@@ -13,7 +13,6 @@ from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from ..errors import GradmemError
 from ..store import Store
 from . import http_errors
 from .api_keys import ApiKeys
@@ -45,8 +44,7 @@ def create_app(store: Store, settings: Settings | None = None, keys: ApiKeys | N
         If other machines could reach the server and there are no keys.
     """
     settings, keys = settings or Settings(), keys or ApiKeys()
-    if not settings.local and not keys.owners():
-        raise GradmemError(f"other machines can reach '{settings.host}': make a key first (gradmem keys add OWNER)")
+    settings.check_keys(keys)
     engines, telemetry = EnginePool(settings.checkpoints, settings.max_queue, settings.device), Telemetry()
 
     @asynccontextmanager

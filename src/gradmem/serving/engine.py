@@ -145,6 +145,7 @@ class Engine:
         self,
         text: str | Sequence[str],
         *,
+        model: MemoryModel | None = None,
         onto: Memory | None = None,
         on_step: OnStep | None = None,
         **options: Any,
@@ -154,8 +155,11 @@ class Engine:
         Parameters
         ----------
         text : str or sequence of str
+        model : MemoryModel, optional
+            Model of a memory that was bound by the engine's model, to write with its method and options. By default the
+            engine's model.
         onto : Memory, optional
-            Memory of the engine's model to append to. It is not changed: the result is a new memory.
+            Memory of the model to append to. It is not changed: the result is a new memory.
         on_step : callable
             `on_step(written, total)` is called on the engine's thread before the first step and after every step, at
             most `total` times. An error that it raises ends the write.
@@ -171,8 +175,13 @@ class Engine:
         ------
         Busy, Closed
             As in `ask`.
+        GradmemError
+            If the model has another backbone than the engine's.
         """
-        request = WriteRequest(text, onto, on_step, options)
+        model = model or self.model
+        if model.method.backbone is not self.model.method.backbone:
+            raise GradmemError("the engine writes with its own model, or one on the same backbone: model.bind(M).model")
+        request = WriteRequest(text, model, onto, on_step, options)
         self._accept(self._writes, request)
         return request.future
 
@@ -307,7 +316,7 @@ class Engine:
             waiting = [self._writes.popleft()] if self._writes else []
             while self._writes and len(waiting) < MAX_WRITES and waiting[0].fits_batch(self._writes[0]):
                 waiting.append(self._writes.popleft())
-        return [request for request in waiting if request.start(self.model)]
+        return [request for request in waiting if request.start()]
 
     def _write(self, requests: list[WriteRequest]) -> None:
         """Write texts in one batch, and answer waiting queries between the steps."""
@@ -333,9 +342,9 @@ class Engine:
         options = {"progress": report, **first.options}
         try:
             if first.onto is not None:
-                memory = self.model.append(first.onto, first.text, **options)
+                memory = first.model.append(first.onto, first.text, **options)
             else:
-                memory = self.model.write(first.text if alone else [str(one.text) for one in requests], **options)
+                memory = first.model.write(first.text if alone else [str(one.text) for one in requests], **options)
         except Exception as error:  # as in `_answer_waiting`
             _fail(requests, error)
             return

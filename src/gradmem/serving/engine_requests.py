@@ -87,6 +87,7 @@ class WriteRequest:
     """A text that waits to be written."""
 
     text: str | Sequence[str]
+    model: MemoryModel
     onto: Memory | None
     on_step: OnStep | None
     options: dict[str, Any]
@@ -95,15 +96,15 @@ class WriteRequest:
     def fits_batch(self, other: WriteRequest) -> bool:
         """Whether both can be written in one batch: new memories of one text each, with the same options."""
         new = all(isinstance(one.text, str) and one.onto is None for one in (self, other))
-        return new and self.options == other.options
+        return new and self.model is other.model and self.options == other.options
 
-    def start(self, model: MemoryModel) -> bool:
+    def start(self) -> bool:
         """Check the text, so that an invalid one does not stop its batch. Return False if it cannot be written."""
         if not self.future.set_running_or_notify_cancel():
             return False
         try:
             for text in [self.text] if isinstance(self.text, str) else self.text:
-                model.encoder.context_ids(text)
+                self.model.encoder.context_ids(text)
         except Exception as error:  # any error: the engine's thread must survive it
             self.future.set_exception(error)
         return not self.future.done()

@@ -26,7 +26,7 @@ BODY_SECONDS = 30.0
 """Most seconds in which the body of a request must arrive."""
 BODIES = 8
 """Bodies of the largest size that may be in memory at the same time."""
-KEY_PATHS = ("/v1/", "/metrics")
+KEY_PATHS = ("/v1/", "/metrics", "/mcp")
 """Paths that need a key begin with these. All others, such as the page and `/healthz`, need none and read no body."""
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 
-from ..errors import require
-from ..model.loading import checkpoint_names
+from ..errors import GradmemError, require
+from ..model.packaged import checkpoint_names
+from .api_keys import ApiKeys
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Settings:
     def local(self) -> bool:
         """Whether only this machine can reach the server."""
         return is_loopback(self.host)
+
+    def check_keys(self, keys: ApiKeys) -> None:
+        """Raise `GradmemError` if other machines could reach the server and there are no keys."""
+        if not self.local and not keys.owners():
+            raise GradmemError(f"other machines can reach '{self.host}': make a key first (gradmem keys add OWNER)")
 
 
 def is_loopback(host: str) -> bool:
