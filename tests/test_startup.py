@@ -63,7 +63,7 @@ def kept(tiny: MemoryModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 COMMANDS = ["train", "train kv-32", "plan", "eval", "sweep", "compare", "calibrate", "board", "write", "ask", "restore"]
-OTHERS = ["inspect", "serve", "demo", "list", "keys", "keys add"]
+OTHERS = ["inspect", "serve", "mcp", "demo", "list", "keys", "keys add"]
 LIGHT = ["list", "--help", "--version", "remember", "keys add me", "keys ls", "keys rm me"]
 IN_STORE = [
     "ls",
@@ -108,6 +108,13 @@ def test_ask_imports_little_but_what_transformers_itself_does(kept: Path) -> Non
     )
     needed = {"transformers.generation.streamers"}  # one class, which streams of several batches derive from
     assert not {name for name in ours - theirs - needed if name.startswith(parts)}
+
+
+def test_an_mcp_server_starts_without_models() -> None:
+    """A client waits for its start."""
+    pytest.importorskip("mcp")
+    found = roots(imported("import gradmem.agents.mcp_server" + LISTED))
+    assert not found & (HEAVY - {"fastapi"})
 
 
 def test_import_is_lazy() -> None:

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from ..errors import GradmemError
 from ..visible import visible
-from . import composing, evaluation, memory, serving, training
+from . import composing, evaluation, mcp, memory, serving, training
 from .board import board
 from .console import use_utf8
 from .demo import demo
@@ -58,6 +58,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pack": pack,
     "merge": merge,
     "serve": serving.serve,
+    "mcp": mcp.mcp,
     "demo": demo,
     "list": memory.show_list,
     "download": download,

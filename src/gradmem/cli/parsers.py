@@ -26,6 +26,7 @@ register_type(datetime, datetime.isoformat, datetime.fromisoformat)
 NARGS = {
     "ask": {"queries": "*"},
     "serve": {"checkpoints": "*"},
+    "mcp": {"checkpoints": "*"},
     "sweep": {"checkpoints": "+"},
     "join": {"memories": "+"},
     "compare": {"systems": "+"},

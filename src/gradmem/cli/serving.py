@@ -50,11 +50,8 @@ def serve(
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     """
     try:
-        import uvicorn
-
         from ..pretrained import installed_models
         from ..serving.app import create_app
-        from ..serving.connections import Connection, Server, connection_limit
         from ..serving.settings import Settings
         from ..serving.telemetry import LOG, JsonLines
         from ..store import Store
@@ -69,6 +66,15 @@ def serve(
     LOG.addHandler(lines)
     LOG.setLevel(logging.INFO)
     logging.getLogger("uvicorn").addHandler(lines)
+    run(app, settings, port)
+
+
+def run(app: Any, settings: Any, port: int) -> None:
+    """Print the URL of a server, and run its application until the process is told to stop."""
+    import uvicorn
+
+    from ..serving.connections import Connection, Server, connection_limit
+
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -82,8 +88,8 @@ def serve(
         backlog=256,
         timeout_graceful_shutdown=30,
     )
-    with _listening(host, port) as listener:
-        shown = f"[{host}]" if ":" in host else host
+    with _listening(settings.host, port) as listener:
+        shown = f"[{settings.host}]" if ":" in settings.host else settings.host
         # Programs wait for this line: from now on the server accepts connections.
         print(f"http://{shown}:{listener.getsockname()[1]}", flush=True)
         Server(config).run(sockets=[listener])
