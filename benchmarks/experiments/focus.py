@@ -24,9 +24,11 @@ from gradmem.agents.pruned import Message, PrunedMessages, transcript
 
 PAGES = (1, 3, 5, 8, 12)
 """Most pages that the agent reads of each log, by search."""
-EMPTY = "-"
+EMPTY = "Nothing is said here."
 """A text that says nothing."""
 NUDGE = 15
+ANSWER = 16
+"""Most tokens of an answer about a detail."""
 TOKENS, CHANGE = "tokens read", "change, %"
 
 
@@ -125,7 +127,10 @@ def _answered(memories: Sequence[gradmem.BoundMemory], hops: Sequence[Hop]) -> R
     found = []
     for memory, hop in zip(memories, hops, strict=True):
         questions, wanted = zip(*hop.details, strict=True)
-        found += [right in answer for answer, right in zip(memory.ask([*questions]), wanted, strict=True)]
+        found += [
+            right in answer
+            for answer, right in zip(memory.ask([*questions], max_new_tokens=ANSWER), wanted, strict=True)
+        ]
     return {"details": len(found), "right": sum(found)}
 
 
