@@ -55,6 +55,7 @@ CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         (LLAMA, {"n_mem": 2, "chunk_size": 5}),
         (GPT2, {"n_mem": 2, "chunk_size": 5, "chunk_mode": "independent"}),
     ],
+    "vectors": [(LLAMA, {"n_mem": 3, "write_steps": 2}), (GPT2, {"n_mem": 1, "write_steps": 3})],
 }
 
 

@@ -107,8 +107,10 @@ class Receipt:
     token_losses : list of float
         Loss of each context token under the final memory, nats. The tokens themselves are not stored.
     options : dict
-        Options of the method, if it is not a checkpoint's own: a plain language model's, or another that was put on
-        a checkpoint.
+        Options of the method that the checkpoint does not fix: all that were given to a plain language model's
+        method, and those that were set for writing otherwise than in training.
+    questions_sha256 : str
+        SHA-256 of the user's own questions that the memory was fitted to; empty if there were none.
     chunks : list of int
         Tokens of each chunk that the text was cut into; empty if it was written whole.
     earlier : list of Receipt
@@ -139,6 +141,7 @@ class Receipt:
     losses: list[float]
     token_losses: list[float]
     options: dict[str, Any] = field(default_factory=dict)
+    questions_sha256: Digest = ""
     chunks: list[int] = field(default_factory=list)
     earlier: list[Receipt] = field(default_factory=list)
     answers: list[float] | None = None
@@ -211,6 +214,11 @@ class Receipt:
 def text_digest(text: str) -> str:
     """SHA-256 of a text, UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def questions_digest(questions: Sequence[str]) -> Digest:
+    """SHA-256 of the user's own questions, UTF-8, one a line; empty if there are none."""
+    return text_digest("\n".join(questions)) if questions else ""
 
 
 def written_texts(text: str, receipts: Sequence[Receipt], what: str) -> dict[str, str]:

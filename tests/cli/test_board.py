@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from gradmem.model import MemoryModel
 from gradmem.tasks.document import Document
 from helpers import TINY_LLAMA, text_model
 
+TIMES = ("write_seconds", "query_ms", "break_even")
 ROWS = [
     {"context": f"Ann has {number} dogs.", "question": "How many?", "answers": [str(number)]}
     for number in range(12, 15)
@@ -96,14 +98,59 @@ def test_models_that_keep_no_cache_are_refused(model: str, capsys: pytest.Captur
     assert not list(Path().glob("*.tmp"))
 
 
-def test_an_interrupted_board_leaves_no_file(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: module.Board) -> None:
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_interrupted_board_goes_on(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: int
+) -> None:
+    """After one text, after two, and at the very end; the scores are those of a board that was not stopped."""
+    given = ["--data", "questions.jsonl", "--writers", "select", "--budgets", "0.5", "--json", "rows.json"]
+    assert main(["board", model, *given]) == 0
+    whole = json.loads(Path("rows.json").read_text())
+    Path("rows.json").unlink()
+    add, added, last = module.Board.add, list[int](), at
+
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    def counted(self: module.Board, *given: Any) -> None:
+        if len(self.done) == last:
+            raise KeyboardInterrupt
+        added.append(len(self.done))
+        add(self, *given)
+
+    monkeypatch.setattr(module.Board, "add", counted)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(module.Board, "swap_first", interrupted)
+        assert main(["board", model, *given]) == 130
+    told = f"interrupted: kept {at} of 3 texts in rows.json.partial: the same command goes on from there"
+    assert told in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["lm", "questions.jsonl", "rows.json.partial"]
+    assert main(["board", model, *given, "--seed", "2"]) == 2
+    assert "rows.json.partial is of another board" in capsys.readouterr().err
+    last = 3
+    assert main(["board", model, *given]) == 0
+    assert added == [0, 1, 2], "no text was measured twice"
+    found = json.loads(Path("rows.json").read_text())
+    for row, wanted in zip(found, whole, strict=True):
+        assert {key: value for key, value in row.items() if key not in TIMES} == {
+            key: value for key, value in wanted.items() if key not in TIMES
+        }
+    assert not Path("rows.json.partial").exists()
+
+
+def test_a_board_without_a_file_keeps_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module.Board, "swap_first", interrupted)
-    given = ["--data", "questions.jsonl", "--writers", "full", "--json", "rows.json", "--answers", "answers.json"]
-    assert main(["board", model, *given]) == 130
+    assert main(["board", model, "--data", "questions.jsonl", "--writers", "full"]) == 130
     assert sorted(path.name for path in Path().iterdir()) == ["lm", "questions.jsonl"]
+
+
+def test_a_damaged_partial_file_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.json.partial").write_text('{"board"')
+    assert main(["board", model, "--data", "questions.jsonl", "--writers", "full", "--json", "rows.json"]) == 2
+    assert "rows.json.partial is damaged: delete it" in capsys.readouterr().err
 
 
 def test_a_text_that_is_too_long_is_refused_before_anything_is_written(

@@ -154,6 +154,50 @@ def test_only_what_changed_is_written_again(place: Path, monkeypatch: pytest.Mon
     assert len(texts) == len(PARTS), "other options write something else"
 
 
+def test_what_was_written_with_other_questions_is_written_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (place / "own.txt").write_text("Who signed the paper?\nWhat is the code?\n")
+    (place / "more.txt").write_text("Who signed the paper?\nWho came by train?\n")
+    with monkeypatch.context() as interrupted:
+        stop_after(interrupted, 2)
+        assert write("--questions=own.txt") == 130
+    texts = written(monkeypatch)
+    for questions, wanted in (("own.txt", PARTS[2:]), ("more.txt", PARTS), (None, PARTS)):
+        texts.clear()
+        capfd.readouterr()
+        assert write("--resume", *([f"--questions={questions}"] if questions else [])) == 0
+        assert texts == wanted
+        assert f"took over {len(PARTS) - len(wanted)} of 4 chunks" in capfd.readouterr().out
+    digests = {receipt.questions_sha256 for receipt in Memory.load("m").receipts}
+    assert digests == {""}
+
+
+def test_what_was_written_with_more_steps_is_written_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert write("--steps=1") == 0
+    texts = written(monkeypatch)
+    assert write("--resume", "--steps=0") == 0
+    assert texts == PARTS
+
+
+def test_a_file_of_another_precision_is_not_resumed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert write("--precision=int8") == 0
+    assert write("--resume") == 2
+    assert "m holds int8: resume with --precision int8" in capsys.readouterr().err
+    assert write("--resume", "--precision=int8") == 0
+
+
+def test_options_of_a_checkpoint_are_in_its_receipts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written with other steps of descent before Gauss-Newton steps is not taken over."""
+    (place / "pairs.txt").write_text("a7:Qz\nk2:9f")
+    line = ["write", "kv-16", "pairs.txt", "--steps=1", "-o", "pairs", "--resume"]
+    texts = written(monkeypatch)
+    for more in ([], ["--gauss_newton_after=0"], ["--gauss_newton_after=0"]):
+        assert main([*line, *more]) == 0
+    assert texts == ["a7:Qz\nk2:9f"] * 2
+    assert Memory.load("pairs").receipts[0].options == {"gauss_newton_after": 0}
+
+
 def test_nothing_is_saved_before_the_first_chunk(
     place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,7 +243,7 @@ def test_the_users_questions(place: Path, capsys: pytest.CaptureFixture[str]) ->
     for more, message in (
         (["--questions=none.txt"], "holds no question"),
         (["--questions=other.txt"], "language of the text"),
-        (["--questions=own.txt", "--method=full_context"], "only the method compact"),
+        (["--questions=own.txt", "--method=full_context"], "only the methods compact and vectors"),
     ):
         capsys.readouterr()
         line = ["write", "lm", "book.txt", *more, "-o", "n"]

@@ -222,14 +222,14 @@ def test_fidelity_is_the_kl_divergence_of_plain_passes() -> None:
 def test_study_gets_nearer_or_keeps_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     method, text = made(writers="select,match,study")
     entries = select(text, 4, method.metric, "contribution", shared=True)
-    monkeypatch.setattr(study_module, "STEPS", 4)
+    monkeypatch.setattr(study_module, "PACE", replace(study_module.PACE, steps=4))
     whole = method._entries_prefix(text.whole)
-    asked = study_module.questions_about(text, method.backbone, method.task, whole)
+    asked = study_module.questions_about(text.ids, method.backbone, method.task, whole)
     known, _ = asked.split(study_module.HELD_OUT)
     before = fidelity(method.backbone, method._entries_prefix(entries), known)[0]
     better = study_module.study(entries, text, method.backbone, method.task, method._entries_prefix)
     assert fidelity(method.backbone, method._entries_prefix(better), known)[0] < before
-    monkeypatch.setattr(study_module, "RATE", 100.0)
+    monkeypatch.setattr(study_module, "PACE", replace(study_module.PACE, rate=100.0))
     assert study_module.study(entries, text, method.backbone, method.task, method._entries_prefix) is entries
 
 

@@ -31,7 +31,8 @@ def board(
 ) -> None:
     """Compare ways of compressing a text: how well a language model answers from what each leaves, by bytes and time.
 
-    The whole cache (full), no text (none) and the memory of another text (swapped) are always measured.
+    The whole cache (full), no text (none) and the memory of another text (swapped) are always measured. With --json a
+    stopped run goes on where it was when the same command is given again.
 
     Parameters
     ----------
@@ -47,15 +48,16 @@ def board(
     questions
         Most questions of a text.
     writers
-        What to measure: any of select, match, study and compact, which is what gradmem write does by default.
+        What to measure: any of select, match, study, compact, which is what gradmem write does by default, and vectors.
     budgets
-        Fractions of the whole cache to keep.
+        Fractions of the whole cache to keep. Vectors have one size.
     seed
         Seed of the texts.
     device
         Device to run on: auto for the accelerator if there is one; or cpu, cuda, cuda:1.
     json
-        Also save the rows to this file, with intervals of all scores.
+        Also save the rows to this file, with intervals of all scores. Until then a file beside it, whose name ends with
+        .partial, keeps what is measured.
     answers
         Also save every text, question and answer to this file.
     figure
@@ -72,7 +74,9 @@ def board(
     texts = choose_texts(found, contexts, questions, max_words, seed)
     loaded = gradmem.load(model, {"name": "full_context"}).to(device_named(device))
     about = {"model": Path(model).name, "data": Path(data).name, "max_words": max_words, "seed": seed}
-    measured = measure(loaded, texts, [name.strip() for name in writers.split(",")], fractions, about, progress_bar)
+    names = [name.strip() for name in writers.split(",")]
+    kept = json.with_name(f"{json.name}.partial") if json else None
+    measured = measure(loaded, texts, names, fractions, about, progress_bar, kept)
     title = (
         f"{about['model']}: {measured.rows[0]['questions']} questions on {len(texts)} texts of up to {max_words} "
         f"words, {about['data']}, seed {seed}"

@@ -10,8 +10,10 @@ from typing import Any
 import gradmem
 
 from ..choices import Precision
+from ..errors import GradmemError
 from ..files import write_bytes
 from ..interruption import Interruptible
+from ..memory import read_bytes, stored_precision
 from ..receipts import Receipt
 from .console import progress_bar
 
@@ -63,11 +65,25 @@ class LongText:
         """What is finished, in the order of the text."""
         return self.model.bind(gradmem.Memory.join([row for row in self.rows if row is not None]))
 
-    def resume(self) -> int:
-        """Take over from the file what is written already, and return the number of these chunks."""
-        if self.path.exists():
-            self.rows = self.model.finished(gradmem.Memory.load(self.path), self.texts, **self.limits)
-        return len(self.texts) - len(self.missing)
+    def resume(self) -> str | None:
+        """Take over what the file holds already, and return a line that says how much; None if there is no file.
+
+        Raises
+        ------
+        GradmemError
+            If the file has another precision, to which its chunks were rounded.
+        """
+        if not self.path.exists():
+            return None
+        data = read_bytes(self.path)
+        memory = gradmem.Memory.from_bytes(data, str(self.path))
+        if (found := stored_precision(data)) != self.precision:
+            raise GradmemError(f"{self.path} holds {found}: resume with --precision {found}, or write another file")
+        given = {**self.limits, "questions": self.settings.get("questions", ())}
+        self.rows = self.model.finished(memory, self.texts, **given)
+        taken, all_of = len(self.texts) - len(self.missing), len(self.texts)
+        why = ": it has no others of this text with these options and questions" if self.missing else ""
+        return f"took over {taken} of {all_of} chunks from {self.path}{why}"
 
     def write(self, save: bool) -> gradmem.BoundMemory:
         """Write the missing chunks and return the whole memory.

@@ -96,8 +96,8 @@ def write(
         File of questions that the memory should answer well, one a line. compact fits the memory to them, besides
         questions that fit any text; every fourth only measures.
     resume
-        Take over from the memory file what the same model wrote with the same options: write the chunks that are
-        missing, or that have changed. Without the file everything is written.
+        Take over from the memory file what the same model wrote with the same options and questions: write the chunks
+        that are missing, or that have changed. Without the file everything is written.
     precision
         Precision of the memory file.
     device
@@ -123,8 +123,8 @@ def write(
     path, entry = output or Path("memory.safetensors"), None
     with Interruptible() as stopped:
         job = LongText(model, texts, path, precision, stopped, settings)
-        if taken := job.resume() if resume else 0:
-            _print_line(f"took over {taken} of {len(texts)} chunks from {path}")
+        if resume and (told := job.resume()):
+            _print_line(told)
         if store:
             entry, data = _write_to_store(job, name, tags)
         else:

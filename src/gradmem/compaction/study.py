@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,16 +26,34 @@ from .fidelity import divergence, fidelity
 from .questions import ASK, LONGEST
 from .text import Asked, Text, continuations, encoded, greedy_answers
 
-STEPS, RATE = 16, 0.005
-"""Most steps of Adam, and their rate relative to the size of a head's keys and values."""
 QUESTIONS = 4
 """Questions of a step."""
-EVERY = 4
-"""Steps between two checks by questions that are not studied."""
 SAMPLES = 6
 """Questions that the model asks itself in each style."""
 HELD_OUT = 4
 """One in so many questions is not studied and decides which step's memory is kept."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far to descend.
+
+    Attributes
+    ----------
+    steps : int
+    rate : float
+        Rate of Adam relative to the size of what moves. It falls to zero in the second half of the steps.
+    every : int
+        Steps between two checks by questions that are not studied.
+    """
+
+    steps: int
+    rate: float
+    every: int
+
+
+PACE = Pace(steps=16, rate=0.005, every=4)
+"""Of keys and values, relative to those of their head."""
 
 
 def study(
@@ -52,43 +71,76 @@ def study(
     prefix_of : callable
         Puts entries into the cache of the model, differentiably.
     """
-    asked = questions_about(text, backbone, task, prefix_of(text.whole))
-    if len(asked.queries) < HELD_OUT:
-        return entries
-    known, studied = asked.split(HELD_OUT)
-    batches = _batches([*text.study.each(), *studied.each()])
-    sizes = [_size(tensor, entries.used) for tensor in (entries.keys, entries.values)]
-    moves = [
-        torch.zeros_like(tensor, dtype=torch.float, requires_grad=True) for tensor in (entries.keys, entries.values)
-    ]
-    optimizer = torch.optim.Adam(moves, lr=RATE, betas=(0.9, 0.95))
+    start = [entries.keys, entries.values]
 
-    def moved() -> Entries:
-        keys, values = (
-            tensor + (move * size).to(tensor.dtype)
-            for tensor, move, size in zip((entries.keys, entries.values), moves, sizes, strict=True)
-        )
+    def moved(tensors: list[Tensor]) -> Entries:
+        keys, values = tensors
         return replace(entries, keys=keys, values=values, places=None)
 
-    best, least = entries, fidelity(backbone, prefix_of(entries), known)[0]
-    for step in range(1, STEPS + 1):
-        optimizer.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - (step - 1) / STEPS))
+    asked = questions_about(text.ids, backbone, task, prefix_of(text.whole))
+    sizes = [_size(tensor, entries.used) for tensor in start]
+    states = descend(start, sizes, lambda tensors: prefix_of(moved(tensors)), text.study, asked, backbone, PACE)
+    best = deque(states, maxlen=1).pop()
+    return entries if best is start else moved(best)
+
+
+def descend(
+    start: list[Tensor],
+    sizes: list[Tensor],
+    prefix_of: Callable[[list[Tensor]], Prefix],
+    study: Asked,
+    asked: Asked,
+    backbone: Backbone,
+    pace: Pace,
+) -> Iterator[list[Tensor]]:
+    """Take gradient steps on tensors, and yield the best state so far after each.
+
+    Parameters
+    ----------
+    start : list of Tensor
+    sizes : list of Tensor
+        The length of a move for which the rate counts as it is.
+    prefix_of : callable
+        Puts the tensors before a question, differentiably.
+    study : Asked
+        Questions to study.
+    asked : Asked
+        More of them. One in `HELD_OUT` is not studied and decides which state is the best. If there are fewer, the
+        start is.
+    backbone : Backbone
+    pace : Pace
+    """
+    if len(asked.queries) < HELD_OUT:
+        yield from [start] * pace.steps
+        return
+    known, studied = asked.split(HELD_OUT)
+    batches = _batches([*study.each(), *studied.each()])
+    moves = [torch.zeros_like(tensor, dtype=torch.float, requires_grad=True) for tensor in start]
+    optimizer = torch.optim.Adam(moves, lr=pace.rate, betas=(0.9, 0.95))
+
+    def moved() -> list[Tensor]:
+        pairs = zip(start, moves, sizes, strict=True)
+        return [tensor + (move * size).to(tensor.dtype) for tensor, move, size in pairs]
+
+    best, least = start, fidelity(backbone, prefix_of(start), known)[0]
+    for step in range(1, pace.steps + 1):
+        optimizer.param_groups[0]["lr"] = pace.rate * min(1, 2 * (1 - (step - 1) / pace.steps))
         with torch.enable_grad():
             loss = _loss(backbone, prefix_of(moved()), next(batches))
             gradients = torch.autograd.grad(loss, moves)
         for move, gradient in zip(moves, gradients, strict=True):
             move.grad = gradient
         optimizer.step()
-        if step % EVERY == 0:
+        if step % pace.every == 0:
             with torch.no_grad():
                 state = moved()
             if (found := fidelity(backbone, prefix_of(state), known)[0]) < least:
                 best, least = state, found
-    return best
+        yield best
 
 
 @torch.no_grad()
-def questions_about(text: Text, backbone: Backbone, task: Task, prefix: Prefix) -> Asked:
+def questions_about(ids: list[int], backbone: Backbone, task: Task, prefix: Prefix) -> Asked:
     """Questions that the model asks itself and questions cut from sentences, with its answers after the whole text.
 
     There are none if the task takes none in plain words.
@@ -102,7 +154,7 @@ def questions_about(text: Text, backbone: Backbone, task: Task, prefix: Prefix) 
         torch.manual_seed(0)
         said = [task.decode(ids) for ids in generate(backbone, prefix.select(rows), own, task.pad_id, **options)]
     queries = encoded(task, list(dict.fromkeys(filter(None, map(_question, said)))))
-    queries += [query for query, _ in continuations(task, text.ids)]
+    queries += [query for query, _ in continuations(task, ids)]
     random.Random(0).shuffle(queries)
     return Asked.read(backbone, prefix, queries, greedy_answers(backbone, task, prefix, queries))
 

@@ -24,6 +24,10 @@ MOST_QUERIES = 1536
 """Most reference queries of a head. More take longer and say little that is new."""
 
 
+Pairs = tuple[list[list[int]], list[list[int]]]
+"""Token ids of questions, and of their answers."""
+
+
 @dataclass(frozen=True)
 class References:
     """Queries of the model with the whole text, and what they find.
@@ -146,12 +150,8 @@ def read_text(backbone: Backbone, task: Task, ids: list[int], questions: Sequenc
     """
     with torch.no_grad():
         prefix = whole_prefix(backbone, task, ids)
-        own = [task.encode_query(question) for question in questions]
-        held_out = [*encoded(task, HELD_OUT), *own[3::4]]
-        study = [*encoded(task, STOCK), *(query for i, query in enumerate(own) if i % 4 != 3)]
-        answers = greedy_answers(backbone, task, prefix, [*held_out, *study])
-        known = Asked.read(backbone, prefix, held_out, answers[: len(held_out)])
-        answers, repeat = answers[len(held_out) :], repeat_query(task)
+        (study, answers), held_out = stock_questions(backbone, task, prefix, questions)
+        known, repeat = Asked.read(backbone, prefix, *held_out), repeat_query(task)
         told = [repeat + ids, *(query + answer for query, answer in continuations(task, ids))]
         observer = _Observer(prefix.length, sum(map(len, [*told, *study, *answers])))
         with head_attention(backbone.model, observer=observer):
@@ -176,6 +176,25 @@ def read_repeated(backbone: Backbone, task: Task, ids: list[int]) -> Text:
         references = observer.found(whole.keys.detach(), whole.values.detach())
     none = Asked([], [], prefix.last.new_zeros(0, backbone.width))
     return Text(list(ids), whole, references, none, none)
+
+
+def stock_questions(backbone: Backbone, task: Task, prefix: Prefix, questions: Sequence[str]) -> tuple[Pairs, Pairs]:
+    """Questions that fit any text and the user's own, with greedy answers: those to fit to, and those held out.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    task : Task
+    prefix : Prefix
+        The whole text.
+    questions : sequence of str
+        The user's own questions. Every fourth is held out.
+    """
+    own = [task.encode_query(question) for question in questions]
+    held_out = [*encoded(task, HELD_OUT), *own[3::4]]
+    study = [*encoded(task, STOCK), *(query for i, query in enumerate(own) if i % 4 != 3)]
+    answers = greedy_answers(backbone, task, prefix, [*held_out, *study])
+    return (study, answers[len(held_out) :]), (held_out, answers[: len(held_out)])
 
 
 def encoded(task: Task, questions: Sequence[str]) -> list[list[int]]:
@@ -204,9 +223,12 @@ def continuations(task: Task, ids: list[int]) -> list[tuple[list[int], list[int]
 
 
 def whole_prefix(backbone: Backbone, task: Task, ids: list[int]) -> Prefix:
-    """Run a text, with what the task puts before it."""
-    given = torch.tensor([[*task.before_context, *ids]], device=backbone.model.device)
-    return backbone.prefix(backbone.embed(given))
+    """Run a text, with what the task puts before it; both may be empty."""
+    given = torch.tensor([[*task.before_context, *ids]], dtype=torch.long, device=backbone.model.device)
+    embeds = backbone.embed(given)
+    if not embeds.shape[1]:
+        return Prefix(embeds.new_zeros(1, backbone.width), backbone.new_cache())
+    return backbone.prefix(embeds)
 
 
 def read(backbone: Backbone, prefix: Prefix, ids: list[int]) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +23,16 @@ from ..model import MemoryModel, reading
 from ..model.encoding import TextEncoder
 from ..prefix import Prefix
 from ..progress import Progress, silent
+from .board_kept import Done, Kept
 from .board_rows import ALONG, FULL, NONE, SWAPPED, TIMED, Key, Outcome, Row, rows_of
 
 SELECT, MATCH, STUDY = CHAIN = ("select", "match", "study")
 """The writers of the method `compact`, in their order; each runs only if it or a later one is asked for."""
 COMPACT, LAST = "compact", MATCH
 """The row of what `compact` writes unless it is told otherwise, and its last writer then."""
-WRITERS = (FULL, NONE, SWAPPED, *CHAIN, COMPACT)
+VECTORS = "vectors"
+"""The row of the method `vectors`, whose memories have one size."""
+WRITERS = (FULL, NONE, SWAPPED, *CHAIN, COMPACT, VECTORS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Written:
     ----------
     names : list of str
     budget : float
-        Fraction of the whole cache.
+        As in `Key`.
     method : Method
         The method that reads it.
     memory : Memory
@@ -118,6 +124,7 @@ def measure(
     budgets: Sequence[float],
     about: Row | None = None,
     progress: Progress = silent,
+    kept: Path | None = None,
 ) -> Measured:
     """Write texts with every writer at every budget, and ask all their questions.
 
@@ -135,22 +142,40 @@ def measure(
         Further columns of all rows.
     progress : callable
         See `gradmem.progress.Progress`.
+    kept : Path, optional
+        File that keeps each text's outcomes as soon as they are measured. If it exists, these texts are not measured
+        again. It is deleted at the end.
 
     Raises
     ------
     GradmemError
         If a writer is unknown, a budget is out of range, the model has another method, a text or question is too long
-        for it, or there are fewer than two texts.
+        for it, there are fewer than two texts, or `kept` is of another board.
+    KeyboardInterrupt
+        After Ctrl-C; it says what is kept.
     """
     if len(texts) < 2:
         raise GradmemError("the board needs at least 2 texts: one of its controls swaps memories between texts")
     board = Board(model, writers, budgets)
     encoded = [board.encode(text) for text in texts]  # all of them first, as one may be too long
-    with torch.no_grad():
-        for text in progress(encoded, title="board", total=len(encoded)):
-            board.add(text)
-        board.swap_first()
-    return Measured(rows_of(board.outcomes, about or {}), {**(about or {}), **board.answers(texts)})
+    digest = hashlib.sha256(json.dumps([list(texts), ALONG]).encode()).hexdigest()
+    named = {"model": model.fingerprints["checkpoint"], "texts": digest, "about": about}
+    file = Kept(kept, {**named, "writers": sorted(set(writers)), "budgets": board.budgets})
+    board.done += file.texts
+    try:
+        with torch.no_grad():
+            for place, text in enumerate(progress(encoded, title="board", total=len(encoded))):
+                if place == len(board.done):
+                    board.add(text, encoded[place - 1] if place else None)
+                    file.save(board.done)
+            board.swap_first(encoded[0], encoded[-1])
+    except KeyboardInterrupt as stopped:
+        if kept is None or not file.texts:
+            raise
+        told = f"kept {len(file.texts)} of {len(texts)} texts in {kept}: the same command goes on from there"
+        raise KeyboardInterrupt(told) from stopped
+    file.remove()
+    return Measured(rows_of(board.outcomes, about or {}), {**(about or {}), **board.answers(texts, encoded)})
 
 
 class Board:
@@ -169,11 +194,12 @@ class Board:
             )
         self.model, self.task, self.writers = model, model.task, writers
         self.budgets = sorted(set(budgets), reverse=True)
-        self.compact = self._compact() if set(writers) - {FULL, NONE, SWAPPED} else None
-        self.asked: list[Asked] = []
+        self.compact = self._compact() if {*CHAIN, COMPACT} & set(writers) else None
+        self.vectors = model.with_method({"name": VECTORS}).method if VECTORS in writers else None
+        self.done: list[Done] = []
+        """The texts that were measured."""
         self.last: list[Written] = []
         """The memories that the next text's questions are asked for the control `swapped`."""
-        self._outcomes: dict[Key, list[Outcome]] = {}
 
     def _compact(self) -> Any:
         """Make the method that compresses, on the same weights."""
@@ -184,41 +210,47 @@ class Board:
     @property
     def outcomes(self) -> dict[Key, list[Outcome]]:
         """The outcomes of all texts by writer and budget, in the order of the table."""
-        return dict(sorted(self._outcomes.items(), key=lambda item: (WRITERS.index(item[0][0]), -item[0][1])))
+        keys = sorted(self.done[0].outcomes, key=lambda key: (WRITERS.index(key[0]), -key[1]))
+        return {key: [one.outcomes[key] for one in self.done] for key in keys}
 
     def encode(self, window: Window) -> Encoded:
         """Turn a text and its questions into token ids, and refuse what is too long."""
         text, questions = window
-        encoder = TextEncoder(self.task, self.compact or self.model.method, self.model.name)  # the stricter one
+        strictest = self.compact or self.vectors or self.model.method
+        encoder = TextEncoder(self.task, strictest, self.model.name)
         queries = [encoder.query_ids(question) for question, _ in questions]
         return Encoded(encoder.context_ids(text), queries, [answers for _, answers in questions])
 
-    def add(self, text: Encoded) -> None:
-        """Write one text with every writer and ask all of its questions."""
-        context = Tokens.from_lists([text.ids], self.task.pad_id).to(self.model.device)
-        if not self.asked:
-            self.model.method.write(context)  # the first pass of a process is slower than the others
-        controls = list(self._controls(context))
-        asked = self._ask_full(controls[0], text)
-        compact = list(self._compacted(text.ids))
-        for written in controls + compact:
-            outcome = self._outcome(written, asked)
-            for name in written.names:
-                self._outcomes.setdefault((name, written.budget), []).append(outcome)
-        self._swap(asked, len(self.asked))
-        # Log-probabilities take much memory: only those of the first text are needed again.
-        self.asked.append(asked if not self.asked else replace(asked, logprobs=asked.logprobs.new_zeros(0)))
-        # The furthest writer of each budget, or the whole cache if there are no writers.
-        self.last = list({one.budget: one for one in compact or controls[:1]}.values())
+    def add(self, text: Encoded, before: Encoded | None) -> None:
+        """Write one text with every writer and ask all of its questions.
 
-    def swap_first(self) -> None:
+        Parameters
+        ----------
+        text : Encoded
+        before : Encoded, optional
+            The text before it, whose memories are written again if they are not there.
+        """
+        if not self.last:
+            self.model.method.write(self._context(text))  # the first pass of a process is slower than the others
+        written = list(self._written(text))
+        asked = self._ask_full(written[0], text)
+        outcomes = dict[Key, Outcome]()
+        for one in written:
+            outcomes |= dict.fromkeys([(name, one.budget) for name in one.names], self._outcome(one, asked))
+        if before is not None:
+            outcomes |= self._swapped(asked, before)
+        self.done.append(Done(asked.ids, asked.answers, outcomes))
+        self.last = _furthest(written)
+
+    def swap_first(self, first: Encoded, last: Encoded) -> None:
         """Ask the first text's questions to the memories of the last one."""
-        self._swap(self.asked[0], 0)
+        asked = self._ask_full(next(self._controls(first)), first)
+        self.done[0].outcomes |= self._swapped(asked, last)
 
-    def answers(self, texts: Sequence[Window]) -> dict[str, Any]:
+    def answers(self, texts: Sequence[Window], encoded: Sequence[Encoded]) -> dict[str, Any]:
         """What was asked and answered; see `Measured`."""
         outcomes, found = self.outcomes, []
-        for place, ((text, questions), asked) in enumerate(zip(texts, self.asked, strict=True)):
+        for place, ((text, questions), tokens, done) in enumerate(zip(texts, encoded, self.done, strict=True)):
             own = {f"{writer} {budget:g}": those[place].answers for (writer, budget), those in outcomes.items()}
             entries = [
                 {
@@ -229,17 +261,29 @@ class Board:
                     "answers": dict(zip(own, said, strict=True)),
                 }
                 for (question, right), query, ids, *said in zip(
-                    questions, asked.text.queries, asked.ids, *own.values(), strict=True
+                    questions, tokens.queries, done.ids, *own.values(), strict=True
                 )
             ]
-            found.append({"text": text, "ids": [*self.task.before_context, *asked.text.ids], "questions": entries})
+            found.append({"text": text, "ids": [*self.task.before_context, *tokens.ids], "questions": entries})
         task = self.task
         about = {"before": task.before_context, "end_ids": task.end_ids, "answer_length": task.answer_length}
         return {**about, "texts": found}
 
-    def _controls(self, context: Tokens) -> Iterator[Written]:
+    def _context(self, text: Encoded) -> Tokens:
+        return Tokens.from_lists([text.ids], self.task.pad_id).to(self.model.device)
+
+    def _written(self, text: Encoded) -> Iterator[Written]:
+        """What the controls and all writers leave of a text."""
+        yield from self._controls(text)
+        yield from self._compacted(text.ids)
+        if self.vectors is not None:
+            started = clock()
+            memory = self.vectors.write(self._context(text)).memory
+            yield Written([VECTORS], float(self.vectors.n_mem), self.vectors, memory, clock() - started)
+
+    def _controls(self, text: Encoded) -> Iterator[Written]:
         """The whole cache, and the memory of a text that was not read."""
-        method, started = self.model.method, clock()
+        method, context, started = self.model.method, self._context(text), clock()
         full = method.write(context).memory
         yield Written([FULL], 1.0, method, full, clock() - started)
         yield Written([NONE], 0.0, method, next(iter(method.trajectory(context, 0))).memory, 0.0)
@@ -273,7 +317,7 @@ class Board:
         generated = reading.generate(method, self.task, prefix, [0] * len(queries), queries, {})
         wanted, found = asked.logprobs, self._logprobs(method, prefix, queries, asked.ids)
         seconds = None
-        if len(self.asked) < TIMED:
+        if len(self.done) < TIMED:
             started = clock()
             fixed = {"min_new_tokens": ALONG, "max_new_tokens": ALONG}
             reading.generate(method, self.task, prefix, [0], queries[:1], fixed)
@@ -294,13 +338,18 @@ class Board:
         rows = prefix.select(torch.zeros(len(queries), dtype=torch.long, device=method.device))
         return torch.cat([logprobs for logprobs, _ in reading.read_answers(method, rows, queries, answers)])
 
-    def _swap(self, asked: Asked, place: int) -> None:
+    def _swapped(self, asked: Asked, other: Encoded) -> dict[Key, Outcome]:
         """Ask the questions of a text to the last memories, which are of another one."""
-        for written in self.last:
-            own = self._outcomes.setdefault((SWAPPED, written.budget), [])
-            own.insert(place and len(own), self._outcome(written, asked))
+        if not self.last:  # a stopped run goes on
+            self.last = _furthest(list(self._written(other)))
+        return {(SWAPPED, written.budget): self._outcome(written, asked) for written in self.last}
 
     def _up_to_end(self, ids: list[int]) -> list[int]:
         """Generated tokens up to the first that ends the answer."""
         last = next((at for at, one in enumerate(ids) if one in self.task.end_ids), len(ids))
         return ids[: last + 1]
+
+
+def _furthest(written: Sequence[Written]) -> list[Written]:
+    """The memory of the furthest writer at each budget; without writers, the whole cache."""
+    return list({one.budget: one for one in written if one.names[0] not in (FULL, NONE)}.values()) or [*written[:1]]

@@ -23,7 +23,7 @@ ALONG = 20
 TIMED = 8
 """Texts of which the first question is timed."""
 Key = tuple[str, float]
-"""A writer, and its budget as a fraction of the whole cache."""
+"""A writer, and its budget: a fraction of the whole cache up to 1, or above 1 a number of vectors."""
 Row = dict[str, Any]
 SCORES = ("exact_match", "f1", "f1_full", "kl", "agreement")
 
@@ -88,7 +88,8 @@ def rows_of(outcomes: Mapping[Key, Sequence[Outcome]], about: Row) -> list[Row]:
     """Make one row for each writer and budget.
 
     Scores are means over texts, with 95 % intervals by bootstrap over texts. `gap_closed` is the part of the KL
-    divergence without the text (`none`) that the memory removes.
+    divergence without the text (`none`) that the memory removes. The budget of vectors is the part of the bytes of the
+    whole cache that they take.
 
     Parameters
     ----------
@@ -101,10 +102,12 @@ def rows_of(outcomes: Mapping[Key, Sequence[Outcome]], about: Row) -> list[Row]:
     if len(without) < 2:
         raise GradmemError("the board needs at least 2 texts: one of its rows swaps memories between texts")
     full = _only(outcomes, FULL)
+    whole = _mean([one.bytes for one in full])
     again = _mean([one.write_seconds for one in full]) + _mean(_timed(full))
     return [
         {"writer": writer, "budget": budget, **_row(writer, own, without, again), **about}
-        for (writer, budget), own in outcomes.items()
+        for (writer, given), own in outcomes.items()
+        for budget in [given if given <= 1 else round(_mean([one.bytes for one in own]) / whole, 4)]
     ]
 
 

@@ -8,5 +8,6 @@ from .gradmem import GradMem
 from .mamba import Mamba
 from .mean_pool import MeanPool
 from .rmt import RMT
+from .vectors import Vectors
 
-__all__ = ["ARMT", "RMT", "Cram", "FullContext", "GradMem", "Mamba", "MeanPool", "Method", "Written"]
+__all__ = ["ARMT", "RMT", "Cram", "FullContext", "GradMem", "Mamba", "MeanPool", "Method", "Vectors", "Written"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -20,20 +20,18 @@ from ..compaction.heads import attention_layers, output_metric
 from ..compaction.match import match
 from ..compaction.select import Score, renumbered, select
 from ..compaction.study import study
-from ..compaction.text import Text, read_repeated, read_text, repeat_query, whole_prefix
+from ..compaction.text import Text, read_repeated, read_text, whole_prefix
 from ..errors import GradmemError, require
-from ..inner.objective import token_losses
 from ..key_positions import KeyMover
 from ..memory import LENGTHS, Memory
 from ..prefix import Prefix
-from .base import Method, Written
+from .base import Written
 from .base.head_prefix import HeadPrefix
 from .base.options import Options, keywords_of
+from .base.repeating import Repeating
 
 WRITERS = ("select", "match", "study")
 """Writers, in the order in which they run."""
-ROOM = 64
-"""Positions for what stands between a text and its repetition."""
 QUESTION_ROOM = 512
 """Positions for a question and its answer behind several chunks."""
 
@@ -69,7 +67,7 @@ class CompactOptions(Options):
             raise GradmemError("`positions: memory` needs as many entries in every head: give `shared: false`")
 
 
-class Compact(Method):
+class Compact(Repeating):
     """The key-value cache of a text, compacted to a fraction of its entries: a memory that answers questions.
 
     The model reads the text once and answers questions that fit any text. Its own queries say which entries count, and
@@ -97,10 +95,8 @@ class Compact(Method):
     """
 
     write_steps = 2
-    task_name = "document"
     reads_together = True
     runtime_options = ("read_chunks",)
-    questions: Sequence[str] | None = ()
 
     @keywords_of(CompactOptions)
     def __init__(self, backbone: Backbone, **options: Any) -> None:
@@ -135,18 +131,9 @@ class Compact(Method):
     # WRITE
 
     @property
-    def max_context(self) -> int:
-        """Longest context in tokens: so that it can be repeated after itself."""
-        return max(0, self.backbone.max_full_attention - len(self.before_context) - ROOM) // 2
-
-    @property
     def max_query(self) -> int:
         """Longest query and answer in tokens."""
         return self.backbone.max_full_attention - len(self.before_context)
-
-    def texts_at_once(self, length: int) -> int:
-        """One: what is known of a text takes more room than its cache."""
-        return 1
 
     def trajectory(self, context: Tokens, steps: int, *, until: float | None = None) -> Iterator[Written]:
         """Yield the memory before the first writer and after each; see `Method.trajectory`.
@@ -253,26 +240,6 @@ class Compact(Method):
         plain = Prefix(torch.zeros(1, self.backbone.width, dtype=model.dtype, device=model.device), cache)
         plain.start = torch.tensor([entries.start], device=model.device)
         return HeadPrefix(plain, self.backbone, ~entries.used[None].to(model.device))
-
-    def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
-        """Compute the loss of each token of the text when the model is asked to repeat it: (batch, length), in nats."""
-        query = torch.tensor(repeat_query(self.task), dtype=torch.long, device=context.ids.device)
-        query = query.expand(len(context), -1)
-        ids = torch.cat([query, context.ids[:, :-1]], 1)
-        mask = torch.cat([torch.ones_like(query, dtype=torch.bool), context.mask[:, :-1]], 1)
-        hidden = self.read_hidden(self.prefix(memory), Tokens(ids, mask))[:, query.shape[1] :]
-        return token_losses(hidden, self.backbone.head, context.ids, context.mask)
-
-    @torch.no_grad()
-    def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
-        """Let the model repeat the texts by greedy decoding; see `Method.reconstruct`."""
-        query, found = repeat_query(self.task), []
-        if not query:
-            return super().reconstruct(memory, lengths)
-        for row, length in enumerate(lengths):
-            options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
-            found += self.generate(memory[row], [query], pad_id=self.task.pad_id, **options)
-        return found
 
     def choose(self, memory: Memory, query: list[int]) -> list[int]:
         """Choose the rows that a question attends to most, at most `read_chunks`, in the order of the document."""

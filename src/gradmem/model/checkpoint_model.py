@@ -243,7 +243,8 @@ class CheckpointModel(ModelHubMixin):
     @property
     def author(self) -> Author:
         """Who writes the memories of this model, for their receipts."""
-        return Author(self.spec["method"]["name"], self.name, options=self.method_options, **self.fingerprints)
+        options = {**self.method_options, **self.overrides}
+        return Author(self.spec["method"]["name"], self.name, options=options, **self.fingerprints)
 
     def most_steps(self, steps: int | None, until: float | None, max_steps: int | None) -> int:
         """Write steps that `write` takes with these arguments; with `until`, the most of them.
@@ -263,6 +264,7 @@ class CheckpointModel(ModelHubMixin):
         *,
         until: float | None = None,
         max_steps: int | None = None,
+        questions: Sequence[str] = (),
     ) -> list[Memory | None]:
         """Find what an earlier memory holds of texts that would be written now, such as chunks of a changed document.
 
@@ -270,16 +272,17 @@ class CheckpointModel(ModelHubMixin):
         ----------
         earlier : Memory
         texts : sequence of str
-        steps, until, max_steps
+        steps, until, max_steps, questions
             As for `write`.
 
         Returns
         -------
         list of Memory or None
-            For each text the row that this model wrote from it, with the same options and to the end; None if there is
-            none. It need not be written again.
+            For each text the row that this model wrote from it, with the same options and questions and to the end;
+            None if there is none. It need not be written again.
         """
-        return writing.finished_rows(self.author, texts, earlier, self.most_steps(steps, until, max_steps), until)
+        most = self.most_steps(steps, until, max_steps)
+        return writing.finished_rows(self.author, texts, earlier, most, until, questions)
 
     def token_losses(self, memory: Memory, text: str) -> list[float]:
         """Loss of each token of a context text when it is read back from a memory of one row, nats.

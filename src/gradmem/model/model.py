@@ -66,7 +66,8 @@ class MemoryModel(
         max_steps : int, optional
             Most steps that `until` may take; by default 30, or the method's own number if that is larger.
         questions : sequence of str
-            Your own questions, for a method that fits memories to questions (`compact`). Every fourth only measures.
+            Your own questions, for a method that fits memories to questions (`compact`, `vectors`). Every fourth only
+            measures.
         progress : callable
             See `gradmem.progress.Progress`.
 

@@ -13,7 +13,7 @@ from ..errors import GradmemError
 from ..memory import Memory
 from ..methods.base import Method, Written, last_state
 from ..progress import Progress
-from ..receipts import Author, Receipt, text_digest, written_texts
+from ..receipts import Author, Receipt, questions_digest, text_digest, written_texts
 from ..tasks.base import Task
 from .reading import read_answers
 
@@ -123,6 +123,7 @@ def _receipt(
         **vars(author),
         context_sha256=text_digest(text),
         context_tokens=len(token_losses),
+        questions_sha256=questions_digest(method.questions or ()),
         steps=taken,
         inner_lr=[round(rate, 6) for rate in method.inner_lrs()],
         losses=_rounded([*written.losses[:taken, row].tolist(), _mean(token_losses)], 6),
@@ -212,7 +213,9 @@ def asking(method: Method, questions: Sequence[str]) -> Iterator[None]:
         yield
         return
     if method.questions is None:
-        raise GradmemError("only the method compact fits memories to questions: leave them out, or choose it")
+        raise GradmemError(
+            "only the methods compact and vectors fit memories to questions: leave them out, or choose one of them"
+        )
     method.questions = questions
     try:
         yield
@@ -238,7 +241,12 @@ def most_steps(method: Method, steps: int | None, until: float | None, max_steps
 
 
 def finished_rows(
-    author: Author, texts: Sequence[str], earlier: Memory, steps: int, until: float | None
+    author: Author,
+    texts: Sequence[str],
+    earlier: Memory,
+    steps: int,
+    until: float | None,
+    questions: Sequence[str] = (),
 ) -> list[Memory | None]:
     """Find what an earlier memory already holds of some texts.
 
@@ -252,16 +260,23 @@ def finished_rows(
         Write steps; with `until` the most of them.
     until : float, optional
         As for `write_texts`.
+    questions : sequence of str
+        The user's own questions.
 
     Returns
     -------
     list of Memory or None
-        For each text the row that was written from it, by the same author and to its end; None if there is none.
+        For each text the row that was written from it, by the same author, with the same questions, and with as many
+        steps or down to the same loss; None if there is none.
     """
+    asked = questions_digest(questions)
     rows = {
         receipt.context_sha256: earlier[row]
         for row, receipt in enumerate(earlier.receipts)
-        if _same_author(author, receipt) and not receipt.earlier and receipt.complete(steps, until)
+        if _same_author(author, receipt)
+        and not receipt.earlier
+        and receipt.questions_sha256 == asked
+        and (receipt.steps == steps if until is None else receipt.complete(steps, until))
     }
     return [rows.get(text_digest(text)) for text in texts]
 

@@ -53,6 +53,20 @@ function atRisk({ answers, at_risk }) {
   return answers ? `${number(at_risk)} of ${number(answers)}` : "none known";
 }
 
+/** How close the answers are to those of the model with the whole text, over all tokens of all measured parts. */
+function closeness(parts) {
+  const measured = parts.map((part) => part.fidelity).filter(Boolean);
+  if (!measured.length) return {};
+  const tokens = measured.reduce((sum, one) => sum + one.tokens, 0);
+  const mean = (name) => measured.reduce((sum, one) => sum + one.tokens * one[name], 0) / tokens;
+  const percent = (share) => `${(100 * share).toFixed(1)} %`;
+  return {
+    "As with the whole text": `${percent(mean("agreement"))} of ${count(tokens, "answer token")}, `
+      + `${percent(mean("agreement_unwritten"))} without the text`,
+    "KL to the whole text": `${nats(mean("kl"))} nats, ${nats(mean("kl_unwritten"))} without the text`,
+  };
+}
+
 function showReceipt({ memory, memory_bytes, versions, receipts }) {
   const parts = receipts.flatMap((receipt) => [...receipt.earlier, receipt]);
   const last = parts.at(-1);
@@ -62,6 +76,7 @@ function showReceipt({ memory, memory_bytes, versions, receipts }) {
   const measured = parts.filter((part) => part.measured); // of the others it is unknown what is kept
   blank(the("cells"), measured.flatMap((part) => part.token_losses.map((loss) => loss ?? Infinity)));
   const facts = {
+    ...closeness(parts),
     "Write loss": `${nats(current.loss_before)} → ${nats(current.loss_after)} nats`,
     "Write steps": number(last.steps),
     "Answers at risk": atRisk(current),
