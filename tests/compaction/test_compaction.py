@@ -224,7 +224,8 @@ def test_study_gets_nearer_or_keeps_its_start(monkeypatch: pytest.MonkeyPatch) -
     entries = select(text, 4, method.metric, "contribution", shared=True)
     monkeypatch.setattr(study_module, "PACE", replace(study_module.PACE, steps=4))
     whole = method._entries_prefix(text.whole)
-    asked = study_module.questions_about(text.ids, method.backbone, method.task, whole)
+    own = study_module.questions_about(text.ids, method.backbone, method.task, whole)
+    asked = Asked.join([text.study, own])
     known, _ = asked.split(study_module.HELD_OUT)
     before = fidelity(method.backbone, method._entries_prefix(entries), known)[0]
     better = study_module.study(entries, text, method.backbone, method.task, method._entries_prefix)

@@ -15,6 +15,7 @@ from gradmem import GradmemError
 from gradmem.evaluation import board
 from gradmem.evaluation.board_figure import board_figure
 from gradmem.evaluation.board_rows import Outcome, rows_of
+from gradmem.methods.vectors import VectorsOptions
 from gradmem.model import MemoryModel
 
 TEXTS = [
@@ -62,6 +63,17 @@ def test_fidelity_is_that_of_the_language_model(model: MemoryModel) -> None:
         assert rows[name]["agreement"] == pytest.approx(agreement)
     assert rows["swapped"]["gap_closed"] == pytest.approx(1 - rows["swapped"]["kl"] / rows["none"]["kl"])
     assert rows["full"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_vectors_are_measured_beside_the_others(model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VectorsOptions.__init__.__kwdefaults__, "write_steps", 1)
+    rows = {row["writer"]: row for row in measured(model, writers=["vectors"], budgets=[0.5]).rows}
+    assert list(rows) == ["full", "none", "swapped", "vectors"]
+    width = model.method.backbone.width
+    assert rows["vectors"]["bytes"] == rows["swapped"]["bytes"] == 4 * VectorsOptions().n_mem * width
+    for name in ("swapped", "vectors"):
+        assert rows[name]["budget"] == pytest.approx(rows[name]["bytes"] / rows["full"]["bytes"], abs=1e-4)
+    assert rows["vectors"]["kl"] != rows["swapped"]["kl"]
 
 
 def test_rows_of_all_writers(model: MemoryModel) -> None:

@@ -81,8 +81,9 @@ def write(
         Tags of the memory in the store, separated by commas.
     method
         Method for a plain language model, one that needs no training. compact keeps a part of the model's key-value
-        cache (--budget 0.1: a tenth; --budget 2MB) and answers questions. full_context keeps all of it. cram fits
-        vectors that recite the text word by word (gradmem restore) and do not answer questions. Default: compact.
+        cache (--budget 0.1: a tenth; --budget 2MB) and answers questions. full_context keeps all of it. vectors fits a
+        few vectors (--n_mem 32) that answer, less faithfully than compact and after minutes. cram fits vectors that
+        recite the text word by word (gradmem restore) and do not answer questions. Default: compact.
     chunk_size
         Most tokens of a chunk of the text. GradMem and RMT write all chunks into one memory (see --chunk_mode), other
         methods write each into its own. Default: as in training, or the longest context of the model.
@@ -93,8 +94,8 @@ def write(
     max_steps
         Most steps that --until may take. Default: 30, or the number of steps of the method if that is more.
     questions
-        File of questions that the memory should answer well, one a line. compact fits the memory to them, besides
-        questions that fit any text; every fourth only measures.
+        File of questions that the memory should answer well, one a line. compact and vectors fit the memory to them,
+        besides questions that fit any text; every fourth only measures.
     resume
         Take over from the memory file what the same model wrote with the same options and questions: write the chunks
         that are missing, or that have changed. Without the file everything is written.
@@ -103,7 +104,7 @@ def write(
     device
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
     options
-        Options of the method, such as --budget 0.1 for compact or --n_mem 32 for cram. A checkpoint takes only
+        Options of the method, such as --budget 0.1 for compact or --n_mem 32 for vectors. A checkpoint takes only
         --chunk_mode sequential, independent or joint and, with GradMem, --gauss_newton_after 1: Gauss-Newton steps
         after the first.
     """

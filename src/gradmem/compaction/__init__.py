@@ -1,1 +1,1 @@
-"""Compaction of a text's key-value cache into fewer entries: writers that `compact` runs one after the other."""
+"""Memories of any text without training: writers that `compact` runs one after the other, and what `vectors` shares."""

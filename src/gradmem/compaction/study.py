@@ -77,9 +77,9 @@ def study(
         keys, values = tensors
         return replace(entries, keys=keys, values=values, places=None)
 
-    asked = questions_about(text.ids, backbone, task, prefix_of(text.whole))
+    asked = Asked.join([text.study, questions_about(text.ids, backbone, task, prefix_of(text.whole))])
     sizes = [_size(tensor, entries.used) for tensor in start]
-    states = descend(start, sizes, lambda tensors: prefix_of(moved(tensors)), text.study, asked, backbone, PACE)
+    states = descend(start, sizes, lambda tensors: prefix_of(moved(tensors)), asked, backbone, PACE)
     best = deque(states, maxlen=1).pop()
     return entries if best is start else moved(best)
 
@@ -88,7 +88,6 @@ def descend(
     start: list[Tensor],
     sizes: list[Tensor],
     prefix_of: Callable[[list[Tensor]], Prefix],
-    study: Asked,
     asked: Asked,
     backbone: Backbone,
     pace: Pace,
@@ -102,11 +101,9 @@ def descend(
         The length of a move for which the rate counts as it is.
     prefix_of : callable
         Puts the tensors before a question, differentiably.
-    study : Asked
-        Questions to study.
     asked : Asked
-        More of them. One in `HELD_OUT` is not studied and decides which state is the best. If there are fewer, the
-        start is.
+        Questions. One in `HELD_OUT` is not studied and decides which state is the best. If there are fewer, the start
+        is.
     backbone : Backbone
     pace : Pace
     """
@@ -114,7 +111,7 @@ def descend(
         yield from [start] * pace.steps
         return
     known, studied = asked.split(HELD_OUT)
-    batches = _batches([*study.each(), *studied.each()])
+    batches = _batches([*studied.each()])
     moves = [torch.zeros_like(tensor, dtype=torch.float, requires_grad=True) for tensor in start]
     optimizer = torch.optim.Adam(moves, lr=pace.rate, betas=(0.9, 0.95))
 

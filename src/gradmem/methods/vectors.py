@@ -93,7 +93,7 @@ class Vectors(Repeating):
             whole = whole_prefix(backbone, task, ids)
             stock = stock_questions(backbone, task, whole, self.questions or ())
             study, held_out = (Asked.read(backbone, whole, *pairs) for pairs in stock)
-            own = questions_about(ids, backbone, task, whole)
+            asked = Asked.join([study, questions_about(ids, backbone, task, whole)])
             unwritten = fidelity(backbone, whole_prefix(backbone, task, []), held_out) if held_out.queries else None
 
         def measured(found: tuple[float, float]) -> dict[str, float] | None:
@@ -105,7 +105,7 @@ class Vectors(Repeating):
         best, first = [start], fidelity(backbone, prefix_of([start]), held_out) if held_out.queries else (0.0, 0.0)
         told = measured(first)
         size = start.float().square().mean().sqrt()
-        for better in descend([start], [size], prefix_of, study, own, backbone, Pace(steps, RATE, EVERY)):
+        for better in descend([start], [size], prefix_of, asked, backbone, Pace(steps, RATE, EVERY)):
             if better is not best:
                 best, told = better, measured(fidelity(backbone, prefix_of(better), held_out))
             yield Memory({"memory": best[0]}), told

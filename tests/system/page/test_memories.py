@@ -126,6 +126,19 @@ def test_a_file_whose_numbers_mean_nothing_is_shown(page: Page, tmp_path: Path, 
     expect(ask(page, "l1").locator(".answer")).to_have_text("m2")
 
 
+def test_the_receipt_says_how_close_answers_are(page: Page, tmp_path: Path) -> None:
+    """Over the answer tokens of all rows; a row whose numbers mean nothing is left out."""
+    memory = load("kv-16").write(["n1:o2", "p1:q2", "r1:s2"])
+    same = {"questions": 4, "kl_start": 0.5, "agreement_unwritten": 0.5, "kl_unwritten": 2.5}
+    found = [{"tokens": 90, "agreement": 0.9, "kl": 0.2}, {"tokens": 10, "agreement": 0.4, "kl": 1.2}, {"kl": math.nan}]
+    memory.receipts = [
+        replace(receipt, fidelity=same | own) for receipt, own in zip(memory.receipts, found, strict=True)
+    ]
+    page.get_by_label("Upload").set_input_files(memory.save(tmp_path / "close.safetensors"))
+    expect(page.locator("#facts")).to_contain_text("85.0 % of 100 answer tokens, 50.0 % without the text")
+    expect(page.locator("#facts")).to_contain_text("0.30 nats, 2.50 without the text")
+
+
 def test_files_are_dropped_and_opened(page: Page, tmp_path: Path) -> None:
     choose(page, "kv-16")
     drop = """([name, text]) => {

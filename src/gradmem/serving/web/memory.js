@@ -53,9 +53,13 @@ function atRisk({ answers, at_risk }) {
   return answers ? `${number(at_risk)} of ${number(answers)}` : "none known";
 }
 
+const FIDELITY = ["tokens", "agreement", "agreement_unwritten", "kl", "kl_unwritten"];
+
 /** How close the answers are to those of the model with the whole text, over all tokens of all measured parts. */
 function closeness(parts) {
-  const measured = parts.map((part) => part.fidelity).filter(Boolean);
+  // A file may hold other numbers, or none.
+  const measured = parts.map((part) => part.fidelity)
+    .filter((one) => one && FIDELITY.every((name) => Number.isFinite(one[name])) && one.tokens > 0);
   if (!measured.length) return {};
   const tokens = measured.reduce((sum, one) => sum + one.tokens, 0);
   const mean = (name) => measured.reduce((sum, one) => sum + one.tokens * one[name], 0) / tokens;
