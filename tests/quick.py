@@ -59,7 +59,7 @@ SLOW_TESTS = {
     "test_an_application_may_start_again",
     "test_an_argument_that_is_not_utf8",
     "test_an_installed_recipe_builds_its_method_and_its_task",
-    "test_an_interrupted_board_leaves_no_file",
+    "test_an_interrupted_board_goes_on",
     "test_an_interrupted_write_saves_what_there_is",
     "test_another_kind_of_device_is_planned_anew",
     "test_answers_are_those_of_the_model",

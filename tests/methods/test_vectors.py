@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import gradmem
 from chat_models import save_model
 from gradmem import MemoryModel
+from gradmem.compaction import study
 from gradmem.compaction.questions import HELD_OUT, STOCK
 from gradmem.methods import vectors as module
 
@@ -81,11 +82,15 @@ def test_steps_bring_answers_nearer(model: MemoryModel, monkeypatch: pytest.Monk
     assert fidelity["kl"] != fidelity["kl_start"]
 
 
-def test_the_start_is_kept_where_nothing_gets_nearer(model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RATE", 0.0)
-    start = model.write(TEXT).tensors["memory"]
-    monkeypatch.setattr(module, "RATE", 1e4)
-    assert torch.equal(model.write(TEXT).tensors["memory"], start)
+def test_questions_that_are_not_studied_decide(model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the start and the states after ten steps and twenty, those with the least divergence are kept."""
+    kept: dict[int, Tensor] = {}
+    for best in range(3):
+        told = iter([0.5 if place == best else 1.0 for place in range(3)])
+        monkeypatch.setattr(study, "fidelity", lambda *given, told=told: (next(told), 0.0))
+        kept[best] = model.write(TEXT, 20).tensors["memory"]
+    assert torch.equal(kept[0][0, 0], Plain(model).embed(torch.tensor(model.task.encode(TEXT)[0])))
+    assert not any(torch.equal(kept[one], kept[other]) for one, other in ((0, 1), (1, 2), (0, 2)))
 
 
 def test_the_users_questions_are_studied_and_every_fourth_measures(tmp_path: Path) -> None:
