@@ -15,6 +15,7 @@ from chat_models import save_model
 from gradmem import MemoryModel
 from gradmem.compaction import study
 from gradmem.compaction.questions import HELD_OUT, STOCK
+from gradmem.exports.prompt_embeds import has_vectors, memory_embeds
 from gradmem.methods import vectors as module
 
 TEXT = "Ann signed the long lease in May. The code of the old blue door is 4711. Bob came by train at noon today."
@@ -65,6 +66,13 @@ def test_they_stand_in_the_place_of_the_text(model: MemoryModel) -> None:
     found = model.method.backbone.head(hidden[0, len(query) : -1]).log_softmax(-1)
     wanted = plain.logprobs(memory.tensors["memory"], query, answer)
     assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_other_programs_get_the_same_embeddings(model: MemoryModel) -> None:
+    memory, plain = model.write(TEXT, 1), Plain(model)
+    before = plain.embed(torch.tensor(model.task.before_context))
+    assert has_vectors(memory)
+    assert torch.equal(memory_embeds(memory), torch.cat([before, memory.tensors["memory"][0]]))
 
 
 def test_steps_bring_answers_nearer(model: MemoryModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,14 @@ from torch import Tensor
 from ..errors import GradmemError
 from ..files import write_bytes
 from ..methods.base.prefix_method import PrefixMethod
+from ..methods.vectors import Vectors
 from ..model import BoundMemory
 from ..tasks.base import Conversation
 
 
 def has_vectors(memory: BoundMemory) -> bool:
-    """Whether the memory is vectors before the prompt, as those of gradmem, cram and rmt."""
-    return isinstance(memory.model.method, PrefixMethod)
+    """Whether the memory is vectors before the prompt, as those of gradmem, cram, rmt and vectors."""
+    return isinstance(memory.model.method, PrefixMethod | Vectors)
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def memory_embeds(memory: BoundMemory) -> Tensor:
         If the memory has several rows, is not made of vectors, or has numbers that are not finite.
     """
     method = memory.model.method
-    if not isinstance(method, PrefixMethod):
+    if not isinstance(method, PrefixMethod | Vectors):
         raise GradmemError("the memory is keys and values, not vectors before the prompt: export it as such")
     if len(memory) != 1:
         raise GradmemError(f"the memory has {len(memory)} rows, and an export holds one: take one row alone")

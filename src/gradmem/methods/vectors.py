@@ -110,12 +110,23 @@ class Vectors(Repeating):
                 best, told = better, measured(fidelity(backbone, prefix_of(better), held_out))
             yield Memory({"memory": best[0]}), told
 
-    def prefix(self, memory: Memory) -> Prefix:
-        """Run what the task puts before every text, and the vectors."""
+    def inputs(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Build what READ runs before a query: what the task puts before every text, and the vectors.
+
+        Returns
+        -------
+        embeds : Tensor, shape (batch, positions, d)
+        real : Tensor, bool, shape (batch, positions)
+            All true, on the CPU.
+        """
         vectors = memory.tensors["memory"].to(self.backbone.model.dtype)
         before = torch.tensor(self.before_context, dtype=torch.long, device=vectors.device)
-        embeds = self.backbone.embed(before.expand(len(vectors), -1))
-        return self.backbone.prefix(torch.cat([embeds, vectors], 1))
+        embeds = torch.cat([self.backbone.embed(before.expand(len(vectors), -1)), vectors], 1)
+        return embeds, torch.ones(embeds.shape[:2], dtype=torch.bool)
+
+    def prefix(self, memory: Memory) -> Prefix:
+        """Run the `inputs` once for each row."""
+        return self.backbone.prefix(*self.inputs(memory))
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
