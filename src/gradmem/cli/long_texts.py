@@ -13,7 +13,6 @@ from ..choices import Precision
 from ..errors import GradmemError
 from ..files import write_bytes
 from ..interruption import Interruptible
-from ..memory import read_bytes, stored_precision
 from ..receipts import Receipt
 from .console import progress_bar
 
@@ -73,6 +72,8 @@ class LongText:
         GradmemError
             If the file has another precision, to which its chunks were rounded.
         """
+        from ..memory import read_bytes, stored_precision
+
         if not self.path.exists():
             return None
         data = read_bytes(self.path)

@@ -104,7 +104,8 @@ def output_metric(backbone: Backbone, layers: list[Layer]) -> Tensor:
         weight = last[number].weight.detach()
         rows = weight if isinstance(last[number], Conv1D) else weight.T
         part = rows.float().unflatten(0, (layer.heads, layer.each, layer.values))
-        metrics.append(torch.einsum("hrdo,hreo->hrde", part, part))
+        with torch.autocast(part.device.type, enabled=False):  # it is kept when training in bf16 is over
+            metrics.append(torch.einsum("hrdo,hreo->hrde", part, part))
     return torch.stack(metrics)
 
 
