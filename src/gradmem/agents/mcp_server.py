@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ..errors import GradmemError
 from ..serving.http_errors import refusal
 from ..serving.telemetry import LOG
-from . import file_tool, memory_tools, receipt_resources
+from . import file_tool, focus_tools, memory_tools, receipt_resources
 from .workspace import Workspace
 
 INSTRUCTIONS = (
@@ -30,6 +30,7 @@ INSTRUCTIONS = (
 GROUPS: tuple[Callable[[MCPServer, Workspace], None], ...] = (
     memory_tools.register,
     file_tool.register,
+    focus_tools.register,
     receipt_resources.register,
 )
 """What registers each group of tools and resources."""
