@@ -60,7 +60,7 @@ class StoredMemory(llm.Model):
     def __init__(self, entry: Entry) -> None:
         self.model_id = f"gradmem/{entry.label}"
         self.entry = entry
-        self._opened: dict[str | None, tuple[Engine, BoundMemory, int]] = {}
+        self._opened: dict[str | None, tuple[Engine, BoundMemory]] = {}
 
     def execute(
         self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
@@ -75,11 +75,13 @@ class StoredMemory(llm.Model):
         asked = [{"role": message.role, "content": _text(message)} for message in prompt.messages]
         if not any(message["role"] == "user" for message in asked):
             raise llm.ModelError("there is no question: give one as the prompt")
+        from gradmem.sampling import Sampling  # here, as it loads PyTorch
+
         texts: SimpleQueue[str | None] = SimpleQueue()
         try:
-            engine, memory, usual = self._open(prompt.options.checkpoint)
-            memory.model.task.answer_length = prompt.options.max_tokens or usual
-            future = engine.ask(self.entry.id, memory, asked, on_text=texts.put)
+            engine, memory = self._open(prompt.options.checkpoint)
+            sampling = Sampling(max_tokens=prompt.options.max_tokens)
+            future = engine.ask(self.entry.id, memory, asked, sampling=sampling, on_text=texts.put)
             future.add_done_callback(lambda _: texts.put(None))
             sent = ""
             while stream and (text := texts.get()) is not None:
@@ -93,14 +95,14 @@ class StoredMemory(llm.Model):
         response.set_usage(input=answer.query_tokens, output=answer.answer_tokens)
         response.response_json = asdict(answer)
 
-    def _open(self, checkpoint: str | None) -> tuple[Engine, BoundMemory, int]:
-        """Open the memory once: an engine with its model, the memory, and the usual length of answers in tokens."""
+    def _open(self, checkpoint: str | None) -> tuple[Engine, BoundMemory]:
+        """Open the memory once, with an engine for its model."""
         if checkpoint not in self._opened:
             from gradmem.serving import Engine
 
             with Store(create=False) as store:
                 memory = store.open(self.entry.id, checkpoint=checkpoint)
-            self._opened[checkpoint] = Engine(memory.model), memory, memory.model.task.answer_length
+            self._opened[checkpoint] = Engine(memory.model), memory
         return self._opened[checkpoint]
 
 
