@@ -176,6 +176,7 @@ STATUSES = {
     415: "the body is not what it should be",
     422: "a text or an option that cannot be taken",
     429: "too many requests: `Retry-After` says in how many seconds to come back",
+    502: "the upstream server failed",
     503: "not now: `Retry-After` likewise",
     504: "it took too long",
 }

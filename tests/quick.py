@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-SLOW_FILES = {"test_compiled.py", "test_startup.py", "test_wheel.py"}
+SLOW_FILES = {"test_compiled.py", "test_startup.py", "test_upstream.py", "test_wheel.py"}
 SLOW_TESTS = {
     "test_a_board_of_the_controls",
     "test_a_change_that_is_ended_in_the_middle_has_not_happened",

@@ -26,8 +26,6 @@ OWNER: ContextVar[str | None] = ContextVar("owner", default=None)
 """Owner of the memories that the present request may use. None is the local user."""
 WRITER = "smollm2"
 """The language model that writes if none is named."""
-MAX_QUEUE = 128
-"""Most requests that wait for one engine."""
 
 
 class StepReport:
@@ -91,9 +89,10 @@ class Workspace:
     def _new_engines(self) -> EnginePool:
         from ..pretrained import installed_models
         from ..serving.engine_pool import EnginePool
+        from ..serving.settings import Settings
 
         names = self.checkpoints or tuple(dict.fromkeys([WRITER, *installed_models(), *checkpoint_names()]))
-        return EnginePool(names, MAX_QUEUE, self.device)
+        return EnginePool(Settings(checkpoints=names, device=self.device))
 
     async def writer(self) -> Engine:
         """Return the engine that writes new memories."""

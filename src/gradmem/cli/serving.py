@@ -24,6 +24,7 @@ def serve(
     max_memories: int = 10_000,
     max_bytes: int = 2**30,
     device: str = "auto",
+    upstream: str | None = None,
 ) -> None:
     """Serve the stored memories over HTTP, with a web page.
 
@@ -48,18 +49,31 @@ def serve(
         Most bytes of the memory files of each owner, with all versions.
     device
         Device to run on: auto (an accelerator if there is one), cpu, cuda or cuda:1.
+    upstream
+        Base URL of a vLLM server (--enable-prompt-embeds), such as http://127.0.0.1:8001/v1, that answers queries to
+        the memories of the one checkpoint named. It is sent prompt embeddings made here (GRADMEM_UPSTREAM_KEY: its
+        API key).
     """
     try:
         from ..pretrained import installed_models
         from ..serving.app import create_app
         from ..serving.settings import Settings
         from ..serving.telemetry import LOG, JsonLines
+        from ..serving.upstream import checked_url
         from ..store import Store
     except ImportError as error:
         raise GradmemError(f"serving needs more packages ({error.name}): pip install 'gradmem[serve]'") from error
     served = tuple(checkpoints or (*installed_models(), *checkpoint_names()))
     device = str(device_named(device))  # an unknown device must fail before the server starts
-    settings = Settings(host=host, checkpoints=served, max_body=max_body, rate=rate, timeout=timeout, device=device)
+    settings = Settings(
+        host=host,
+        checkpoints=served,
+        max_body=max_body,
+        rate=rate,
+        timeout=timeout,
+        device=device,
+        upstream=upstream and checked_url(upstream),
+    )
     app = create_app(Store(max_memories=max_memories, max_bytes=max_bytes), settings)
     lines = logging.StreamHandler()
     lines.setFormatter(JsonLines())

@@ -78,7 +78,16 @@ def prompt_embeds(memory: BoundMemory, question: str | Conversation) -> Tensor:
         As `memory_embeds`; or if the question is empty or too long, or has unknown characters.
     """
     before = memory_embeds(memory)
-    ids = memory.model.encoder.query_ids(question, None, len(before))
+    return _joined(before, memory, memory.model.encoder.query_ids(question, None, len(before)))
+
+
+@torch.no_grad()
+def embedded(memory: BoundMemory, ids: list[int]) -> Tensor:
+    """Build the embeddings of a whole prompt whose question is tokenized already; see `prompt_embeds`."""
+    return _joined(memory_embeds(memory), memory, ids)
+
+
+def _joined(before: Tensor, memory: BoundMemory, ids: list[int]) -> Tensor:
     embeds = memory.model.method.backbone.embed(torch.tensor(ids, device=memory.model.device))
     return torch.cat([before, embeds.cpu()])
 

@@ -36,6 +36,7 @@ NOTHING = Answer("", -1.0, -1.0, 0.0, 0.0)
 
 def features(answer: Answer) -> dict[str, float]:
     """Numbers that the network reads: near certainty, log-odds differ more than log-probabilities do."""
+    assert answer.near_loss is not None  # an upstream server answers without it, and nothing is judged there
     return {
         "logprob": _log_odds(answer.logprob),
         "lowest": _log_odds(answer.lowest),

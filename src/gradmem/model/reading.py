@@ -30,10 +30,10 @@ class Answer:
         Mean and lowest log-probability of the answer's tokens under the model and the memory, nats.
     margin : float
         Log-probability of the likeliest first token minus that of the second, nats.
-    near_loss : float
+    near_loss : float or None
         Statement loss: mean token loss under the memory, nats, of the text that states this answer to this query
         (`Task.statement`), measured as a write receipt measures a context. It can be compared with the receipt's
-        `loss_after`, and needs nothing of the context itself.
+        `loss_after`, and needs nothing of the context itself. None if an upstream server answered.
     written : float or None
         Probability that this answer to this query was written, if half of all answers were. None if the checkpoint is
         not calibrated (`gradmem calibrate`), for contexts of other lengths than it was calibrated for, and if text was
@@ -51,7 +51,7 @@ class Answer:
     logprob: float
     lowest: float
     margin: float
-    near_loss: float
+    near_loss: float | None
     written: float | None = None
     abstained: bool | None = None
     finish_reason: Literal["stop", "length"] = "stop"

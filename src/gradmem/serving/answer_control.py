@@ -29,9 +29,9 @@ class AnswerControl(RowControl):
 
     def __init__(self, requests: list[AskRequest], task: Task, too_late: Callable[[], bool]) -> None:
         self.too_late = too_late
-        self.answers = [_GrowingAnswer(request, task) for request in requests]
+        self.answers = [GrowingAnswer(request, task) for request in requests]
         self.ids = [answer.ids for answer in self.answers]
-        self.running: list[_GrowingAnswer] = []
+        self.running: list[GrowingAnswer] = []
 
     def begin(self, rows: list[int]) -> None:
         """Take the answers that the next scores and tokens belong to."""
@@ -68,8 +68,14 @@ class AnswerControl(RowControl):
         return self.answers[row].request.sampling.cut(text)
 
 
-class _GrowingAnswer:
-    """An answer while it is generated."""
+class GrowingAnswer:
+    """An answer while it is generated.
+
+    Parameters
+    ----------
+    request : AskRequest
+    task : Task
+    """
 
     def __init__(self, request: AskRequest, task: Task) -> None:
         self.request, self.task = request, task
@@ -101,13 +107,22 @@ class _GrowingAnswer:
         if self._chooser is not None:
             self._chooser.choose(scores)
 
-    def take(self, token: int) -> None:
-        """Take the next token. Find out whether the answer ends with it, and show what it settles."""
+    def take(self, token: int, measured: Token | None = None) -> None:
+        """Take the next token. Find out whether the answer ends with it, and show what it settles.
+
+        Parameters
+        ----------
+        token : int
+        measured : Token, optional
+            The token with its log-probability, if another program chose it.
+        """
         self.ids.append(token)
         if self._chooser is not None:
             self._chooser.take(token)
         if self._logprobs is not None:
-            self._tokens.append(self._measured(token, self._logprobs))
+            measured = self._measured(token, self._logprobs)
+        if measured is not None:
+            self._tokens.append(measured)
         if self.unwanted:
             self.ended = True
             return

@@ -45,7 +45,7 @@ def create_app(store: Store, settings: Settings | None = None, keys: ApiKeys | N
     """
     settings, keys = settings or Settings(), keys or ApiKeys()
     settings.check_keys(keys)
-    engines, telemetry = EnginePool(settings.checkpoints, settings.max_queue, settings.device), Telemetry()
+    engines, telemetry = EnginePool(settings), Telemetry()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

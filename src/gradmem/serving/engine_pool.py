@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -16,6 +15,8 @@ from ..store import Entry
 from .async_store import AsyncStore
 from .engine import Engine
 from .errors import Closed, NotServed
+from .settings import Settings
+from .upstream import UpstreamEngine
 
 ANSWERS = "compact"
 """The method with which a plain language model writes here: one whose memories answer questions."""
@@ -26,19 +27,15 @@ class EnginePool:
 
     Parameters
     ----------
-    names : sequence of str
-        Checkpoints that may be loaded. Requests cannot load any other.
-    max_queue : int
-        Most waiting requests of each engine.
-    device : str
-        Device that the engines run on.
+    settings : Settings
+        Its `checkpoints` may be loaded. Requests cannot load any other.
     """
 
-    def __init__(self, names: Sequence[str], max_queue: int, device: str = "auto") -> None:
-        self.names, self.max_queue, self.device = tuple(names), max_queue, device
+    def __init__(self, settings: Settings) -> None:
+        self.names, self.settings = settings.checkpoints, settings
         self.loaded: dict[str, Engine] = {}
         self._closed = False
-        self._locks = {name: asyncio.Lock() for name in names}
+        self._locks = {name: asyncio.Lock() for name in self.names}
 
     async def get(self, name: str) -> Engine:
         """Return the engine of a checkpoint. Load the checkpoint if no request has needed it before.
@@ -81,11 +78,14 @@ class EnginePool:
         self.loaded, self._closed = {}, False
 
     def _start(self, name: str) -> Engine:
-        model = load(name).to(device_named(self.device))
+        model = load(name).to(device_named(self.settings.device))
         model = model.with_method({"name": ANSWERS}) if model.plain else model
         # Computed here, since later only the engine's thread may use the weights.
         _ = model.fingerprints, model.method.backbone.token_cache_bytes
-        return Engine(model, max_queue=self.max_queue)
+        most, upstream = self.settings.max_queue, self.settings.upstream
+        if upstream is not None:
+            return UpstreamEngine(model, upstream, max_queue=most, timeout=self.settings.timeout)
+        return Engine(model, max_queue=most)
 
 
 async def pool_of(request: Request) -> EnginePool:

@@ -73,7 +73,7 @@ class ErrorBody(BaseModel):
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
-    for status in (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 429, 503, 504)
+    for status in (400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 429, 502, 503, 504)
 }
 """The errors that any path of the API may answer with, for the OpenAPI document."""
 

@@ -32,6 +32,8 @@ class Settings:
         Most seconds that a request may take.
     device : str
         Device that the checkpoints run on; see `device_named`.
+    upstream : str, optional
+        Base URL of the server that answers queries to the memories of the one checkpoint; see `UpstreamEngine`.
     """
 
     host: str = "127.0.0.1"
@@ -42,10 +44,13 @@ class Settings:
     rate: int = 6000
     timeout: float = 300.0
     device: str = "auto"
+    upstream: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_body", "max_requests", "max_queue", "rate", "timeout"):
             require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        if self.upstream is not None and len(self.checkpoints) != 1:
+            raise GradmemError("an upstream server runs one language model: name the one checkpoint that it has")
 
     @property
     def local(self) -> bool:

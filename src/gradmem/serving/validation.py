@@ -21,6 +21,8 @@ MAX_STRUCTURE_BYTES, MAX_QUOTES = 2**18, 2**15
 MAX_HEADER_BYTES = 2**20
 """Most bytes of a memory file's header, which is JSON."""
 MAX_TAGS = 100
+TENSORS = b"prompt_embeds"
+"""A field of vLLM's API that carries a tensor, which can harm the server that loads it (CVE-2025-62164)."""
 
 
 class JsonRoute(APIRoute):
@@ -72,6 +74,11 @@ def check_json(content_type: str, body: bytes) -> None:
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', MAX_QUOTES)
     if len(parts) > MAX_QUOTES or sum(map(len, parts[::2])) > MAX_STRUCTURE_BYTES:
         raise Refused(413, "the JSON has more values than any request of this server needs")
+    if any(
+        one == TENSORS and then.lstrip().startswith(b":") for one, then in zip(parts[1::2], parts[2::2], strict=False)
+    ):
+        message = f"{TENSORS.decode()}: this server takes no tensors, and makes those of memories itself"
+        raise Refused(400, message, param=TENSORS.decode(), code="unsupported_parameter")
 
 
 def check_header(data: bytes) -> None:

@@ -14,7 +14,7 @@ export const remember = (id, example) => example && sessionStorage.setItem(kept(
 
 function evidence(answer) {
   const parts = [`log-probability ${nats(answer.logprob)}`, `margin ${nats(answer.margin)}`];
-  parts.push(`statement loss ${nats(answer.near_loss)} nats`);
+  if (answer.near_loss !== null) parts.push(`statement loss ${nats(answer.near_loss)} nats`);
   return make("p", { className: "hint" }, parts.join(" · "));
 }
 
