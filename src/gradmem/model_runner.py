@@ -61,6 +61,23 @@ class ModelRunner(nn.Module):
         return self.model.model if self.model.base_model is self.model else self.model.base_model
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder layers.
+
+        Raises
+        ------
+        GradmemError
+            If the model does not keep them in a list.
+        """
+        config = self.model.config
+        for module in self.body.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+                return module
+        raise GradmemError(
+            f"'{config.model_type}' has no list of layers that could hold a memory: use another backbone"
+        )
+
+    @property
     def max_positions(self) -> int:
         """Longest input in tokens before rotary angles would change, as those of keys in the cache cannot."""
         config = self.model.config.get_text_config(decoder=True)
@@ -85,6 +102,12 @@ class ModelRunner(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (batch, length) -> input embeddings (batch, length, d)."""
         return self.model.get_input_embeddings()(ids)
+
+    def random_embeddings(self, count: int) -> Tensor:
+        """Draw vectors (count, d) with the standard deviation of the token embeddings."""
+        like = self.model.get_input_embeddings().weight
+        drawn = torch.randn(count, self.width, dtype=like.dtype, device=like.device)
+        return drawn * float(like.detach().float().std())
 
     def hidden(
         self, embeds: Tensor, cache: Cache | None = None, mask: Tensor | None = None, positions: Tensor | None = None

@@ -209,7 +209,7 @@ def test_an_unwritten_memory_reads_as_the_backbone_alone() -> None:
 def test_layers_read_only_while_a_prefix_is_active() -> None:
     """After reading, and after an error in it, the backbone is what it was."""
     method, data = make_armt(), make_batch()
-    hooks = [hooks for block in method.blocks for hooks in (block._forward_pre_hooks, block._forward_hooks)]
+    hooks = [hooks for block in method.backbone.blocks for hooks in (block._forward_pre_hooks, block._forward_hooks)]
     before = method.backbone.hidden(method.backbone.embed(data.queries.ids))
     memory = method.write(data.context).memory
     assert not any(hooks)

@@ -81,4 +81,22 @@ def adam(tensors: Tensors, grads: Tensors, state: Any, rates: Rates) -> tuple[Te
     return updated, (count, first, second)
 
 
-OPTIMIZERS: dict[str, Update] = {"sgd": sgd, "adam": adam}
+def published_adam(tensors: Tensors, grads: Tensors, state: Any, rates: Rates) -> tuple[Tensors, Any]:
+    """Take one step of Adam as the published code does: a constant for the meta-gradient.
+
+    Gradients are clamped to 10, and those whose root mean square is under 1e-4 are damped.
+    """
+    beta1, beta2 = ADAM_BETAS
+    count, first, second = state or (0, dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0))
+    count += 1
+    clamped = {name: grads[name].detach().clamp(-10, 10) for name in tensors}
+    first = {name: beta1 * first[name] + (1 - beta1) * grad for name, grad in clamped.items()}
+    second = {name: beta2 * second[name] + (1 - beta2) * grad**2 for name, grad in clamped.items()}
+    updated = {}
+    for name, tensor in tensors.items():
+        scale = (second[name] / (1 - beta2**count)).clamp_min(ADAM_EPS).sqrt() + ADAM_EPS
+        updated[name] = tensor - rates[name] * (first[name] / (1 - beta1**count)) / scale
+    return updated, (count, first, second)
+
+
+OPTIMIZERS: dict[str, Update] = {"sgd": sgd, "adam": adam, "published_adam": published_adam}

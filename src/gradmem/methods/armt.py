@@ -85,22 +85,7 @@ class ARMT(OnePassMethod):
         like = backbone.model.get_input_embeddings().weight
         start = 0.02 * torch.randn(own.n_mem, backbone.width, dtype=like.dtype, device=like.device)
         self.memory_tokens = nn.Parameter(start)
-        self.associative: Any = nn.ModuleList(_AssociativeLayer(backbone.width, own).to(like) for _ in self.blocks)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The backbone's decoder layers.
-
-        Raises
-        ------
-        GradmemError
-            If the backbone does not keep them in a list.
-        """
-        config = self.backbone.model.config
-        for module in self.backbone.body.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-                return module
-        raise GradmemError(f"'{config.model_type}' has no list of layers for associative memory: use another backbone")
+        self.associative: Any = nn.ModuleList(_AssociativeLayer(backbone.width, own).to(like) for _ in backbone.blocks)
 
     @property
     def n_mem(self) -> int:
@@ -173,7 +158,7 @@ class ARMT(OnePassMethod):
     def reading(self, state: State | None) -> Iterator[None]:
         """Let every layer read from its state within a context; with None, none reads."""
         with ExitStack() as stack:
-            for block, layer, own in zip(self.blocks, self.associative, state or [], strict=False):
+            for block, layer, own in zip(self.backbone.blocks, self.associative, state or [], strict=False):
                 stack.enter_context(block.register_forward_pre_hook(_reader(layer, own), with_kwargs=True))
             yield
 
@@ -201,7 +186,7 @@ class ARMT(OnePassMethod):
             outputs.append(output[0] if isinstance(output, tuple) else output)
 
         with ExitStack() as stack:
-            for block in self.blocks:
+            for block in self.backbone.blocks:
                 stack.enter_context(block.register_forward_hook(keep))
             yield outputs
 

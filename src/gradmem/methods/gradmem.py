@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,84 +14,28 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backbone import Backbone
 from ..batch import Tokens
-from ..errors import require
 from ..inner.compiled import Graphs
 from ..inner.gauss_newton import Losses, Outputs, gauss_newton
 from ..inner.meta_gradient import Order, descend, skip_finished
-from ..inner.objective import joint_losses, sample_losses
+from ..inner.objective import chunk_divisors, joint_losses, sample_losses
 from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, heavy_ball
 from ..memory import Memory
 from ..prefix import Prefix
 from .base import Written
 from .base.adapters import AdaptedPrefix, active_adapters, add_lora
-from .base.chunked import ChunkedMethod, ChunkedOptions
+from .base.chunked import ChunkedMethod
 from .base.chunks import ChunkMode
+from .base.energy import Energy
+from .base.gradmem_options import GradMemOptions
 from .base.options import keywords_of
 from .base.prefix_method import Phase
 
 
-@dataclass(frozen=True, kw_only=True)
-class GradMemOptions(ChunkedOptions):
-    """Options of `gradmem`."""
-
-    write_steps: int = 5
-    """Default number of write steps K, taken on each chunk."""
-    inner_lr: float = 1.0
-    """Inner learning rate, on the mean token loss."""
-    learn_inner_lr: bool = False
-    """Meta-learn one inner learning rate for each memory vector, starting from `inner_lr`."""
-    learn_momentum: bool = False
-    """Descend with momentum. Momentum and inner learning rates are meta-learned for each of the `write_steps`; momentum
-    starts from zero. Needs `learn_inner_lr` and `inner_optimizer: sgd`."""
-    extra_step_decay: float = 0.5
-    """How fast the inner learning rate and momentum fall after `write_steps`: the j-th further step on a chunk divides
-    them by 1 + extra_step_decay * j. With 0, the constant rate of the paper, further steps overshoot."""
-    gauss_newton_after: int | None = None
-    """Take Gauss-Newton steps after so many steps of descent. Each costs several times as much and stores more, without
-    training (see `gradmem.inner.gauss_newton`). The meta-gradient treats them as constants."""
-    inner_optimizer: Literal["sgd", "adam"] = "sgd"
-    """Update rule of the write steps."""
-    clip_value: float | None = None
-    """Largest absolute value of an element of the inner gradient. No recipe uses it; the published code has it."""
-    clip_norm: float | None = None
-    """Largest norm of the inner gradient of a sample and a tensor. No recipe uses it; the published code has it."""
-    order: Order = "second"
-    """How the meta-gradient passes through the write steps: second differentiates the inner gradients, first treats
-    them as constants, none stops at each step."""
-    last_k: int | None = None
-    """With `order: second`: only the last k steps on a chunk are of second order, the earlier ones of first order. No
-    recipe uses it; the published code has it."""
-    projection: Literal["none", "proj", "per_sample"] = "none"
-    """Linear map of the memory before it enters the model: none; proj, one that all samples share; or per_sample, one
-    that WRITE updates for each sample along with its memory. No recipe uses per_sample; the published code has it."""
-    reconstruction: bool = False
-    """Train on the write loss after the last step, which takes one more pass over the context. By default, as
-    published, it is the loss before the last step."""
-    write_lora: int = 0
-    """Rank of LoRA adapters that are active in WRITE only; 0 for none."""
-    read_lora: int = 0
-    """Rank of LoRA adapters that are active in READ only; 0 for none."""
-    freeze_backbone: bool = False
-    """Train only what this method adds: memory and control vectors, projection, write head, inner learning rates,
-    momentum and adapters."""
-    freeze_embeddings: bool = False
-    """Do not train the token embeddings, nor an output layer that shares their weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("inner_lr", "clip_value", "clip_norm"):
-            value = getattr(self, name)
-            require(name, value, value is None or value > 0, "positive")
-        for name in ("extra_step_decay", "gauss_newton_after", "last_k", "write_lora", "read_lora"):
-            value = getattr(self, name)
-            require(name, value, value is None or value >= 0, "at least 0")
-        fits = self.learn_inner_lr and self.inner_optimizer == "sgd" and self.write_steps > 0
-        wanted = "used with learn_inner_lr, sgd and at least one write step"
-        require("learn_momentum", self.learn_momentum, fits or not self.learn_momentum, wanted)
-
-
 class GradMem(ChunkedMethod):
-    """Memory vectors that are written by K steps of gradient descent on the loss of reconstructing the context.
+    """A memory that is written by K steps of gradient descent on the loss of reconstructing the context.
+
+    It is vectors, as in the paper, or has another form: slots of keys and values (`KeysValues`), or a change of the
+    model's weights (`LowRank`).
 
     Parameters
     ----------
@@ -106,20 +50,20 @@ class GradMem(ChunkedMethod):
     @keywords_of(GradMemOptions)
     def __init__(self, backbone: Backbone, **options: Any) -> None:
         own = GradMemOptions(**options)
-        super().__init__(backbone, own)
+        super().__init__(backbone, own, own.new_form(backbone))
         self.options = own
         self.reconstruction = own.reconstruction
         self.update = OPTIMIZERS[own.inner_optimizer]
         backbone.requires_grad_(not own.freeze_backbone)
         if own.freeze_embeddings:
             backbone.model.get_input_embeddings().requires_grad_(False)
-        learned: dict[str, Any] = {"dtype": torch.float32, "device": self.initial_memory.device}
-        shape = (own.write_steps, own.n_mem, 1) if own.learn_momentum else (own.n_mem, 1)
-        log_rate = torch.full(shape, math.log(own.inner_lr), **learned)
-        self.log_inner_lr = nn.Parameter(log_rate) if own.learn_inner_lr else None
-        self.momentum = nn.Parameter(torch.zeros(own.write_steps, **learned)) if own.learn_momentum else None
-        self.proj = None if own.projection == "none" else self._new_projection(identity=True)
+        self.log_inner_lr = self._new_log_rates() if own.learn_inner_lr else None
+        zeros = torch.zeros(own.write_steps, dtype=torch.float32, device=self.device)
+        self.momentum = nn.Parameter(zeros) if own.learn_momentum else None
+        projects = own.projection != "none" and self.form is None
+        self.proj = self._new_projection(identity=True) if projects else None
         self.write_head = self._new_write_head(own.write_head)
+        self.energy = Energy(backbone) if own.write_objective == "energy" else None
         ranks: dict[Phase, int] = {"write": own.write_lora, "read": own.read_lora}
         self.adapters = add_lora(backbone, {phase: rank for phase, rank in ranks.items() if rank})
         self.graphs: Graphs = {}
@@ -133,7 +77,7 @@ class GradMem(ChunkedMethod):
     def joint_trajectory(
         self, chunks: Tokens, rows: Tensor, start: Tensors, steps: int, until: float | None
     ) -> Iterator[Written]:
-        """Descend the mean loss of all chunks of a memory; see `ChunkedMethod.joint_trajectory`."""
+        """Descend the loss of all chunks of a memory; see `ChunkedMethod.joint_trajectory`."""
         yield from self._descend(chunks, rows, start, steps, until)
 
     def _descend(
@@ -146,43 +90,48 @@ class GradMem(ChunkedMethod):
         more: bool = False,
     ) -> Iterator[Written]:
         """Write each context into a memory of its own, or into the memory that `rows` names."""
-        embeds = self._embed_context(context)
-        training = torch.is_grad_enabled()
+        context = Tokens(context.ids, self._targets(context.mask))
+        embeds = self._embed_context(context) if self.energy is None else self.backbone.embed(context.ids)
+        training, batch = torch.is_grad_enabled(), len(next(iter(start.values())))
         descents = steps if self.gauss_newton_after is None else min(steps, self.gauss_newton_after)
-        forward_context = self._forward_context(training and self.options.order == "second")
+        constant = self.options.inner_optimizer == "published_adam"
+        order: Order = "first" if constant and self.options.order == "second" else self.options.order
+        forward_context = self._forward_context(training and order == "second")
 
         def losses_of(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
             with forward_context():
-                return self._losses(tensors, Tokens(ids, mask), embeds)
+                return self._write_losses(tensors, Tokens(ids, mask), embeds)
 
-        def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor, rows: Tensor | None = None) -> Tensor:
-            if rows is None:
+        def loss(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor, *chunks: Tensor) -> Tensor:
+            if not chunks:
                 return sample_losses(losses_of(tensors, embeds, ids, mask), mask)
+            rows, divisors = chunks
             size = len(rows) if training else self.backbone.contexts_at_once(ids.shape[1])
             losses = _in_parts(losses_of, tensors, rows, (embeds, ids, mask), size)
-            return joint_losses(losses, mask, rows, len(start["memory"]))
+            return joint_losses(losses, divisors, rows, batch)
 
+        chunks = [] if rows is None else [rows, self._divisors(context, rows, batch)]
         states = descend(
             loss if until is None or training or rows is not None else skip_finished(loss, until),
             start,
             self.update if self.momentum is None else heavy_ball(self._momentum),
             self._rates,
             descents,
-            given=[embeds, context.ids, context.mask, *([] if rows is None else [rows])],
-            order=self.options.order,
+            given=[embeds, context.ids, context.mask, *chunks],
+            order=order,
             last_k=self.options.last_k,
             strategy=self.strategy,
             graphs=self.graphs,
             more=more,
-            clip_value=self.options.clip_value,
-            clip_norm=self.options.clip_norm,
+            clip_value=None if constant else self.options.clip_value,
+            clip_norm=None if constant else self.options.clip_norm,
             until=until,
         )
         if descents < steps:
-            parts = self._gauss_newton_parts(context, rows, embeds, len(start["memory"]))
+            parts = self._gauss_newton_parts(context, rows, embeds, batch)
             states = gauss_newton(states, parts, steps - descents, until)
         for step in states:
-            losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, len(start["memory"]))
+            losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, batch)
             yield Written(Memory(step.tensors), losses, step.taken)
 
     def _gauss_newton_parts(
@@ -190,7 +139,7 @@ class GradMem(ChunkedMethod):
     ) -> list[tuple[Outputs, Losses]]:
         """Split the write loss into parts of some contexts or chunks each, as `gauss_newton` takes them."""
         rows = torch.arange(batch, device=embeds.device) if rows is None else rows
-        tokens = rows.new_zeros(batch).index_add(0, rows, context.lengths)
+        divisors = self._divisors(context, rows, batch)
 
         def part(some: slice) -> tuple[Outputs, Losses]:
             def outputs(tensors: Tensors) -> Tensor:
@@ -199,13 +148,15 @@ class GradMem(ChunkedMethod):
                     return self._hidden(own, embeds[some])
 
             def losses(hidden: Tensor) -> Tensor:
-                shares = self._losses_of(hidden, context[some]).sum(1) / tokens[rows[some]]
-                return shares.new_zeros(batch).index_add(0, rows[some], shares)
+                return joint_losses(self._losses_of(hidden, context[some]), divisors[some], rows[some], batch)
 
             return outputs, losses
 
         size = self.backbone.contexts_at_once(context.ids.shape[1])
         return [part(slice(i, i + size)) for i in range(0, len(rows), size)]
+
+    def _divisors(self, context: Tokens, rows: Tensor, batch: int) -> Tensor:
+        return chunk_divisors(context.mask, rows, batch, alike=self.chunk_mode == "parallel")
 
     def _forward_context(self, second: bool) -> Callable[[], AbstractContextManager[None]]:
         """Choose how the backbone computes the write loss, by whether its gradient is differentiated again."""
@@ -234,12 +185,13 @@ class GradMem(ChunkedMethod):
         self.options = replace(self.options, gauss_newton_after=steps)
 
     def inner_lrs(self) -> list[float]:
-        """Return the inner learning rate of each memory vector, or the shared one; with momentum, for each step."""
-        return [self.options.inner_lr] if self.log_inner_lr is None else self.log_inner_lr.exp().flatten().tolist()
+        """Return the learned inner learning rates, or the shared one; with momentum, of each step."""
+        learned = self._learned_rates().values()
+        return [rate for own in learned for rate in own.exp().flatten().tolist()] or [self.options.inner_lr]
 
     def inner_parameters(self) -> list[nn.Parameter]:
         """Return the learned inner learning rates and momentum; see `Method.inner_parameters`."""
-        return [parameter for parameter in (self.log_inner_lr, self.momentum) if parameter is not None]
+        return [*self._learned_rates().values(), *([] if self.momentum is None else [self.momentum])]
 
     def _start(self, batch: int) -> Tensors:
         tensors = super()._start(batch)
@@ -252,12 +204,34 @@ class GradMem(ChunkedMethod):
         return 1 / (1 + self.options.extra_step_decay * max(0, step + 1 - self.write_steps))
 
     def _rates(self, step: int) -> Rates:
-        factor, rate = self._step_decay(step), self.options.inner_lr
-        rates: dict[str, float | Tensor] = dict.fromkeys(("memory", "proj_weight", "proj_bias"), rate * factor)
-        if self.log_inner_lr is not None:
-            log_rate = self.log_inner_lr if self.momentum is None else self._at(self.log_inner_lr, step)
-            rates["memory"] = log_rate.exp().to(self.initial_memory.dtype) * factor
+        factor = self._step_decay(step)
+        rates: dict[str, float | Tensor] = dict.fromkeys(self._start(1), self.options.inner_lr * factor)
+        for name, learned in self._learned_rates().items():
+            log_rate = learned if self.momentum is None else self._at(learned, step)
+            rates[name] = log_rate.exp().to(self.backbone.model.get_input_embeddings().weight.dtype) * factor
         return rates
+
+    def _new_log_rates(self) -> nn.Parameter | nn.ParameterDict:
+        """Create the logarithms of learned inner learning rates; with momentum, for each step."""
+        value, steps = math.log(self.options.inner_lr), (self.write_steps,) if self.options.learn_momentum else ()
+
+        def rates(shape: tuple[int, ...]) -> nn.Parameter:
+            return nn.Parameter(torch.full((*steps, *shape), value, dtype=torch.float32, device=self.device))
+
+        if self.form is None:
+            return rates((self.n_mem, 1))
+        return nn.ParameterDict({name: rates(shape) for name, shape in self.form.rate_shapes().items()})
+
+    def _learned_rates(self) -> dict[str, nn.Parameter]:
+        """The logarithms of learned inner learning rates, by tensor of the memory."""
+        learned = self.log_inner_lr
+        return (
+            dict(learned.items())
+            if isinstance(learned, nn.ParameterDict)
+            else {}
+            if learned is None
+            else {"memory": learned}
+        )
 
     def _momentum(self, step: int) -> Tensor:
         assert self.momentum is not None
@@ -273,9 +247,25 @@ class GradMem(ChunkedMethod):
             return torch.baddbmm(tensors["proj_bias"][:, None], memory, tensors["proj_weight"].transpose(1, 2))
         return memory if self.proj is None else self.proj(memory)
 
+    def _targets(self, mask: Tensor) -> Tensor:
+        """Where WRITE has a loss: at all tokens, or without the first one if nothing predicts it."""
+        return (
+            mask
+            if self.predicts_first or self.energy is not None
+            else torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1)
+        )
+
     def _losses(self, tensors: Tensors, context: Tokens, embeds: Tensor) -> Tensor:
         with self._writing():
             return super()._losses(tensors, context, embeds)
+
+    def _write_losses(self, tensors: Tensors, context: Tokens, embeds: Tensor) -> Tensor:
+        """Compute what WRITE descends, for each context token: shape (batch, length), zero at pads."""
+        if self.energy is None:
+            return self._losses(tensors, context, embeds)
+        with self._writing():
+            energies: Tensor = self.energy(self._hidden(tensors, embeds)[:, 1:]) * context.mask
+        return energies
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -89,7 +89,7 @@ class RMT(ChunkedMethod):
                 new = memory + self.norm(new)
             if self.reconstruction:
                 # The pass predicts the context from the memory that it is to replace.
-                loss = sample_losses(self._losses_of(hidden, context), context.mask)
+                loss = sample_losses(self._losses_of(hidden[:, self.prefix_length - 1 :], context), context.mask)
                 active = torch.ones_like(loss, dtype=torch.bool) if until is None else loss > until
                 if until is not None and not active.any():
                     return

@@ -42,7 +42,7 @@ class MemoryModel(
         """Whether it was trained to append: on contexts in chunks, written in the way in which it writes them now."""
         trained, mode = self.spec["method"], self.method.chunk_mode
         cut = trained.get("chunk_size") is not None and trained.get("chunk_mode", "sequential") == mode
-        return cut and mode != "joint"
+        return cut and mode not in ("joint", "parallel")
 
     def write(
         self,
@@ -100,7 +100,7 @@ class MemoryModel(
     ) -> BoundMemory:
         """Write more text into a memory, as the next chunk of what was written.
 
-        With `chunk_mode: independent` the text gets vectors of its own, which READ sees beside the others; otherwise
+        With `chunk_mode: independent` the text gets a memory of its own, which READ sees beside the others; otherwise
         WRITE continues from the memory as it is. Both must be learned: a checkpoint that was not trained on chunks in
         this way (see `appends`) loses nearly everything that was written before.
 

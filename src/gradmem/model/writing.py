@@ -92,7 +92,7 @@ def _write_batch(
 ) -> Memory:
     context = Tokens.from_lists(ids, task.pad_id).to(method.device)
     cuts = method.chunk_lengths(context)
-    turns = max(1, *map(len, cuts)) if method.chunk_mode == "sequential" else 1
+    turns = max(1, *map(len, cuts)) if method.chunk_mode in ("sequential", "growing") else 1
     with torch.no_grad():
         if onto is None:
             states = method.trajectory(context, steps, until=until)
@@ -133,7 +133,7 @@ def _receipt(
 
 def _since(part: Receipt, method: Method) -> Receipt:
     """What a receipt still says after more was written: READ sees another memory, whose vectors may have changed."""
-    return replace(part, earlier=[], answers=None, measured=part.measured and method.chunk_mode == "independent")
+    return replace(part, earlier=[], answers=None, measured=part.measured and method.grows)
 
 
 def answer_losses(method: Method, task: Task, memory: Memory, texts: Sequence[str]) -> list[list[float]]:
@@ -192,7 +192,7 @@ def measure_again(
     for part in receipt.earlier:
         if (text := found.get(part.context_sha256)) is not None:
             part = replace(part, answers=answer_losses(method, task, memory, [text])[0])
-            if method.chunk_mode != "independent":  # there the text has vectors of its own, which have not changed
+            if not method.grows:  # if it does, the text has a memory of its own, which has not changed
                 losses = token_losses(method, memory, context_ids(text))
                 last, tokens = _rounded([_mean(losses)], 6), _rounded(losses, 3)
                 part = replace(part, losses=[*part.losses[:-1], *last], token_losses=tokens, measured=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -22,19 +22,26 @@ class AdaptedPrefix(Prefix):
 
     def __init__(self, plain: Prefix, adapters: list[Any]) -> None:
         super().__init__(plain.last, plain.cache, plain.mask, plain.start)
-        self.adapters = adapters
+        self.plain, self.adapters = plain, adapters
 
     def select(self, rows: Tensor) -> Prefix:
         """Select rows in any order and any number of times; the original stays as it is."""
-        return AdaptedPrefix(super().select(rows), self.adapters)
+        return AdaptedPrefix(self.plain.select(rows), self.adapters)
 
     def join(self, others: Sequence[Prefix]) -> Prefix:
         """Join the rows of this prefix and of others; see `Prefix.join`."""
-        return AdaptedPrefix(super().join(others), self.adapters)
+        return AdaptedPrefix(self.plain.join([getattr(one, "plain", one) for one in others]), self.adapters)
 
-    def active(self) -> AbstractContextManager[Any]:
-        """Return a context in which the adapters of READ are active."""
-        return active_adapters(self.adapters, "read")
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the kept tensors."""
+        return self.plain.nbytes
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run what follows with the adapters of READ, and as the prefix without them asks for."""
+        with self.plain.active(), active_adapters(self.adapters, "read"):
+            yield
 
 
 def add_lora(backbone: Backbone, ranks: dict[Phase, int]) -> list[Any]:

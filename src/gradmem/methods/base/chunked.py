@@ -14,7 +14,9 @@ from ...batch import Tokens
 from ...errors import GradmemError, require
 from ...inner.optimizers import Tensors
 from ...memory import LENGTHS, Memory
+from ...prefix import Prefix
 from .chunks import ChunkMode, Chunks, chunk_counts, pack, pad_rows, ragged_index, split_chunks
+from .form import Form
 from .prefix_method import Head, PrefixMethod, PrefixOptions, pads_last
 from .written import Written
 
@@ -33,8 +35,11 @@ class ChunkedOptions(PrefixOptions):
     """Most tokens of a chunk; by default a context is written whole."""
     chunk_mode: ChunkMode = "sequential"
     """How the chunks of a context are written into one memory. sequential: each starts from the memory that the one
-    before it left. independent: each starts from M0 and has vectors of its own, which READ sees together. joint: all
-    share the same vectors, and each step descends the mean loss of all their tokens."""
+    before it left. growing: so too, but the memory after every chunk is kept, and READ sees all of them together.
+    independent: each starts from M0 and has a memory of its own, which READ sees together. joint: all share the same
+    memory, and each step descends the mean loss of all their tokens. parallel: so too, but chunks count alike whatever
+    their length, and the step is divided by their number once more. No recipe uses growing and parallel; the published
+    code has them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,25 +51,29 @@ class ChunkedMethod(PrefixMethod):
     """Base of prefix methods that can write a context in chunks; subclasses implement `trajectory_from`.
 
     - "sequential": a chunk is written from the memory that the chunk before it left. The memory does not grow.
+    - "growing": as "sequential", but the memory after every chunk is kept. READ sees them one after the other.
     - "independent": every chunk is written from the start, all in one batch, into n_mem vectors of its own. READ sees
       the vectors of all chunks, one chunk after the other. The tensors of such a memory have a second dimension, the
       chunks, and `lengths` says how many each row has.
     - "joint": every step descends the mean loss of the tokens of all chunks, each read on its own from the same memory.
       The memory does not grow and favours no chunk; time is linear in the context. For methods that name it in `modes`
       and implement `joint_trajectory`.
+    - "parallel": as "joint", for the mean loss of chunks, divided by their number once more.
 
     Parameters
     ----------
     backbone : Backbone
     options : ChunkedOptions
+    form : Form, optional
+        As for `PrefixMethod`.
     """
 
     joins = True
     modes: Sequence[ChunkMode] = ("sequential", "independent")
     """The chunk modes of this method."""
 
-    def __init__(self, backbone: Backbone, options: ChunkedOptions) -> None:
-        super().__init__(backbone, options.n_mem, options.n_ctrl)
+    def __init__(self, backbone: Backbone, options: ChunkedOptions, form: Form | None = None) -> None:
+        super().__init__(backbone, options.n_mem, options.n_ctrl, form)
         self.write_steps = options.write_steps
         self.chunk_by(options.chunk_size, options.chunk_mode)
 
@@ -88,7 +97,7 @@ class ChunkedMethod(PrefixMethod):
     def joint_trajectory(
         self, chunks: Tokens, rows: Tensor, start: Tensors, steps: int, until: float | None
     ) -> Iterator[Written]:
-        """Write chunks into the memories of their rows, all chunks of a memory at once; only for the mode "joint".
+        """Write chunks into the memories of their rows, all at once; only for the modes "joint" and "parallel".
 
         Parameters
         ----------
@@ -109,27 +118,33 @@ class ChunkedMethod(PrefixMethod):
         self.chunk_size, self.chunk_mode = chunk_size, self.chunk_mode if chunk_mode is None else chunk_mode
 
     @property
+    def grows(self) -> bool:  # type: ignore[override]
+        """Whether each chunk has a memory of its own, which later chunks leave as it is."""
+        return self.chunk_mode in ("independent", "growing")
+
+    @property
     def max_chunk(self) -> int:
         """Longest chunk in tokens: the backbone's positions less the prefix."""
         return self.backbone.max_positions - self.prefix_length
 
     @property
     def max_chunks(self) -> int:
-        """Largest number of independent chunks: their vectors take at most half of the backbone's positions."""
-        return max(1, (self.backbone.max_positions // 2 - 2 * self.n_ctrl) // self.n_mem)
+        """Most chunks with vectors of their own: these take at most half of the backbone's positions."""
+        room = self.backbone.max_positions // 2 - (self.prefix_length - self.slots)
+        return max(1, room // self.slots) if self.slots else 2**31 - 1
 
     @property
     def max_context(self) -> int:
-        """Longest context in tokens: one chunk, `max_chunks` independent ones, or no limit in the other modes."""
+        """Longest context in tokens: one chunk, `max_chunks` in a memory that grows, or no limit in the other modes."""
         if self.chunk_size is None:
             return self.max_chunk
-        return self.chunk_size * self.max_chunks if self.chunk_mode == "independent" else 2**31 - 1
+        return self.chunk_size * self.max_chunks if self.grows else 2**31 - 1
 
     @property
     def max_query(self) -> int:
         """Most tokens of a query with its answer: the backbone's positions less the largest memory."""
-        grows = self.chunk_size is not None and self.chunk_mode == "independent"
-        return super().max_query - (self.n_mem * (self.max_chunks - 1) if grows else 0)
+        grows = self.chunk_size is not None and self.grows
+        return super().max_query - (self.slots * (self.max_chunks - 1) if grows else 0)
 
     # WRITE
 
@@ -153,7 +168,7 @@ class ChunkedMethod(PrefixMethod):
 
         The start of a sequential chunk depends on the number of steps, so these are written anew for each number.
         """
-        if self.chunk_size is None or self.chunk_mode != "sequential":
+        if self.chunk_size is None or self.chunk_mode not in ("sequential", "growing"):
             yield from super().at_steps(context, steps)
         else:
             yield from ((number, self.write(context, number)) for number in sorted(set(steps)))
@@ -167,17 +182,19 @@ class ChunkedMethod(PrefixMethod):
             yield from self.trajectory(context, steps, until=until)
             return
         self._check_write(context, steps)
-        if self.vectors(memory) > len(memory) * self.n_mem:
+        counts = chunk_counts(memory)
+        if not self.grows and bool((counts > 1).any()):
             raise GradmemError(
                 "each chunk of this memory has vectors of its own: append with `chunk_mode: independent`"
             )
         like = self._start(1)
-        start = {name: tensor.to(like[name]) for name, tensor in split_chunks(memory).tensors.items()}
+        last = counts.cumsum(0) - 1
+        start = {n: tensor[last.to(tensor.device)].to(like[n]) for n, tensor in split_chunks(memory).tensors.items()}
         yield from self._same_vectors(start, context, steps, until)
 
     def merge(self, memory: Memory, more: Memory) -> Memory:
         """Combine a memory with what `extend` wrote; see `Method.merge`."""
-        if self.chunk_mode != "independent":
+        if not self.grows:
             return more
         counts, added = chunk_counts(memory), chunk_counts(more)
         self._check_chunks(counts + added)
@@ -217,7 +234,7 @@ class ChunkedMethod(PrefixMethod):
 
     def _same_vectors(self, start: Tensors, context: Tokens, steps: int, until: float | None) -> Iterator[Written]:
         """Write chunks into the same vectors, sequentially or jointly."""
-        if self.chunk_mode == "sequential":
+        if self.chunk_mode in ("sequential", "growing"):
             yield from self._sequential(context, start, steps, until)
         else:
             chunks = self._cut(context)
@@ -225,18 +242,27 @@ class ChunkedMethod(PrefixMethod):
 
     def _sequential(self, context: Tokens, tensors: Tensors, steps: int, until: float | None) -> Iterator[Written]:
         """Write the first chunks of all contexts, then the second ones of those that have one, and so on."""
-        chunks, done = self._cut(context), list[_Part]()
+        chunks, done, kept = self._cut(context), list[_Part](), list[tuple[Tensor, Tensors]]()
+        if self.grows:
+            self._check_chunks(chunks.counts)
         last, of_context = int(chunks.counts.max()) - 1, ragged_index(chunks.counts)
         for turn in range(last + 1):
             mine = (of_context[1] == turn).nonzero()[:, 0]
             tokens, rows = chunks.tokens[mine], of_context[0][mine].to(chunks.rows.device, non_blocking=True)
-            before, states = tensors, list[_Part]()
+            before, states, number = tensors, list[_Part](), 0
             start = {name: tensor[rows] for name, tensor in before.items()}
             for number, written in enumerate(self.trajectory_from(tokens, start, steps, until, more=turn < last)):
                 tensors = {name: new.index_copy(0, rows, written.memory.tensors[name]) for name, new in before.items()}
                 states = [_Part(tokens, rows, written)]
+                memory = Memory(tensors)
+                if self.grows:
+                    memory = _grown([*kept, (of_context[0][mine], written.memory.tensors)], len(context))
+                result = Written(memory, *_summed(done + states, len(context)))
                 if number or not turn:
-                    yield Written(Memory(tensors), *_summed(done + states, len(context)))
+                    yield result
+            if self.grows and turn and not number:
+                yield result  # although no step was taken, there is one more memory
+            kept.append((of_context[0][mine], written.memory.tensors))
             done += states
 
     def _check_chunks(self, counts: Tensor) -> None:
@@ -248,6 +274,12 @@ class ChunkedMethod(PrefixMethod):
             )
 
     # READ and receipts
+
+    def prefix(self, memory: Memory) -> Prefix:
+        """Run what READ places before a query, once for each row."""
+        if self.form is None or LENGTHS not in memory.tensors:
+            return super().prefix(memory)
+        return self.form.prefix(self.backbone, split_chunks(memory).tensors, chunk_counts(memory))
 
     def inputs(self, memory: Memory) -> tuple[Tensor, Tensor]:
         """Build `[read_start ; P(M) of each chunk ; read_end]` of each row; see `PrefixMethod.inputs`."""
@@ -308,6 +340,16 @@ class _Part:
     tokens: Tokens
     rows: Tensor
     written: Written
+
+
+def _grown(kept: list[tuple[Tensor, Tensors]], batch: int) -> Memory:
+    """Build memories from the chunks of each turn: their contexts, int64 on the CPU, and what was written of them."""
+    rows = torch.cat([own for own, _ in kept])
+    order = rows.argsort(stable=True)
+    names = kept[0][1]
+    tensors = {name: torch.cat([own[name] for _, own in kept]) for name in names}
+    tensors = {name: tensor[order.to(tensor.device)] for name, tensor in tensors.items()}
+    return pack(tensors, rows.bincount(minlength=batch))
 
 
 def _together(trajectories: Sequence[Iterator[Written]]) -> Iterator[list[Written]]:

@@ -13,7 +13,7 @@ from ...batch import Tokens
 from ...inner.optimizers import Tensors
 from ...memory import LENGTHS, Memory
 
-ChunkMode = Literal["sequential", "independent", "joint"]
+ChunkMode = Literal["sequential", "growing", "independent", "joint", "parallel"]
 """How the chunks of a context are written into one memory; see `ChunkedMethod`."""
 
 

@@ -63,6 +63,8 @@ class Method(WholeContexts, ABC):
     """Most tokens of a chunk; None if contexts are written whole. Set it with `chunk_by`."""
     chunk_mode: ChunkMode = "sequential"
     """How the chunks of a context are written into one memory; see `ChunkedMethod`. Set it with `chunk_by`."""
+    grows: bool = False
+    """Whether each chunk has a memory of its own, which later chunks leave as it is."""
     task_name: str = "raw_text"
     """The task through which a plain language model is read with this method: `document` if it answers questions."""
     task: Any = None

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -44,9 +45,9 @@ class StatePrefix(Prefix):
         return StatePrefix(state, self.last[rows], super().select(rows).cache, self.activate)
 
     def join(self, others: Sequence[Prefix]) -> StatePrefix:
-        """Join the rows of this prefix and of others; see `Prefix.join`."""
+        """Join the rows of this prefix and of others; shorter states are padded with zeros. See `Prefix.join`."""
         states = [self.state, *(other.state for other in others if isinstance(other, StatePrefix))]
-        state = {name: torch.cat([own[name] for own in states]) for name in self.state}
+        state = {name: _join([own[name] for own in states]) for name in self.state}
         joined = super().join(others)
         return StatePrefix(state, joined.last, joined.cache, self.activate)
 
@@ -58,3 +59,10 @@ class StatePrefix(Prefix):
     def active(self) -> AbstractContextManager[Any]:
         """Return the context in which the model runs what follows the prefix."""
         return self.activate(self.state)
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors (batch, length, ...) of different lengths, padded with zeros at the end."""
+    length = max(tensor.shape[1] for tensor in tensors)
+    pads = [(0, 0) * (tensor.ndim - 2) + (0, length - tensor.shape[1]) for tensor in tensors]
+    return torch.cat([F.pad(tensor, pad) for tensor, pad in zip(tensors, pads, strict=True)])

@@ -23,7 +23,7 @@ class WholeContexts(nn.Module):
         ----------
         chunk_size : int or None
             Most tokens of a chunk; None to write contexts whole.
-        chunk_mode : {"sequential", "independent", "joint"}, optional
+        chunk_mode : {"sequential", "growing", "independent", "joint", "parallel"}, optional
             By default the mode does not change.
 
         Raises

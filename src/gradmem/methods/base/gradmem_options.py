@@ -1,0 +1,134 @@
+"""Options of GradMem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from ...backbone import Backbone
+from ...errors import GradmemError, require
+from ...inner.meta_gradient import Order
+from .chunked import ChunkedOptions
+from .form import Form
+from .keys_values import KeysValues
+from .low_rank import LowRank, Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradMemOptions(ChunkedOptions):
+    """Options of `gradmem`."""
+
+    memory: Literal["vectors", "keys_values", "lora"] = "vectors"
+    """What a memory is: vectors before the input; keys_values, slots in the cache of every layer; or lora, a change of
+    the model's weights by matrices of low rank."""
+    n_mem: int = 8
+    """Number of memory vectors, m; with keys_values, of slots in every layer. Not used with lora."""
+    lora_rank: int = 8
+    """Rank of the matrices of a lora memory."""
+    lora_alpha: float = 16.0
+    """A lora memory changes the model by lora_alpha / lora_rank times the product of its matrices."""
+    lora_placement: Placement = "between_layers"
+    """Where a lora memory acts: between_layers, on the output of each layer; or target_modules, on linear modules."""
+    lora_layers: str | int = "all"
+    """Layers on which a lora memory acts: all, last_N, or their numbers such as 0,2."""
+    lora_targets: str | None = None
+    """Endings of the names of target modules, such as q_proj,v_proj; by default all linear modules of the layers."""
+    begin: bool = True
+    """With keys_values and lora, a learned vector before the tokens predicts the first one. Without it, as published,
+    the first token of a context is never learned and the first one of a query is never predicted. No recipe does
+    without it."""
+    write_steps: int = 5
+    """Default number of write steps K, taken on each chunk."""
+    write_objective: Literal["reconstruction", "energy"] = "reconstruction"
+    """What WRITE descends: the loss of reconstructing the context; or a learned energy, the mean over its tokens of a
+    function of their last hidden states. No recipe uses energy; the published code has it."""
+    inner_lr: float = 1.0
+    """Inner learning rate, on the mean token loss. Keys and values need larger ones; 10 is published."""
+    learn_inner_lr: bool = False
+    """Meta-learn inner learning rates that start from `inner_lr`: one for each memory vector, each head's keys and
+    values in each layer, or each matrix."""
+    learn_momentum: bool = False
+    """Descend with momentum. Momentum and inner learning rates are meta-learned for each of the `write_steps`; momentum
+    starts from zero. Needs `learn_inner_lr` and `inner_optimizer: sgd`."""
+    extra_step_decay: float = 0.5
+    """How fast the inner learning rate and momentum fall after `write_steps`: the j-th further step on a chunk divides
+    them by 1 + extra_step_decay * j. With 0, the constant rate of the paper, further steps overshoot."""
+    gauss_newton_after: int | None = None
+    """Take Gauss-Newton steps after so many steps of descent. Each costs several times as much and stores more, without
+    training (see `gradmem.inner.gauss_newton`). The meta-gradient treats them as constants."""
+    inner_optimizer: Literal["sgd", "adam", "published_adam"] = "sgd"
+    """Update rule of the write steps. published_adam clamps gradients to 10, damps those under 1e-4, has no clips and
+    counts as a constant in the meta-gradient. No recipe uses it; the published code has it."""
+    clip_value: float | None = None
+    """Largest absolute value of an element of the inner gradient. No recipe uses it; the published code has it."""
+    clip_norm: float | None = None
+    """Largest norm of the inner gradient of a sample and a tensor. No recipe uses it; the published code has it."""
+    order: Order = "second"
+    """How the meta-gradient passes through the write steps: second differentiates the inner gradients, first treats
+    them as constants, none stops at each step."""
+    last_k: int | None = None
+    """With `order: second`: only the last k steps on a chunk are of second order, the earlier ones of first order. No
+    recipe uses it; the published code has it."""
+    projection: Literal["none", "proj", "per_sample"] = "none"
+    """Linear map of the memory before it enters the model: none; proj, one that all samples share (with keys_values,
+    one for the keys and one for the values of each layer); or per_sample, only with vectors, one that WRITE updates for
+    each sample along with its memory. No recipe uses per_sample; the published code has it."""
+    reconstruction: bool = False
+    """Train on the write loss after the last step, which takes one more pass over the context. By default, as
+    published, it is the loss before the last step."""
+    write_lora: int = 0
+    """Rank of LoRA adapters that are active in WRITE only; 0 for none."""
+    read_lora: int = 0
+    """Rank of LoRA adapters that are active in READ only; 0 for none."""
+    freeze_backbone: bool = False
+    """Train only what this method adds: memory and control vectors, projection, write head, inner learning rates,
+    momentum and adapters."""
+    freeze_embeddings: bool = False
+    """Do not train the token embeddings, nor an output layer that shares their weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("inner_lr", "clip_value", "clip_norm", "lora_alpha"):
+            value = getattr(self, name)
+            require(name, value, value is None or value > 0, "positive")
+        for name in ("extra_step_decay", "gauss_newton_after", "last_k", "write_lora", "read_lora"):
+            value = getattr(self, name)
+            require(name, value, value is None or value >= 0, "at least 0")
+        fits = self.learn_inner_lr and self.inner_optimizer == "sgd" and self.write_steps > 0
+        wanted = "used with learn_inner_lr, sgd and at least one write step"
+        require("learn_momentum", self.learn_momentum, fits or not self.learn_momentum, wanted)
+        require("lora_rank", self.lora_rank, self.lora_rank >= 1, "at least 1")
+        good = self.write_objective == "reconstruction" or not (self.reconstruction or self.gauss_newton_after)
+        wanted = "reconstruction with the options reconstruction and gauss_newton_after"
+        require("write_objective", self.write_objective, good, wanted)
+        self._check_form()
+
+    def _check_form(self) -> None:
+        """Refuse options that another form of the memory has."""
+        every = [field.name for field in fields(self)]
+        unused = {
+            "vectors": ["begin", *(name for name in every if name.startswith("lora_"))],
+            "keys_values": ["n_ctrl", *(name for name in every if name.startswith("lora_"))],
+            "lora": ["n_mem", "n_ctrl", "projection"],
+        }[self.memory]
+        for field in fields(self):
+            if field.name in unused and getattr(self, field.name) != field.default:
+                raise GradmemError(f"{field.name} is not used with `memory: {self.memory}`: leave it out")
+        if self.memory == "keys_values" and self.projection == "per_sample":
+            raise GradmemError("keys and values have no projection `per_sample`: take `proj` or `none`")
+
+    def new_form(self, backbone: Backbone) -> Form | None:
+        """Build the form of the memory; None for vectors, and for a backbone that no form fits."""
+        if self.memory == "vectors" or not backbone.attends:
+            return None
+        if self.memory == "keys_values":
+            return KeysValues(backbone, self.n_mem, self.begin, self.projection == "proj")
+        return LowRank(
+            backbone,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            placement=self.lora_placement,
+            layers=self.lora_layers,
+            targets=self.lora_targets,
+            begin=self.begin,
+        )
