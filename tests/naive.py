@@ -92,6 +92,12 @@ class Naive:
                     square[name] = 0.999 * square[name] + 0.001 * direction**2
                     scale = (square[name] / (1 - 0.999**step) + 1e-16).sqrt()
                     direction = mean[name] / (1 - 0.9**step) / scale
+                if self.inner_optimizer == "published_adam":
+                    constant = grad.detach().clamp(-10, 10)
+                    mean[name] = 0.9 * mean[name] + 0.1 * constant
+                    square[name] = 0.999 * square[name] + 0.001 * constant**2
+                    scale = (square[name] / (1 - 0.999**step)).clamp_min(1e-8).sqrt() + 1e-8
+                    direction = mean[name] / (1 - 0.9**step) / scale
                 if self.learn_momentum:
                     direction = velocity[name] = direction + self.method.momentum[step - 1] * velocity[name]
                 after[name] = tensor - self.rate(name, step) * direction

@@ -87,7 +87,8 @@ def published_adam(tensors: Tensors, grads: Tensors, state: Any, rates: Rates) -
     Gradients are clamped to 10, and those whose root mean square is under 1e-4 are damped.
     """
     beta1, beta2 = ADAM_BETAS
-    count, first, second = state or (0, dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0))
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    count, first, second = state or (0, zeros, zeros)
     count += 1
     clamped = {name: grads[name].detach().clamp(-10, 10) for name in tensors}
     first = {name: beta1 * first[name] + (1 - beta1) * grad for name, grad in clamped.items()}

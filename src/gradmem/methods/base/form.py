@@ -91,6 +91,14 @@ class Form(nn.Module, ABC):
         return tensors[name].to(self.initial[name].dtype)
 
 
+def identity(width: int, like: Tensor) -> nn.Linear:
+    """Create a linear map with bias that starts as the identity."""
+    built = nn.Linear(width, width, dtype=like.dtype, device=like.device)
+    nn.init.eye_(built.weight)
+    nn.init.zeros_(built.bias)
+    return built
+
+
 def _begin_vector(backbone: Backbone) -> Tensor:
     weight = backbone.model.get_input_embeddings().weight
     token = getattr(backbone.model.config.get_text_config(decoder=True), "bos_token_id", None)

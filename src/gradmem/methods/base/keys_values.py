@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from ...backbone import Backbone
 from ...inner.optimizers import Tensors
 from ...prefix import Prefix
-from .form import Form
+from .form import Form, identity
 
 STD = 0.02
 """Standard deviation of the slots before training, as published."""
@@ -45,9 +45,7 @@ class KeysValues(Form):
                 self.initial[f"{kind}_{number}"] = nn.Parameter(slot)
         self.proj = nn.ModuleDict()
         for name, tensor in self.initial.items() if project else ():
-            self.proj[name] = nn.Linear(tensor.shape[-1], tensor.shape[-1], dtype=like.dtype, device=like.device)
-            nn.init.eye_(self.proj[name].weight)
-            nn.init.zeros_(self.proj[name].bias)
+            self.proj[name] = identity(tensor.shape[-1], like)
 
     def rate_shapes(self) -> dict[str, tuple[int, ...]]:
         """One rate for each head of each tensor."""
