@@ -98,7 +98,7 @@ class GradMemOptions(ChunkedOptions):
         wanted = "used with learn_inner_lr, sgd and at least one write step"
         require("learn_momentum", self.learn_momentum, fits or not self.learn_momentum, wanted)
         require("lora_rank", self.lora_rank, self.lora_rank >= 1, "at least 1")
-        good = self.write_objective == "reconstruction" or not (self.reconstruction or self.gauss_newton_after)
+        good = self.write_objective == "reconstruction" or (not self.reconstruction and self.gauss_newton_after is None)
         wanted = "reconstruction with the options reconstruction and gauss_newton_after"
         require("write_objective", self.write_objective, good, wanted)
         self._check_form()
@@ -114,6 +114,8 @@ class GradMemOptions(ChunkedOptions):
         for field in fields(self):
             if field.name in unused and getattr(self, field.name) != field.default:
                 raise GradmemError(f"{field.name} is not used with `memory: {self.memory}`: leave it out")
+        if self.lora_targets is not None and self.lora_placement != "target_modules":
+            raise GradmemError("lora_targets is used with `lora_placement: target_modules`")
         if self.memory == "keys_values" and self.projection == "per_sample":
             raise GradmemError("keys and values have no projection `per_sample`: take `proj` or `none`")
 
