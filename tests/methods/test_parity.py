@@ -152,6 +152,7 @@ def form_options(form: str, options: dict[str, Any]) -> dict[str, Any]:
     if form == "keys_values":
         return {"memory": form, "begin": False}
     listed = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in theirs.items()}
+    listed = {name: None if value in ("", "auto", "none") else value for name, value in listed.items()}
     ours = {
         "memory": form,
         "begin": False,
@@ -172,6 +173,7 @@ def gradmem(options: dict[str, Any], backbone: Backbone) -> Case:
     assert not options.pop("use_reconstruction_loss", False)
     options.pop("reconstruction_loss_weight", None)
     added, weight = options.pop("add_inner_loss_to_outer", False), options.pop("inner_loss_weight", None) or 1.0
+    rank, alpha = options.pop("write_lora_r", 8), options.pop("write_lora_alpha", 16)
     adam, size = options.pop("use_adam", False), options.pop("chunk_size", None)
     parallel, concat = options.pop("parallel_chunks", False), options.pop("concat_chunk_memory", False)
     assert not (parallel and concat)
@@ -190,11 +192,11 @@ def gradmem(options: dict[str, Any], backbone: Backbone) -> Case:
         chunk_size=size,
         chunk_mode="parallel" if parallel else "growing" if concat else "sequential",
         write_objective=options.pop("write_objective", "reconstruction"),
-        write_lora=(rank := options.pop("write_lora_r", 0)) if options.pop("use_write_lora", False) else 0,
+        write_lora=rank if options.pop("use_write_lora", False) else 0,
+        freeze_backbone=options.pop("freeze_backbone", False),
     )
     for layer in method.adapters:
-        layer.scaling["write"] = options["write_lora_alpha"] / rank
-    options.pop("write_lora_alpha", None)
+        layer.scaling["write"] = alpha / rank
     about = {"write_weight": weight if added and size is None else 0.0, "write_loss": size is None}
     about |= {"masks_pads": False, "as_published": copies_for_pads if concat else None}
     return prefix_case(method, **about) if form == "vectors" else form_case(method, **about)
