@@ -57,7 +57,7 @@ class GradMem(ChunkedMethod):
         backbone.requires_grad_(not own.freeze_backbone)
         if own.freeze_embeddings:
             backbone.model.get_input_embeddings().requires_grad_(False)
-        self.log_inner_lr = self._new_log_rates() if own.learn_inner_lr else None
+        self.log_inner_lr: Any = self._new_log_rates() if own.learn_inner_lr else None
         zeros = torch.zeros(own.write_steps, dtype=torch.float32, device=self.device)
         self.momentum = nn.Parameter(zeros) if own.learn_momentum else None
         projects = own.projection != "none" and self.form is None
@@ -224,14 +224,9 @@ class GradMem(ChunkedMethod):
 
     def _learned_rates(self) -> dict[str, nn.Parameter]:
         """The logarithms of learned inner learning rates, by tensor of the memory."""
-        learned = self.log_inner_lr
-        return (
-            dict(learned.items())
-            if isinstance(learned, nn.ParameterDict)
-            else {}
-            if learned is None
-            else {"memory": learned}
-        )
+        if self.log_inner_lr is None:
+            return {}
+        return {"memory": self.log_inner_lr} if self.form is None else dict(self.log_inner_lr.items())
 
     def _momentum(self, step: int) -> Tensor:
         assert self.momentum is not None
@@ -249,11 +244,9 @@ class GradMem(ChunkedMethod):
 
     def _targets(self, mask: Tensor) -> Tensor:
         """Where WRITE has a loss: at all tokens, or without the first one if nothing predicts it."""
-        return (
-            mask
-            if self.predicts_first or self.energy is not None
-            else torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1)
-        )
+        if self.predicts_first or self.energy is not None:
+            return mask
+        return torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1)
 
     def _losses(self, tensors: Tensors, context: Tokens, embeds: Tensor) -> Tensor:
         with self._writing():

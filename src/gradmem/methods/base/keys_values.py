@@ -38,8 +38,7 @@ class KeysValues(Form):
         super().__init__(backbone, begin)
         self.slots = slots
         like = backbone.model.get_input_embeddings().weight
-        for layer in _run_one_token(backbone).layers:
-            number = len(self.initial) // 2
+        for number, layer in enumerate(_run_one_token(backbone).layers):
             for kind, (_, heads, _, width) in (("keys", layer.keys.shape), ("values", layer.values.shape)):
                 slot = STD * torch.randn(heads, slots, width, dtype=like.dtype, device=like.device)
                 self.initial[f"{kind}_{number}"] = nn.Parameter(slot)
