@@ -15,6 +15,7 @@ from gradmem import GradmemError, MemoryModel
 from gradmem.batch import Batch, Tokens
 from gradmem.evaluation import evaluate
 from gradmem.inner import Strategy
+from gradmem.low_rank import add_low_rank
 from gradmem.memory import LENGTHS
 from gradmem.methods import GradMem
 from helpers import (
@@ -227,6 +228,15 @@ def test_matrices_start_without_effect() -> None:
     assert torch.equal(written["layer0_A"], first.tensors["layer0_A"])
     assert (written["layer0_B"] != 0).any()
     assert float(method.form.initial["layer0_A"].detach().abs().max()) <= 2**-0.5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_places_are_the_same_on_a_backbone_with_lora(kind: str) -> None:
+    backbone = make_gradmem(kind).backbone
+    plain = GradMem(backbone, **INSIDE).form.places
+    add_low_rank(backbone.model, 2)
+    assert GradMem(backbone, **INSIDE).form.places == plain
+    assert len(plain) == {"llama": 14, "gpt2": 8}[kind]
 
 
 @pytest.mark.parametrize("name", ["slots_all", "inside"])

@@ -158,10 +158,13 @@ def _layer_numbers(layers: str | int, count: int) -> list[int]:
 
 def _linear_modules(block: nn.Module, targets: str | None) -> list[tuple[str, tuple[int, int]]]:
     """Names of the linear modules of a layer that are targets, with the sizes of their inputs and outputs."""
+    # With LoRA, a linear module is inside of a wrapper that has its name.
     linear = {
-        name: tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+        name.removesuffix(".base_layer"): tuple(module.weight.shape)
+        if isinstance(module, Conv1D)
+        else (module.in_features, module.out_features)
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D) and "lora_" not in name
     }
     wanted = [""] if targets is None else [target.strip() for target in targets.split(",")]
     for target in wanted:
