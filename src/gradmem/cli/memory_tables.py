@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
 def provenance_table(receipt: Receipt, memory: Memory, path: Path) -> Table:
     """Build a table of the checkpoint, the context and the size of a memory."""
     built = Table(title=str(path), show_header=False)
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in memory.tensors.items())
+    # Those of all layers are alike, but for their numbers.
+    alike = Counter((re.sub(r"\d+", "*", name), tuple(tensor.shape)) for name, tensor in memory.tensors.items())
+    shapes = ", ".join(
+        f"{name} {shape}" + (f" x {count}" if count > 1 else "") for (name, shape), count in alike.items()
+    )
     lr = f"{min(receipt.inner_lr):.4g} to {max(receipt.inner_lr):.4g}" if receipt.inner_lr else "none"
     rows = {
         "written by": f"{receipt.method}, checkpoint '{receipt.model}'",

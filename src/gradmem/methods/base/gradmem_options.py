@@ -81,7 +81,7 @@ class GradMemOptions(ChunkedOptions):
     read_lora: int = 0
     """Rank of LoRA adapters that are active in READ only; 0 for none."""
     freeze_backbone: bool = False
-    """Train only what this method adds: memory and control vectors, projection, write head, inner learning rates,
+    """Train only what this method adds: memory and the vectors around it, projection, write head, inner learning rates,
     momentum and adapters."""
     freeze_embeddings: bool = False
     """Do not train the token embeddings, nor an output layer that shares their weights."""
