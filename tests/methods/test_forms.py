@@ -114,7 +114,7 @@ def test_equals_naive(name: str, kind: str, strategy: Strategy) -> None:
     [
         ("slots", {"projection": "proj", "clip_norm": 0.02}),
         ("layers", {"learn_inner_lr": True}),
-        ("inside", {"write_lora": 2, "read_lora": 2}),
+        ("inside", {"write_lora": 2, "read_lora": 2, "lora_layers": 1, "lora_targets": "q_proj,down_proj"}),
         ("slots", {"chunk_size": 3, "chunk_mode": "growing"}),
         ("layers", {"chunk_size": 3, "chunk_mode": "parallel"}),
         ("slots", {"write_objective": "energy", "chunk_size": 3, "chunk_mode": "joint"}),
