@@ -172,7 +172,7 @@ def central(function: Callable[[np.ndarray], float], point: np.ndarray, h: float
 CLIPS = [(None, None), (0.5, None), (None, 0.8), (0.6, 0.9)]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("clips", CLIPS, ids=str)
 @pytest.mark.parametrize(("order", "last_k"), [("second", None), ("second", 2), ("first", None)])
 @pytest.mark.parametrize("strategy", AUTO)
@@ -190,7 +190,7 @@ def test_meta_gradient_slopes(optimizer: str, clips: tuple, order: str, last_k: 
         np.testing.assert_allclose(grad, slope, rtol=1e-5, atol=1e-6 * np.abs(slope).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("strategy", AUTO)
 def test_meta_gradient_order_none(optimizer: str, strategy: str) -> None:
     """Everything that was written is a constant: W acts only in the outer loss and in the last inner loss."""
@@ -346,7 +346,7 @@ def test_adam_agrees_with_pytorch() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 0.5}, {"clip_value": 0.1, "clip_norm": 0.5}], ids=str)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_second_order_where_gradients_are_exactly_zero(optimizer: str, options: dict) -> None:
     """The second half of the tensor, and the whole second sample, never get a gradient."""
     w = np.array([0.7, -1.2])
