@@ -52,7 +52,7 @@ def test_a_clone_has_all_that_can_be_downloaded() -> None:
     assert gradmem.checkpoint_names() == sorted([*KEPT, *DOWNLOADABLE])
 
 
-@pytest.mark.parametrize("name", DOWNLOADABLE)
+@pytest.mark.parametrize("name", sorted({*DOWNLOADABLE} - {"english"}))  # that takes a language model, in tests/system
 def test_download(name: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gradmem.checkpoint_names() == KEPT
     assert main(["download", name, "--source", str(CLONE)]) == 0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mcp.server.mcpserver import Context
 
 from ..errors import GradmemError, Missing
-from ..model.packaged import checkpoint_names
+from ..model.packaged import served_names
 from ..serving.async_store import AsyncStore, StoreThreads
 from ..serving.streaming import ProgressStream
 from ..store import Entry, Store
@@ -87,11 +87,10 @@ class Workspace:
         return self._engines
 
     def _new_engines(self) -> EnginePool:
-        from ..pretrained import installed_models
         from ..serving.engine_pool import EnginePool
         from ..serving.settings import Settings
 
-        names = self.checkpoints or tuple(dict.fromkeys([WRITER, *installed_models(), *checkpoint_names()]))
+        names = self.checkpoints or tuple(dict.fromkeys([WRITER, *served_names()]))
         return EnginePool(Settings(checkpoints=names, device=self.device))
 
     async def writer(self) -> Engine:

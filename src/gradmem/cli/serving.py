@@ -9,7 +9,7 @@ from typing import Any
 
 from ..device import device_named
 from ..errors import GradmemError
-from ..model.packaged import checkpoint_names
+from ..model.packaged import served_names
 from ..serving.api_keys import ApiKeys
 from .console import console
 
@@ -55,7 +55,6 @@ def serve(
         API key).
     """
     try:
-        from ..pretrained import installed_models
         from ..serving.app import create_app
         from ..serving.settings import Settings
         from ..serving.telemetry import LOG, JsonLines
@@ -63,7 +62,7 @@ def serve(
         from ..store import Store
     except ImportError as error:
         raise GradmemError(f"serving needs more packages ({error.name}): pip install 'gradmem[serve]'") from error
-    served = tuple(checkpoints or (*installed_models(), *checkpoint_names()))
+    served = tuple(checkpoints or served_names())
     device = str(device_named(device))  # an unknown device must fail before the server starts
     settings = Settings(
         host=host,

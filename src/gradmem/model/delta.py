@@ -24,9 +24,9 @@ from ..untrusted import check_counts, read_json
 from .checkpoint import read_abstain
 from .checkpoint_model import NAMED
 from .model import MemoryModel
+from .packaged import DELTA
 
 FORMAT = 1
-CONFIG = "delta.json"
 GROUP = 32
 """Weights that share a scale."""
 MOST = 7
@@ -74,8 +74,8 @@ def save_delta(
     task = {key: value for key, value in model.spec["task"].items() if key not in ("data", "tokenizer")}
     config = {"format": FORMAT, "pretrained": name or pretrained, "digest": digest(base), "files": len(files)}
     text = json.dumps({**config, "task": task, "method": model.spec["method"]}, indent=1)
-    (directory / CONFIG).write_text(text, encoding="utf-8")
-    return [*files, directory / CONFIG]
+    (directory / DELTA).write_text(text, encoding="utf-8")
+    return [*files, directory / DELTA]
 
 
 def load_delta(directory: Path, pretrained: str | None = None) -> MemoryModel:
@@ -93,9 +93,9 @@ def load_delta(directory: Path, pretrained: str | None = None) -> MemoryModel:
         If files are missing or damaged, or the pretrained model is another one.
     """
     with refused(f"{directory} is damaged"):
-        if not (directory / CONFIG).is_file():
-            raise GradmemError(f"{directory} is incomplete: it has no {CONFIG}")
-        config = read_json(directory / CONFIG)
+        if not (directory / DELTA).is_file():
+            raise GradmemError(f"{directory} is incomplete: it has no {DELTA}")
+        config = read_json(directory / DELTA)
         if config["format"] != FORMAT:
             raise GradmemError(f"{directory} has format {config['format']}, this gradmem reads {FORMAT}")
         pieces: dict[str, Tensor] = {}

@@ -13,9 +13,8 @@ from ..files import atomic_directory
 from ..pretrained import HUB_NAME
 from ..untrusted import WEIGHTS
 from .checkpoint import FILES
-from .delta import CONFIG as DELTA
 from .loading import load_directory
-from .packaged import DOWNLOADABLE, HUB, checkpoint_names, checkpoint_path, downloads, unknown_checkpoint
+from .packaged import DELTA, DOWNLOADABLE, HUB, checkpoint_names, checkpoint_path, downloads, unknown_checkpoint
 
 COPIED = [*FILES, "delta*.safetensors", DELTA, "README.md", "recipe.yaml"]
 """Files that are fetched: those of a checkpoint, its model card and its recipe."""

@@ -16,10 +16,9 @@ from ..memory import Memory
 from ..pretrained import HUB_NAME, PACKAGED, is_gguf
 from ..untrusted import check_counts, read_json
 from .checkpoint_model import CHUNK_OPTIONS, NAMED
-from .delta import CONFIG as DELTA
 from .delta import load_delta
 from .model import BoundMemory, MemoryModel
-from .packaged import checkpoint_names, checkpoint_path, unknown_checkpoint
+from .packaged import DELTA, checkpoint_names, checkpoint_path, unknown_checkpoint
 
 
 @uncollected()

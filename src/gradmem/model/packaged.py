@@ -10,7 +10,10 @@ from ..files import cache_directory
 
 HUB = "gradmem/checkpoints"
 """Where checkpoints are downloaded from, unless the user names another place."""
+DELTA = "delta.json"
+"""Config of a checkpoint that is the difference to a pretrained model."""
 DOWNLOADABLE = {
+    "english": "c775402689d3ef983566095ba3cdfbdf07ddc4f0195dbedfc66686021b53a65c",
     "kv-128": "e667713e4fd24d0e20344d4f2effc1b699a3fc7ebb5a91fc9128f28ce45110c8",
     "kv-64": "8586f7270843c233493866fe59f5537ff24f101e59d40f739e1db7def96d2497",
     "kv-64-k1": "a28252a011edc16af154aa3013ad40e0784c1310cc459b40d789147ea61e3f40",
@@ -27,6 +30,20 @@ def downloads() -> Path:
 def checkpoint_names() -> list[str]:
     """Names of the checkpoints that can be loaded without a network."""
     return sorted({path.name for folder in _folders() if folder.is_dir() for path in folder.iterdir() if _whole(path)})
+
+
+def served_names() -> list[str]:
+    """Names of the checkpoints and language models that can be loaded here, those that read English first."""
+    from ..pretrained import installed_models
+
+    models, names = installed_models(), checkpoint_names()
+    packed = [name for name in names if _packed(name)]
+    return [*(packed if models else []), *models, *(name for name in names if name not in packed)]
+
+
+def _packed(name: str) -> bool:
+    """Whether a checkpoint needs a language model that comes as a Python package."""
+    return any((folder / name / DELTA).is_file() for folder in _folders())
 
 
 def checkpoint_path(name: str) -> Path | None:
@@ -63,4 +80,4 @@ def _folders() -> list[Path]:
 
 
 def _whole(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("config.json", "delta.json"))
+    return any((directory / name).is_file() for name in ("config.json", DELTA))
