@@ -276,7 +276,7 @@ def test_calibration_there_is_that_of_here() -> None:
 
 
 COMMANDS = {"write", "ask", "restore", "eval", "sweep", "compare", "calibrate", "board", "serve", "demo"}
-COMMANDS |= {"join", "replace", "forget"}
+COMMANDS |= {"join", "replace", "forget", "mcp"}
 
 
 def test_every_command_that_runs_a_model_takes_a_device_and_finds_it_by_default() -> None:

@@ -153,7 +153,10 @@ def test_nothing_is_left_when_the_disk_is_full(elsewhere: Path, source: Path, mo
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("kv-64-k", "unknown checkpoint 'kv-64-k': did you mean 'kv-64-k1'? known: babi, kv-128, kv-16, kv-32, kv-64"),
+        (
+            "kv-64-k",
+            "unknown checkpoint 'kv-64-k': did you mean 'kv-64-k1'? known: babi, english, kv-128, kv-16",
+        ),
         ("../kv-64", "unknown checkpoint '../kv-64'"),
         ("kv-64 --source nowhere/at/all", "there is no directory nowhere/at/all"),
         ("kv-64 --source .", ". has no checkpoint 'kv-64': it needs a folder of this name with model.safetensors"),
