@@ -48,7 +48,10 @@ CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         (GPT2, {"n_mem": 2, "n_ctrl": 1, "projection": "per_sample", "chunk_size": 5, "chunk_mode": "independent"}),
         (LLAMA, {"n_mem": 2, "write_steps": 2, "chunk_size": 5}),
         (LLAMA, {"memory": "keys_values", "n_mem": 2, "projection": "proj", "chunk_size": 5, "chunk_mode": "growing"}),
-        (GPT2, {"memory": "lora", "lora_rank": 2, "lora_placement": "target_modules", "inner_lr": 0.01}),
+        (
+            GPT2,
+            {"memory": "lora", "lora_rank": 2, "lora_placement": "target_modules", "write_steps": 2, "inner_lr": 0.01},
+        ),
         (LLAMA, {"memory": "lora", "inner_lr": 0.1, "chunk_size": 5, "chunk_mode": "independent", "read_lora": 2}),
     ],
     "mamba": [(MAMBA, {})],
