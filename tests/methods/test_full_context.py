@@ -128,3 +128,11 @@ def test_refused() -> None:
     for change in (1, -6):
         with pytest.raises(GradmemError, match="it holds"):
             make_full().check(Memory({**memory.tensors, "lengths": memory.tensors["lengths"] + change}), "it")
+
+
+def test_a_text_of_one_token_is_written() -> None:
+    """Its receipt reads nothing before the token."""
+    method = make_method(FullContext, "llama")
+    context = Tokens.from_lists([[5]])
+    memory = method.write(context).memory
+    assert method.token_losses(memory, context).shape == (1, 1)

@@ -212,6 +212,8 @@ class Method(WholeContexts, ABC):
         -------
         Tensor, shape (queries, length + 1, d)
         """
+        if not queries.ids.shape[1]:  # models fail on inputs without tokens
+            return prefix.last[:, None]
         if prefix.mask is not None and not self.backbone.batches_uneven:
             return self._read_by_length(prefix, queries)
         with prefix.active():
