@@ -40,8 +40,8 @@ def test_a_newer_store_is_refused(postgres: str) -> None:
     from sqlalchemy import text
 
     with Store(postgres) as store, store._session.engine.begin() as connection:
-        connection.execute(text("UPDATE gradmem_schema SET version = 3"))
-    with pytest.raises(GradmemError, match=r"version 3.*update gradmem"):
+        connection.execute(text("UPDATE gradmem_schema SET version = 4"))
+    with pytest.raises(GradmemError, match=r"version 4.*update gradmem"):
         Store(postgres)
 
 
