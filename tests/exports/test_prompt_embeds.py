@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import gradmem
@@ -17,7 +18,8 @@ from chat_models import save_model
 from exports.vllm_standin import Refused, received
 from gradmem import GradmemError
 from gradmem.cli.main import main
-from gradmem.exports.prompt_embeds import memory_embeds, prompt_embeds, to_base64
+from gradmem.exports.prompt_embeds import has_vectors, memory_embeds, prompt_embeds, to_base64
+from gradmem.exports.targets import export
 
 TEXT = "Clara signed the minutes in Velmouth."
 VECTORS = {"name": "gradmem", "n_mem": 3, "write_steps": 1, "n_ctrl": 1}
@@ -54,6 +56,18 @@ def test_transformers_answers_the_same(folder: str, method: dict[str, Any]) -> N
     assert found[0].tolist() == wanted
     without = plain.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(), **options)
     assert without[0, len(ids) :].tolist() != wanted, "the memory matters"
+
+
+def test_slots_of_gradmem_are_exported_as_keys_and_values(folder: str, tmp_path: Path) -> None:
+    """Memories of gradmem that are no vectors: vLLM gets the keys and values that READ puts before a query."""
+    method = {"name": "gradmem", "memory": "keys_values", "n_mem": 15, "write_steps": 1}
+    memory = gradmem.load(folder, method).write(TEXT)
+    assert not has_vectors(memory.model.method)
+    assert export(memory, "vllm", tmp_path / "memory.safetensors") == "16 positions"  # and the vector before a text
+    saved = load_file(tmp_path / "memory.safetensors")
+    for layer, kept in enumerate(memory.prefix.cache.layers):
+        assert torch.equal(saved["keys"][layer].transpose(0, 1), kept.keys[0])
+        assert torch.equal(saved["values"][layer].transpose(0, 1), kept.values[0])
 
 
 def test_a_request_carries_only_its_own_numbers(folder: str) -> None:

@@ -71,7 +71,7 @@ def test_they_stand_in_the_place_of_the_text(model: MemoryModel) -> None:
 def test_other_programs_get_the_same_embeddings(model: MemoryModel) -> None:
     memory, plain = model.write(TEXT, 1), Plain(model)
     before = plain.embed(torch.tensor(model.task.before_context))
-    assert has_vectors(memory)
+    assert has_vectors(memory.model.method)
     assert torch.equal(memory_embeds(memory), torch.cat([before, memory.tensors["memory"][0]]))
 
 

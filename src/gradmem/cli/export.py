@@ -40,11 +40,11 @@ def export(
         File, or directory of the adapter (short: -o). Default: memory.pt, memory.json, memory.bin or cartridge.
     """
     from ..exports.cartridge import save_cartridge
-    from ..exports.keys_values import TENSORS
+    from ..exports.keys_values import is_compacted
     from ..exports.targets import export as exported
 
     found, target = _load(memory), output or Path(OUTPUTS[to])
-    if to == "cartridge" and found.tensors.keys() == TENSORS:  # needs no model
+    if to == "cartridge" and is_compacted(found):
         made = f"{save_cartridge(found, target)} positions"
     else:
         from ..model.loading import bind_memory

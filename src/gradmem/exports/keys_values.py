@@ -7,14 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..compaction.entries import TENSORS
 from ..errors import GradmemError
-from ..memory import LENGTHS, Memory
+from ..memory import Memory
 from ..methods.base.state_prefix import StatePrefix
 from ..model import BoundMemory
 from ..prefix import Prefix
 
-TENSORS = {"keys", "values", "counts", "before", "start", LENGTHS}
-"""Tensors of a memory of `compact`."""
+
+def is_compacted(memory: Memory) -> bool:
+    """Whether a memory is one of `compact`, which needs no model to be exported."""
+    return set(memory.tensors) == set(TENSORS)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def keys_values(memory: Memory) -> KeysValues:
         raise GradmemError(
             f"the memory has {len(memory)} chunks, and an export holds one: write a shorter text, or one chunk alone"
         )
-    if memory.tensors.keys() == TENSORS:
+    if is_compacted(memory):
         found = _of_compact(memory)
     elif isinstance(memory, BoundMemory):
         found = _of_prefix(memory.prefix)

@@ -9,21 +9,23 @@ import base64
 import io
 import json
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..errors import GradmemError
 from ..files import write_bytes
+from ..methods.base import Method
 from ..methods.base.prefix_method import PrefixMethod
 from ..methods.vectors import Vectors
 from ..model import BoundMemory
 from ..tasks.base import Conversation
 
 
-def has_vectors(memory: BoundMemory) -> bool:
-    """Whether the memory is vectors before the prompt, as those of gradmem, cram, rmt and vectors."""
-    return isinstance(memory.model.method, PrefixMethod | Vectors)
+def has_vectors(method: Method) -> TypeGuard[PrefixMethod | Vectors]:
+    """Whether a method's memories are vectors before the prompt, as those of gradmem, cram, rmt and vectors."""
+    return isinstance(method, Vectors) or (isinstance(method, PrefixMethod) and method.form is None)
 
 
 @torch.no_grad()
@@ -46,7 +48,7 @@ def memory_embeds(memory: BoundMemory) -> Tensor:
         If the memory has several rows, is not made of vectors, or has numbers that are not finite.
     """
     method = memory.model.method
-    if not isinstance(method, PrefixMethod | Vectors):
+    if not has_vectors(method):
         raise GradmemError("the memory is keys and values, not vectors before the prompt: export it as such")
     if len(memory) != 1:
         raise GradmemError(f"the memory has {len(memory)} rows, and an export holds one: take one row alone")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import GradmemError, refused
 from ..files import atomic_directory
 from ..language_model import quiet
+from ..lora import adapted_layers, merge
 from ..model import MemoryModel
 from ..untrusted import read_json
 
@@ -82,14 +83,8 @@ def check_served(model: MemoryModel, directory: Path | None) -> None:
 def merged_model(model: MemoryModel) -> PreTrainedModel:
     """Copy the language model of a checkpoint, with its adapters of READ merged and without those of WRITE."""
     merged: PreTrainedModel = copy.deepcopy(model.method.backbone.model)
-    for parent in list(merged.modules()):
-        for name, child in list(parent.named_children()):
-            layer: Any = child  # of peft, if it has adapters
-            if not hasattr(layer, "lora_A"):
-                continue
-            for adapter in set(layer.lora_A) - {"write"}:
-                layer.base_layer.weight += layer.get_delta_weight(adapter).to(layer.base_layer.weight.dtype)
-            setattr(parent, name, layer.base_layer)
+    for parent, name, layer in adapted_layers(merged):
+        merge(parent, name, layer, set(layer.lora_A) - {"write"})
     return merged
 
 

@@ -42,9 +42,9 @@ def export(memory: BoundMemory, to: str, output: Path, served: Path | None = Non
     if to == "llama.cpp":
         return f"{save_state(memory, output)} positions"
     if to == "sglang":
-        if not has_vectors(memory):
+        if not has_vectors(memory.model.method):
             raise GradmemError("SGLang takes no keys and values from files: export to llama.cpp, vllm or cartridge")
         return f"{save_lists(memory, output)} embeddings"
-    if has_vectors(memory):
+    if has_vectors(memory.model.method):
         return f"{save_tensor(memory, output)} embeddings"
     return f"{save_keys_values(memory, output)} positions"

@@ -17,8 +17,6 @@ import httpx2
 
 from ..errors import GradmemError
 from ..exports.prompt_embeds import embedded, has_vectors, to_base64
-from ..methods.base.prefix_method import PrefixMethod
-from ..methods.vectors import Vectors
 from ..model import Answer, BoundMemory, MemoryModel
 from ..sampling import MIN_TEMPERATURE, Sampling, Token
 from ..tasks.base import Conversation, Task
@@ -92,7 +90,7 @@ class UpstreamEngine(Engine):
         on_token: OnToken | None = None,
     ) -> Future[Answer]:
         """Let the upstream server answer a query; see `Engine.ask`. It is called, and calls back, on an event loop."""
-        if not has_vectors(memory):
+        if not has_vectors(memory.model.method):
             raise GradmemError(NO_VECTORS)
         if self._closed:
             raise Closed("the engine is closed")
@@ -107,7 +105,7 @@ class UpstreamEngine(Engine):
 
     def write(self, *text: Any, **options: Any) -> Future[BoundMemory]:
         """Queue a text to be written; see `Engine.write`. A method whose memories cannot be asked is refused."""
-        if not isinstance(self.model.method, PrefixMethod | Vectors):
+        if not has_vectors(self.model.method):
             raise GradmemError(
                 f"the upstream server takes memories of vectors only, and '{self.model.name}' writes others here: "
                 "write with `gradmem write --method vectors --store`, or serve a trained checkpoint"
