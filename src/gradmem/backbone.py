@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from .errors import GradmemError, refused
 from .language_model import built_model, loaded_model
-from .low_rank import add_low_rank, low_rank_parameters
+from .lora import add_lora, lora_parameters
 from .model_runner import ModelRunner
 from .ops import attention
 from .ops.head import ScaledHead
@@ -156,20 +156,20 @@ class Backbone(ModelRunner):
             if vocabulary is not None:
                 _fit(model, vocabulary, unspoken, name)
             if lora is not None:
-                add_low_rank(model, lora)
+                add_lora(model, lora)
             return cls(model)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Say whether the model is trained: all of its weights or, if it has LoRA, that alone."""
         super().requires_grad_(requires_grad and not self.has_lora)
-        for parameter in low_rank_parameters(self.model):
+        for parameter in lora_parameters(self.model):
             parameter.requires_grad_(requires_grad)
         return self
 
     @property
     def has_lora(self) -> bool:
         """Whether LoRA alone is trained, and none of the model's own weights."""
-        return bool(low_rank_parameters(self.model))
+        return bool(lora_parameters(self.model))
 
     @property
     def attends(self) -> bool:

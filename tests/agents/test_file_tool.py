@@ -16,7 +16,7 @@ from mcp import Client
 
 from .calling import call, refused, text_of
 
-NOTES, OTHER = "/memories/notes.md", "/memories/work/plan.md"
+NOTES, OTHER = "/memories/notes.md", "/memories/plans/plan.md"
 QUESTION = "Who signed?"
 Talk = Callable[..., Any]
 
@@ -33,14 +33,14 @@ def test_messages_are_the_documented_ones(talk: Talk) -> None:
         created = "File created successfully at: "
         assert await told("create", path=NOTES, file_text="Ann\nBob\nAnn\n") == created + NOTES
         assert await told("create", path=OTHER, file_text="x" * 1536) == created + OTHER
-        for hidden in ("/memories/.secret/x", "/memories/work/node_modules/x", "/memories/work/a/b/c"):
+        for hidden in ("/memories/.secret/x", "/memories/plans/node_modules/x", "/memories/plans/a/b/c"):
             await told("create", path=hidden, file_text="1234")
         assert (await told("view", path="/memories/")).splitlines()[1:] == [
             "1.5K\t/memories",
             "12B\t/memories/notes.md",
-            "1.5K\t/memories/work/",
-            "4B\t/memories/work/a/",
-            "1.5K\t/memories/work/plan.md",
+            "1.5K\t/memories/plans/",
+            "4B\t/memories/plans/a/",
+            "1.5K\t/memories/plans/plan.md",
         ]
         head = f"Here's the content of {NOTES} with line numbers:\n"
         assert await told("view", path=NOTES) == head + "     1\tAnn\n     2\tBob\n     3\tAnn\n     4\t"
@@ -54,9 +54,9 @@ def test_messages_are_the_documented_ones(talk: Talk) -> None:
             await told("insert", path=NOTES, insert_line=1, insert_text="Zoe\n") == f"The file {NOTES} has been edited."
         )
         assert (await told("view", path=NOTES)).endswith("     1\tAnn\n     2\tZoe\n     3\tEve\n     4\tAnn\n     5\t")
-        renamed = "Successfully renamed /memories/work to /memories/old/work"
-        assert await told("rename", old_path="/memories/work", new_path="/memories/old/work") == renamed
-        assert "x" * 1536 in await told("view", path="/memories/old/work/plan.md")
+        renamed = "Successfully renamed /memories/plans to /memories/old/plans"
+        assert await told("rename", old_path="/memories/plans", new_path="/memories/old/plans") == renamed
+        assert "x" * 1536 in await told("view", path="/memories/old/plans/plan.md")
         assert await told("delete", path="/memories/old") == "Successfully deleted /memories/old"
         assert (await told("view", path="/memories")).splitlines()[2:] == [f"16B\t{NOTES}"]
 
@@ -74,8 +74,8 @@ def test_errors_are_the_documented_ones(talk: Talk) -> None:
             ({"command": "view", "path": missing}, f"{absent}. Please provide a valid path."),
             ({"command": "create", "path": NOTES, "file_text": ""}, f"Error: File {NOTES} already exists"),
             (
-                {"command": "create", "path": "/memories/work", "file_text": ""},
-                "Error: File /memories/work already exists",
+                {"command": "create", "path": "/memories/plans", "file_text": ""},
+                "Error: File /memories/plans already exists",
             ),
             (
                 {"command": "create", "path": NOTES + "/x", "file_text": ""},
@@ -107,8 +107,8 @@ def test_errors_are_the_documented_ones(talk: Talk) -> None:
                 f"Error: The destination {NOTES} already exists",
             ),
             (
-                {"command": "rename", "old_path": "/memories/work", "new_path": "/memories/work/x"},
-                "Error: /memories/work cannot be moved into itself",
+                {"command": "rename", "old_path": "/memories/plans", "new_path": "/memories/plans/x"},
+                "Error: /memories/plans cannot be moved into itself",
             ),
             ({"command": "create", "path": "/memories/x"}, "Error: `create` needs `file_text`"),
         ):

@@ -20,7 +20,7 @@ from gradmem.compaction.questions import STOCK, check_language
 from gradmem.compaction.select import compacted, select
 from gradmem.compaction.text import Asked, Text, attention, continuations, whole_prefix
 from gradmem.errors import GradmemError
-from gradmem.low_rank import add_low_rank
+from gradmem.lora import add_lora
 from gradmem.memory import Memory
 from gradmem.methods.compact import Compact
 
@@ -316,7 +316,7 @@ def test_training_passes_gradients_through_the_kept_entries() -> None:
     """The gradient of LoRA, through the text's own cache and the reading, is that of finite differences."""
     torch.manual_seed(0)
     model = tiny_model("llama")
-    add_low_rank(model, 2)
+    add_lora(model, 2)
     method = Compact(Backbone(model.double()), budget=0.4, writers="select")
     method.task = Letters()
     learned = [parameter for parameter in method.parameters() if parameter.requires_grad]

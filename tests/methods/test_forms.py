@@ -15,7 +15,7 @@ from gradmem import GradmemError, MemoryModel
 from gradmem.batch import Batch, Tokens
 from gradmem.evaluation import evaluate
 from gradmem.inner import Strategy
-from gradmem.low_rank import add_low_rank
+from gradmem.lora import add_lora
 from gradmem.memory import LENGTHS
 from gradmem.methods import GradMem
 from helpers import (
@@ -234,7 +234,7 @@ def test_matrices_start_without_effect() -> None:
 def test_places_are_the_same_on_a_backbone_with_lora(kind: str) -> None:
     backbone = make_gradmem(kind).backbone
     plain = GradMem(backbone, **INSIDE).form.places
-    add_low_rank(backbone.model, 2)
+    add_lora(backbone.model, 2)
     assert GradMem(backbone, **INSIDE).form.places == plain
     assert len(plain) == {"llama": 14, "gpt2": 8}[kind]
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_model
 
 from ..errors import GradmemError
 from ..language_model import CONFIG
-from ..low_rank import merged
+from ..lora import merged
 from ..methods.base import Method
 from ..tasks.base import Task
 from ..untrusted import WEIGHTS, Stored, check_counts, read_json

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from ...backbone import Backbone
 from ...errors import GradmemError
-from ...low_rank import low_rank_parameters
+from ...lora import adapted_layers, inject
 from ...prefix import Prefix
 from .prefix_method import Phase
 
@@ -60,23 +58,12 @@ def add_lora(backbone: Backbone, ranks: dict[Phase, int]) -> list[Any]:
     """
     if not ranks:
         return []
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError as error:
-        raise GradmemError("write_lora and read_lora need peft: pip install 'gradmem[train]'") from error
-    if low_rank_parameters(backbone.model):
+    if backbone.has_lora:
         raise GradmemError("write_lora and read_lora need a backbone without `lora`: leave out one of them")
-    transposed = any(isinstance(module, Conv1D) for module in backbone.modules())
     trainable = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     for phase, rank in ranks.items():
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=transposed
-        )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two sets of adapters are meant
-            inject_adapter_in_model(config, backbone.model, adapter_name=phase)
-    layers = [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
+        inject(backbone.model, rank, phase)
+    layers = [layer for *_, layer in adapted_layers(backbone)]
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_("lora_" in name or name.replace(".base_layer", "") in trainable)
     _switch(layers, None)
