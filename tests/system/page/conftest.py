@@ -22,9 +22,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.process.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium, without its sandbox, which containers do not allow; the page is our own."""
+    """Chromium, without its sandbox, which containers do not allow; the page is our own.
+
+    One for each module: while Playwright runs, its event loop does, and no other test could start one.
+    """
     from browsing import PROGRAM
     from playwright.sync_api import sync_playwright
 
