@@ -98,11 +98,11 @@ def test_models_that_keep_no_cache_are_refused(model: str, capsys: pytest.Captur
     assert not list(Path().glob("*.tmp"))
 
 
-@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_an_interrupted_board_goes_on(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: int
 ) -> None:
-    """After one text, and at the very end; the scores are those of a board that was not stopped."""
+    """After one text or two, and at the very end; the scores are those of a board that was not stopped."""
     given = ["--data", "questions.jsonl", "--writers", "select", "--budgets", "0.5", "--json", "rows.json"]
     assert main(["board", model, *given]) == 0
     whole = json.loads(Path("rows.json").read_text())
@@ -127,7 +127,12 @@ def test_an_interrupted_board_goes_on(
     assert sorted(path.name for path in Path().iterdir()) == ["lm", "questions.jsonl", "rows.json.partial"]
     assert main(["board", model, *given, "--seed", "2"]) == 2
     assert "rows.json.partial is of another board" in capsys.readouterr().err
-    last = 3
+    if at > 1:
+        assert main(["board", model, *given, "--contexts", "2"]) == 0, "what there is can be shown before the end"
+        assert "on 2 texts of" in capsys.readouterr().out
+        assert Path("rows.json.partial").exists() == (at == 3), "what this board did not want is not lost"
+        Path("rows.json").unlink()
+    added, last = ([] if at == 2 else added), 3
     assert main(["board", model, *given]) == 0
     assert added == [0, 1, 2], "no text was measured twice"
     found = json.loads(Path("rows.json").read_text())

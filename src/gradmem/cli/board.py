@@ -32,7 +32,7 @@ def board(
     """Compare ways of compressing a text: how well a language model answers from what each leaves, by bytes and time.
 
     The whole cache (full), no text (none) and the memory of another text (swapped) are always measured. With --json a
-    stopped run goes on where it was when the same command is given again.
+    stopped run goes on where it was when the same command is given again, also with more or fewer contexts.
 
     Parameters
     ----------

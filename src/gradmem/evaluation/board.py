@@ -96,6 +96,11 @@ class Encoded:
     queries: list[list[int]]
     references: list[list[str]]
 
+    @property
+    def digest(self) -> str:
+        """A hash of the text and its questions."""
+        return hashlib.sha256(json.dumps([self.ids, self.queries, self.references]).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -144,7 +149,7 @@ def measure(
         See `gradmem.progress.Progress`.
     kept : Path, optional
         File that keeps each text's outcomes as soon as they are measured. If it exists, these texts are not measured
-        again. It is deleted at the end.
+        again; they must be the first of `texts`, or begin with them. It is deleted at the end, unless it holds more.
 
     Raises
     ------
@@ -158,9 +163,9 @@ def measure(
         raise GradmemError("the board needs at least 2 texts: one of its controls swaps memories between texts")
     board = Board(model, writers, budgets)
     encoded = [board.encode(text) for text in texts]  # all of them first, as one may be too long
-    digest = hashlib.sha256(json.dumps([list(texts), ALONG]).encode()).hexdigest()
-    named = {"model": model.fingerprints["checkpoint"], "texts": digest, "about": about}
-    file = Kept(kept, {**named, "writers": sorted(set(writers)), "budgets": board.budgets})
+    named = {"model": model.fingerprints["checkpoint"], "along": ALONG, "about": about}
+    named |= {"writers": sorted(set(writers)), "budgets": board.budgets}
+    file = Kept(kept, named, [one.digest for one in encoded])
     board.done += file.texts
     try:
         with torch.no_grad():
@@ -173,6 +178,8 @@ def measure(
         if kept is None or not file.texts:
             raise
         told = f"kept {len(file.texts)} of {len(texts)} texts in {kept}: the same command goes on from there"
+        if 2 <= len(file.texts) < len(texts):
+            told += f", and with --contexts {len(file.texts)} it ends with these"
         raise KeyboardInterrupt(told) from stopped
     file.remove()
     return Measured(rows_of(board.outcomes, about or {}), {**(about or {}), **board.answers(texts, encoded)})
@@ -239,7 +246,7 @@ class Board:
             outcomes |= dict.fromkeys([(name, one.budget) for name in one.names], self._outcome(one, asked))
         if before is not None:
             outcomes |= self._swapped(asked, before)
-        self.done.append(Done(asked.ids, asked.answers, outcomes))
+        self.done.append(Done(text.digest, asked.ids, asked.answers, outcomes))
         self.last = _furthest(written)
 
     def swap_first(self, first: Encoded, last: Encoded) -> None:

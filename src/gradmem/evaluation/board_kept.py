@@ -1,9 +1,9 @@
-"""What the board has measured so far, in a file: a run that was stopped goes on from there."""
+"""What the board has measured so far, in a file: a stopped run goes on from there, or ends with fewer texts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ class Done:
 
     Attributes
     ----------
+    text : str
+        Hash of the text and its questions.
     ids : list of list of int
         The first tokens of each answer with the whole text.
     answers : list of str
@@ -27,6 +29,7 @@ class Done:
         By writer and budget.
     """
 
+    text: str
     ids: list[list[int]]
     answers: list[str]
     outcomes: dict[Key, Outcome]
@@ -41,11 +44,13 @@ class Kept:
         The file; None keeps nothing.
     board : dict
         Plain data that is the same for the same board: only the texts of this board are taken over.
+    wanted : sequence of str
+        Hashes of the board's texts, see `Done`. The file may hold the first of them, or more than them.
 
     Attributes
     ----------
     texts : list of Done
-        What the file holds.
+        What the file holds of these texts.
 
     Raises
     ------
@@ -53,25 +58,38 @@ class Kept:
         If the file is damaged, or of another board.
     """
 
-    def __init__(self, path: Path | None, board: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, board: Mapping[str, Any], wanted: Sequence[str]) -> None:
         self.path, self.board = path, dict(board)
-        self.texts = [] if path is None or not path.exists() else self._read(path)
+        found = [] if path is None or not path.exists() else self._read(path)
+        self._more = len(found) > len(wanted)
+        self.texts = found[: len(wanted)]
+        if [one.text for one in self.texts] != list(wanted[: len(found)]):
+            raise self._foreign(path)
 
     def _read(self, path: Path) -> list[Done]:
         try:
             found = json.loads(path.read_bytes())
             same = found["board"] == self.board
             texts = [
-                Done(one["ids"], one["answers"], {(name, budget): Outcome(**own) for name, budget, own in one["own"]})
+                Done(
+                    one["text"],
+                    one["ids"],
+                    one["answers"],
+                    {(name, budget): Outcome(**own) for name, budget, own in one["own"]},
+                )
                 for one in found["texts"]
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GradmemError(f"{path} is damaged: delete it to measure everything anew") from error
         if not same:
-            raise GradmemError(
-                f"{path} is of another board (model, texts, writers or budgets): delete it, or give another --json"
-            )
+            raise self._foreign(path)
         return texts
+
+    @staticmethod
+    def _foreign(path: Path | None) -> GradmemError:
+        return GradmemError(
+            f"{path} is of another board (model, texts, writers or budgets): delete it, or give another --json"
+        )
 
     def save(self, texts: list[Done]) -> None:
         """Write the file anew; a process that is killed while it does leaves the file from before."""
@@ -80,11 +98,11 @@ class Kept:
             self.texts = list(texts)
 
     def remove(self) -> None:
-        """Delete the file."""
-        if self.path is not None:
+        """Delete the file, unless it holds texts that this board did not want."""
+        if self.path is not None and not self._more:
             self.path.unlink(missing_ok=True)
 
 
 def _plain(done: Done) -> dict[str, Any]:
     own = [[*key, asdict(outcome)] for key, outcome in done.outcomes.items()]
-    return {"ids": done.ids, "answers": done.answers, "own": own}
+    return {"text": done.text, "ids": done.ids, "answers": done.answers, "own": own}
