@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gradmem import Memory, MemoryModel
+from chat_models import save_model
+from gradmem import Memory, MemoryModel, load
 from gradmem.cli.main import main
+from gradmem.receipts import text_digest
 from gradmem.store import Store
 from stored import made
 
@@ -107,6 +109,22 @@ def test_appending_is_refused_or_measured(place: Path, capsys: pytest.CaptureFix
     assert json.loads(run(capsys, "store", "show", "notes", "--json"))["versions"][2]["unmeasured"] > 0  # "b1:c2", once
     run(capsys, "store", "export", "notes", "-o", "m.safetensors")
     assert "not measured since more was written" in run(capsys, "inspect", "m.safetensors")
+
+
+def test_appending_to_a_compacted_cache(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its chunks are read together, so more of them lose nothing; they are written with the options of the memory."""
+    parts = ["Ann signed the paper.\n", "The code is 4711.\n"]
+    for part in parts:
+        (place / "part.txt").write_text(part)
+        first = part is parts[0]
+        line = ["write", save_model(place / "lm"), "part.txt", "--store", "--name", "paper", "--budget", "0.5"]
+        run(capsys, *(line if first else ["store", "append", "paper", "part.txt", "--checkpoint", "lm"]))
+    model = load("lm", {"budget": 0.5})
+    found = model.bind(Store().load("paper"))
+    assert [receipt.context_sha256 for receipt in found.receipts] == list(map(text_digest, parts))
+    assert found.ask("Who signed?") == model.join([model.write(part) for part in parts]).ask("Who signed?")
+    assert main(["store", "append", "paper", "part.txt", "--checkpoint", "lm", "--before", "part.txt"]) == 2
+    assert "stays as it is" in capsys.readouterr().err
 
 
 def test_listing_in_pages(capsys: pytest.CaptureFixture[str]) -> None:

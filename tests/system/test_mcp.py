@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -233,3 +235,29 @@ def test_without_keys_no_other_machine_is_served(environment: dict[str, str]) ->
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "make a key first" in done.stderr
+
+
+def test_the_protocols_inspector_lists_and_calls_tools(model: str, environment: dict[str, str]) -> None:
+    """It would complain about schemas that some clients cannot use (`--strict`); it hides our environment."""
+    if shutil.which("mcp-inspector") is None:
+        pytest.skip("the inspector is not installed: npm install -g @modelcontextprotocol/inspector (Node.js 22.19)")
+
+    def inspected(*method: str) -> Any:
+        given = [f"{name}={environment[name]}" for name in ("GRADMEM_STORE", "PYTHONPATH") if name in environment]
+        line = [
+            "mcp-inspector",
+            "--cli",
+            "--connect-timeout",
+            "120000",
+            *(part for one in given for part in ("-e", one)),
+        ]
+        line += [sys.executable, "-m", "gradmem", "mcp", model, "--method", *method]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert "remember" in [tool["name"] for tool in inspected("tools/list", "--strict")["tools"]]
+    said = ["memory", "--tool-arg", "command=create", "path=/memories/a.md", "file_text=Ann signed."]
+    assert not inspected("tools/call", "--tool-name", *said)["isError"]
+    seen = inspected("tools/call", "--tool-name", "memory", "--tool-arg", "command=view", "path=/memories/a.md")
+    assert "Ann signed." in seen["content"][0]["text"]

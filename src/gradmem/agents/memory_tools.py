@@ -90,15 +90,10 @@ class MemoryTools:
         entry = await self._own(memory)
         engine, before = await self.workspace.open(entry)
         model = before.model
-        if model.method.reads_together:
-            chunks = await self.workspace.chunks(model, text)
-            steps = before.receipts[0].steps
-            new = await self.workspace.write(StepReport(context), engine, chunks, model, steps)
-            longer = await asyncio.to_thread(model.join, [before, new])
-        elif model.appends:
-            longer = await self.workspace.write(StepReport(context), engine, [text], onto=before)
-        else:
+        if not model.appends:
             raise GradmemError(f"'{model.name}' cannot append without forgetting: `replace` the memory with all text")
+        chunks = await self.workspace.chunks(model, text)
+        longer = await self.workspace.write(StepReport(context), engine, chunks, model, onto=before)
         return await self._update(entry, longer)
 
     async def replace(

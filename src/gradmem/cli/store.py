@@ -199,7 +199,8 @@ def append(
         model = store.open(found.id, last, checkpoint).model
         assert model is not None  # open binds
         model.to(device_named(device))
-        entry = store.append(found.id, more, model, steps=steps, may_forget=may_forget, progress=progress_bar, **given)
+        texts = model.encoder.chunks(more) if model.method.reads_together else more
+        entry = store.append(found.id, texts, model, steps=steps, may_forget=may_forget, progress=progress_bar, **given)
         changes = store.diff(entry.id, last, entry.current.number)
     console.print(diff_table(changes))
     return _print_saved(entry, "appended to")

@@ -39,10 +39,10 @@ class MemoryModel(
 
     @property
     def appends(self) -> bool:
-        """Whether it was trained to append: on contexts in chunks, written in the way in which it writes them now."""
+        """Whether memories keep what is in them when more is appended: by chunks that stay apart, or by training."""
         trained, mode = self.spec["method"], self.method.chunk_mode
         cut = trained.get("chunk_size") is not None and trained.get("chunk_mode", "sequential") == mode
-        return cut and mode not in ("joint", "parallel")
+        return self.method.reads_together or (cut and mode not in ("joint", "parallel"))
 
     def write(
         self,
@@ -100,16 +100,17 @@ class MemoryModel(
     ) -> BoundMemory:
         """Write more text into a memory, as the next chunk of what was written.
 
-        With `chunk_mode: independent` the text gets a memory of its own, which READ sees beside the others; otherwise
-        WRITE continues from the memory as it is. Both must be learned: a checkpoint that was not trained on chunks in
-        this way (see `appends`) loses nearly everything that was written before.
+        A method that reads chunks together (`compact`) writes the text as further rows, with the options of the memory;
+        what is there stays as it is. With `chunk_mode: independent` the text gets a memory of its own, which READ sees
+        beside the others; otherwise WRITE continues from the memory as it is. Both must be learned: a checkpoint that
+        was not trained on chunks in this way (see `appends`) loses nearly everything that was written before.
 
         Parameters
         ----------
         memory : Memory
             Written by this model; it is unchanged.
         text : str or sequence of str
-            One for each row.
+            One for each row; for `compact` one chunk, or several.
         steps, until, max_steps, progress
             As for `write`.
         before : str or sequence of str, optional
@@ -121,7 +122,8 @@ class MemoryModel(
         Returns
         -------
         BoundMemory
-            Its receipts are of the new texts; their `earlier` has those of the texts before.
+            Its receipts are of the new texts; their `earlier` has those of the texts before. For `compact` they are of
+            all chunks.
 
         Raises
         ------
@@ -130,6 +132,12 @@ class MemoryModel(
             trained to append, or `before` is not what was written.
         """
         memory = self.bind(memory)
+        if memory.model.method.reads_together:
+            if before is not None:
+                raise GradmemError("each chunk of this memory stays as it is, so leave out the text written `before`")
+            steps = memory.receipts[0].steps if steps is None and until is None else steps
+            new = memory.model.write(text, steps, until=until, max_steps=max_steps, progress=progress)
+            return memory.model.join([memory, new])
         if not self.method.joins:
             raise GradmemError(f"'{self.name}' cannot append: write all text at once")
         if not self.appends and not may_forget:

@@ -359,12 +359,10 @@ class Store:
         Parameters
         ----------
         ref : str
-        text : str or sequence of str
-            One text for each row.
+        text, options
+            As in `MemoryModel.append`.
         model : MemoryModel
             The model that wrote the memory.
-        options
-            As in `MemoryModel.append`.
 
         Raises
         ------

@@ -11,6 +11,7 @@ import torch
 from sqlalchemy import event
 from starlette.testclient import TestClient
 from tests.serving.requesting import MANY, TEXT, client_of, events, refused, written
+from tests.serving.routes.conftest import Plain
 
 from gradmem import Memory, MemoryModel, load
 from gradmem.memory import SCALE
@@ -104,6 +105,20 @@ def test_a_watched_append_shows_what_is_appended(
         assert "".join(told[0][1]["tokens"]) == "!b1:c2!|"
         last = client.get(f"/v1/memories/{ref}").json()["receipts"][0]
         assert told[-2][1]["token_losses"] == pytest.approx(last["token_losses"], abs=1e-3)
+
+
+def test_chunks_that_are_read_together_are_appended_to(plain: Plain) -> None:
+    """With the options of the memory, which are not those of the server."""
+    model = load(plain.name, {"budget": 0.5})
+    parts = ["Ann signed the report.", "The code is 4711."]
+    ref = plain.client.post("/v1/memories/files", content=model.write(parts[0]).to_bytes()).json()["id"]
+    wanted = {"text": parts[1], "stream": True, "tokens": True}
+    told = events(plain.client.post(f"/v1/memories/{ref}/append", json=wanted).text)
+    assert "".join(told[0][1]["tokens"]) == parts[1]
+    assert told[-1][1]["current"]["number"] == 2
+    answers = plain.client.post(f"/v1/memories/{ref}/ask", json={"queries": ["Who?"]}).json()["answers"]
+    assert answers[0]["text"] == model.join([model.write(part) for part in parts]).ask("Who?")
+    refused(plain.client.post(f"/v1/memories/{ref}/append", json={"text": "x", "before": "y"}), 422, "stays as it is")
 
 
 def test_change_renames_tags_and_pins(client: TestClient, served: str) -> None:

@@ -74,8 +74,9 @@ async def _append(ref: str, more: MoreText, store: AsyncStore, engines: EnginePo
     entry = await store.read(lambda s: s.get(ref))
     engine, memory = await engines.open(store, entry)
     progress = ProgressStream[WriteEvent]()
-    options = more.options | {"before": more.before, "may_forget": more.may_forget, "onto": memory}
-    future = engine.write(more.text, on_step=_publish_steps(progress, engine.model, more), **options)
+    model = memory.model
+    options = more.options | {"before": more.before, "may_forget": more.may_forget, "model": model, "onto": memory}
+    future = engine.write(more.text, on_step=_publish_steps(progress, model, more), **options)
     async for event in progress.events(future):
         yield event
     expected = entry.current.number
