@@ -37,9 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         {"name": "cram", "n_mem": 2, "write_steps": 1},
         VECTORS | {"projection": "per_sample"},
         {"name": "rmt", "n_mem": 2, "n_ctrl": 1, "projection": "proj_rw"},
+        {"name": "vectors", "n_mem": 2, "write_steps": 1},
         VECTORS | {"chunk_size": 16, "chunk_mode": "independent"},
     ],
-    ids=["cram", "gradmem", "rmt", "chunks"],
+    ids=["cram", "gradmem", "rmt", "vectors", "chunks"],
 )
 def test_transformers_answers_the_same(folder: str, method: dict[str, Any]) -> None:
     """Greedy tokens of the plain model on the whole prompt's embeddings, and of READ; through a request of vLLM too."""

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gradmem
+from chat_models import save_model
 from gradmem import GradmemError, Memory, MemoryModel
 from gradmem.cli.main import _note, main
 from gradmem.receipts import written_texts
@@ -251,3 +252,12 @@ def test_a_pretrained_model(tmp_path: Path) -> None:
     assert all(model.task.text(model.task.encode(chunk)) == chunk for chunk in chunks)
     memory = model.write("Once upon a time there was a dog", until=0.1)
     assert gradmem.open(memory.save(tmp_path / "m")).restore() == ["Once upon a time there was a dog"]
+
+
+@pytest.mark.parametrize("method", ["full_context", "compact", "vectors"])
+def test_a_text_of_one_token(method: str, tmp_path: Path) -> None:
+    """It is written and asked as any other; what stands beside it in a batch changes nothing."""
+    model = gradmem.load(save_model(tmp_path), {"name": method} | ({"write_steps": 1} if method == "vectors" else {}))
+    alone, both = model.write("-"), model.write(["-", "Ann signed."])
+    assert len(alone.receipts[0].token_losses) == 1
+    assert alone.ask(["Who?", "When?"], max_new_tokens=4) == both[0].ask(["Who?", "When?"], max_new_tokens=4)

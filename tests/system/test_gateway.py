@@ -20,10 +20,9 @@ TEXT = "Clara signed the minutes in Velmouth."
 MESSAGES = [{"role": "user", "content": "Who signed?"}]
 
 
-@pytest.mark.filterwarnings("ignore:cram recites")
 def test_a_key_asks_its_memories_through_the_gateway(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
-    memory = gradmem.load(folder, {"name": "cram", "n_mem": 3, "write_steps": 2}).write(TEXT)
+    memory = gradmem.load(folder, {"name": "vectors", "n_mem": 3, "write_steps": 1}).write(TEXT)
     with Store(tmp_path / "store.db") as store:
         store.owned_by("ann").put(memory, name="notes")
     key = ApiKeys(tmp_path / "keys.json").add("ann")

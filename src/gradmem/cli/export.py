@@ -21,8 +21,8 @@ def export(
 ) -> None:
     """Export a memory for another program, which answers from it with the same language model.
 
-    Vectors (gradmem, cram, rmt) become prompt embeddings or keys and values. A compacted cache (compact) becomes keys
-    and values, if every head keeps as many entries: write it with --shared false.
+    Vectors (gradmem, cram, rmt, vectors) become prompt embeddings or keys and values. A compacted cache (compact)
+    becomes keys and values, if every head keeps as many entries: write it with --shared false.
 
     Parameters
     ----------
