@@ -140,6 +140,7 @@ def test_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["join", "crammed", "crammed"], "cram, which does not read several chunks together"),
         (["join", "m0", "crammed"], "does not read several chunks together"),
         (["join", "m0", "none"], "no memory file at none"),
+        (["forget", "stored", "1"], "a stored memory becomes one by gradmem store export"),
     ],
 )
 def test_bad_input(place: Path, line: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,8 @@ def forget(
 
 
 def _opened(path: Path, checkpoint: str | None, device: str) -> gradmem.BoundMemory:
+    if not os.path.exists(path):
+        raise GradmemError(f"no memory file at {path}; a stored memory becomes one by gradmem store export NAME -o M")
     opened = gradmem.open(path, checkpoint)
     if not opened.model.method.reads_together:
         raise GradmemError(
