@@ -27,6 +27,7 @@ FIXED = {
     "requests": ("2.33", "CVE-2026-25645"),
     "urllib3": ("2.6.3", "CVE-2026-21441"),
     "pytest": ("9.0.3", "CVE-2025-71176"),
+    "langchain-core": ("1.2.22", "CVE-2025-68664, CVE-2026-34070"),
 }
 """First version without the vulnerabilities, by the advisories."""
 
