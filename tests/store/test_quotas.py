@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 
 import pytest
-from sqlalchemy import text
 from tests.store.helpers import names, state
 
 from gradmem import GradmemError
@@ -49,35 +47,6 @@ def test_an_owner_keeps_as_many_bytes_as_the_quota_says(place: str) -> None:
     for wrong in ({"max_bytes": 0}, {"max_memories": -1}):
         with pytest.raises(GradmemError, match="must be above 0"):
             Store(place, **wrong)
-
-
-def test_a_store_of_version_1_is_brought_up_to_date(store: Store) -> None:
-    """Its tables did not say how much a memory takes, what was not measured, and which answers are at risk."""
-    size, url = len(made(1).to_bytes()), store._session.url.render_as_string(False)
-    store.put(made(1), name="one", tags="t")
-    store.update("one", made(2))
-    store.put(made(3))
-    before = state(store)
-    with store._session.engine.begin() as connection:
-        for statement in (
-            "DROP INDEX gradmem_memories_quota",
-            "ALTER TABLE gradmem_memories DROP COLUMN bytes",
-            *(f"ALTER TABLE gradmem_versions DROP COLUMN {name}" for name in ("unmeasured", "answers", "at_risk")),
-            "DROP TABLE gradmem_files",
-            "UPDATE gradmem_schema SET version = 1",
-        ):
-            connection.execute(text(statement))
-    with Store(url, create=False, max_bytes=3 * size + 10) as old:
-        assert state(old) == before
-        version = old.get("one").current
-        assert (version.kept, version.unmeasured, version.answers, version.at_risk) == (6, 0, None, None)
-        with pytest.raises(QuotaExceeded, match=f"and {3 * size:,} are"):
-            old.put(made(4))
-    memory = made(4)
-    memory.receipts = [replace(memory.receipts[0], answers=[0.1, 2.0])]
-    with Store(url) as again:
-        version = again.put(memory).current
-        assert (version.unmeasured, version.answers, version.at_risk) == (0, 2, 1)
 
 
 def test_threads_do_not_exceed_a_quota(store: Store) -> None:

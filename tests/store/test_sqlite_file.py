@@ -84,7 +84,7 @@ def test_files_that_are_no_store(tmp_path: Path, how: str) -> None:
         with sqlite3.connect(file) as connection:
             change = {
                 "foreign": "CREATE TABLE theirs (x)",
-                "newer": "UPDATE gradmem_schema SET version = 99",
+                "newer": "UPDATE gradmem_schema SET version_num = 99",
                 "no version": "DELETE FROM gradmem_schema",
             }
             connection.execute(change[how])

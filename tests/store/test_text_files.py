@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from sqlalchemy import text
 
 from gradmem import GradmemError
 from gradmem.errors import Conflict, Missing, QuotaExceeded
@@ -151,13 +150,3 @@ def test_files_count_in_the_quota(store: Store, place: str) -> None:
     files.edit("/b", lambda text: text + "x" * 20)
     with pytest.raises(QuotaExceeded, match="at most 2 memories"):
         limited.put(made(2))
-
-
-def test_a_store_of_version_2_is_brought_up_to_date(store: Store, place: str) -> None:
-    store.put(made(1), name="one")
-    with store._session.engine.begin() as connection:
-        for statement in ("DROP TABLE gradmem_files", "UPDATE gradmem_schema SET version = 2"):
-            connection.execute(text(statement))
-    with Store(place, create=False) as again:
-        TextFiles(again).create("/a", "text")
-        assert (again.get("one").name, TextFiles(again).sizes("")) == ("one", {"/a": 4})

@@ -6,6 +6,7 @@ import pytest
 from tests.store import (
     conftest,
     test_listing,
+    test_migrations,
     test_quotas,
     test_refusals,
     test_store,
@@ -17,7 +18,15 @@ from gradmem import GradmemError
 from gradmem.store import Store
 from stored import made
 
-MODULES = (test_store, test_listing, test_versions, test_transactions, test_quotas, test_refusals)
+MODULES = (
+    test_store,
+    test_listing,
+    test_versions,
+    test_transactions,
+    test_quotas,
+    test_refusals,
+    test_migrations,
+)
 FIXTURES = ("store", "many", "three")
 globals().update({name: getattr(conftest, name) for name in FIXTURES})
 globals().update({name: test for one in MODULES for name, test in vars(one).items() if name.startswith("test_")})
@@ -40,8 +49,8 @@ def test_a_newer_store_is_refused(postgres: str) -> None:
     from sqlalchemy import text
 
     with Store(postgres) as store, store._session.engine.begin() as connection:
-        connection.execute(text("UPDATE gradmem_schema SET version = 4"))
-    with pytest.raises(GradmemError, match=r"version 4.*update gradmem"):
+        connection.execute(text("UPDATE gradmem_schema SET version_num = 99"))
+    with pytest.raises(GradmemError, match=r"version 99.*update gradmem"):
         Store(postgres)
 
 

@@ -241,6 +241,18 @@ def diff(ref: str, a: int, b: int, json: bool = False) -> Diff:
     return found
 
 
+def upgrade() -> str:
+    """Bring the tables of a store in PostgreSQL up to date; a store in a file is upgraded when it is opened.
+
+    Make a backup and stop all other processes that use the store first.
+    """
+    from ..store.upkeep import upgrade
+
+    version = upgrade()
+    console.print(f"the tables have version {version}, the newest one")
+    return version
+
+
 def _print_saved(entry: Entry, action: str) -> Entry:
     """Print what was done to a memory, and return its entry."""
     name = f"{entry.name} " if entry.name else ""
@@ -262,4 +274,5 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "append": append,
     "rollback": rollback,
     "diff": diff,
+    "upgrade": upgrade,
 }

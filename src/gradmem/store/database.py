@@ -31,22 +31,18 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
-    func,
     insert,
     inspect,
-    select,
     text,
-    update,
 )
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
-from sqlalchemy.schema import CreateColumn
 
 from ..errors import GradmemError, Missing
 from ..files import close_to_others, make_private
+from . import migrations
+from .migrations import HEAD, TABLE
 
-SCHEMA = 3
-"""Version of the tables. A store with a higher version was made by a newer gradmem, and is refused."""
 BUSY_SECONDS = 60
 """Most seconds that a process waits for others that write to the same SQLite file."""
 WRITER = "writer"
@@ -79,7 +75,22 @@ class Moment(TypeDecorator[datetime]):
 Label = String().with_variant(String(collation="C"), "postgresql")
 
 metadata = MetaData()
-schema = Table("gradmem_schema", metadata, Column("version", Integer, primary_key=True))
+schema = Table(TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
+"""The version of the tables, for Alembic. Whatever changes the other tables is a file in `migrations/versions`."""
+owners = Table(
+    "gradmem_owners",
+    metadata,
+    Column("owner", String, primary_key=True),
+    # Totals for quotas, so that nothing need be counted: memories and texts without one, and the bytes of all.
+    Column("memories", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+)
+settings = Table(
+    "gradmem_settings",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("value", Text, nullable=False),
+)
 memories = Table(
     "gradmem_memories",
     metadata,
@@ -99,12 +110,9 @@ memories = Table(
     UniqueConstraint("owner", "content"),
     # Each index ends with the order of a listing, so that a page reads no more rows than it shows.
     Index("gradmem_memories_created", "owner", "created", "id"),
-    Index("gradmem_memories_name", "owner", "name", "created", "id"),
     Index("gradmem_memories_checkpoint", "owner", "checkpoint", "created", "id"),
     Index("gradmem_memories_model", "owner", "model", "created", "id"),
 )
-quota = Index("gradmem_memories_quota", memories.c.owner, memories.c.bytes)
-"""Index for the bytes of an owner, so that no memory need be read."""
 versions = Table(
     "gradmem_versions",
     metadata,
@@ -122,7 +130,16 @@ versions = Table(
     Column("loss_after", Float, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
-    Column("data", LargeBinary, nullable=False),  # last, so that SQLite reads the other columns without it
+    # The payload is last, so that SQLite reads the other columns without it.
+    Column("data", LargeBinary, nullable=False),  # empty if it is an object
+    Column("object", String),  # name of the object outside the database, see `payloads`
+)
+Index(
+    "gradmem_versions_object",
+    versions.c.object,
+    unique=True,
+    postgresql_where=versions.c.object.is_not(None),
+    sqlite_where=versions.c.object.is_not(None),
 )
 tags = Table(
     "gradmem_tags",
@@ -145,8 +162,6 @@ files = Table(
     Column("updated", Moment, nullable=False),
     Column("memory", ForeignKey(memories.c.id, ondelete="SET NULL"), index=True),  # written from this text
 )
-ADDED = (memories.c.bytes, versions.c.unmeasured, versions.c.answers, versions.c.at_risk)
-"""Columns that version 2 of the tables added."""
 
 
 def locate(location: str | os.PathLike[str] | None) -> URL:
@@ -174,14 +189,17 @@ def locate(location: str | os.PathLike[str] | None) -> URL:
     return url
 
 
-def connect(url: URL, create: bool) -> Engine:
-    """Connect to a store. Create its tables if there are none.
+def connect(url: URL, create: bool, upgrade: bool = False) -> Engine:
+    """Connect to a store. Create its tables if there are none, and upgrade those of an older gradmem.
+
+    A database server may serve processes of both versions of gradmem, so its tables are upgraded only if `upgrade` is
+    true.
 
     Raises
     ------
     GradmemError
-        If there is no store and `create` is false, a newer gradmem made the tables, the file is something else, or
-        a package is missing.
+        If there is no store and `create` is false, a newer gradmem made the tables, or an older one those of a server
+        and `upgrade` is false, the file is something else, or a package is missing.
     sqlalchemy.exc.SQLAlchemyError, OSError
         If the database cannot be reached.
     """
@@ -202,10 +220,15 @@ def connect(url: URL, create: bool) -> Engine:
             raise GradmemError("PostgreSQL needs one more package: pip install 'gradmem[postgres]'") from error
         event.listen(engine, "begin", _begin_postgres)
     with engine.begin() as connection:
-        found = _schema(connection, name)
+        found = _version(connection, name)
     if found is None and not create:
         raise Missing(f"no store in {name}: `gradmem write --store` creates one")
-    if found != SCHEMA:
+    if found is not None and found != HEAD and not (upgrade or engine.dialect.name == "sqlite"):
+        raise GradmemError(
+            f"{name} has tables of version {found}; this gradmem needs {HEAD}: stop the others that use it, make a "
+            "backup, and run `gradmem store upgrade`"
+        )
+    if found != HEAD:
         with engine.connect().execution_options(**{WRITER: ""}) as connection, connection.begin():
             _make_tables(connection, name)
     if url.get_backend_name() == "sqlite":
@@ -214,44 +237,36 @@ def connect(url: URL, create: bool) -> Engine:
     return engine
 
 
-def _schema(connection: Connection, name: str) -> int | None:
+def _version(connection: Connection, name: str) -> str | None:
     """Return the version of the tables, or None if there are none."""
     inspector = inspect(connection)
     if not inspector.has_table(schema.name):
         if connection.dialect.name == "sqlite" and inspector.get_table_names():
             raise GradmemError(f"{name} is the database of another program")
         return None
-    found = connection.scalar(select(schema.c.version))
-    if found is None or found < 1:
+    # Before version 4 the column was a number, under another name.
+    row = connection.exec_driver_sql(f"SELECT * FROM {schema.name}").first()
+    found = str(row[0]) if row is not None else ""
+    if not found.isdecimal():
         raise GradmemError(f"{name} is a damaged store: the version of its tables is missing")
-    if found > SCHEMA:
-        raise GradmemError(f"{name} has tables of version {found}; this gradmem knows {SCHEMA}: update gradmem")
-    return int(found)
+    if int(found) > int(HEAD):
+        raise GradmemError(f"{name} has tables of version {found}; this gradmem knows {HEAD}: update gradmem")
+    return found
 
 
 def _make_tables(connection: Connection, name: str) -> None:
     """Create or upgrade the tables, unless another process has done so meanwhile."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-    found = _schema(connection, name)
+    found = _version(connection, name)
     if found is None:
         metadata.create_all(connection)
-        connection.execute(insert(schema).values(version=SCHEMA))
-    elif found < SCHEMA:
-        if found < 2:
-            _add_columns(connection)
-        files.create(connection)  # version 3 has text files
-        connection.execute(update(schema).values(version=SCHEMA))
-
-
-def _add_columns(connection: Connection) -> None:
-    """Upgrade tables of version 1 to version 2."""
-    for column in ADDED:
-        lacking = CreateColumn(column).compile(dialect=connection.dialect)
-        connection.execute(text(f"ALTER TABLE {column.table.name} ADD COLUMN {lacking}"))
-    sizes = select(func.coalesce(func.sum(versions.c.size), 0)).where(versions.c.memory == memories.c.id)
-    connection.execute(update(memories).values(bytes=sizes.scalar_subquery()))
-    quota.create(connection)
+    if found is None or int(found) < 4:
+        schema.drop(connection, checkfirst=True)
+        schema.create(connection)
+        connection.execute(insert(schema).values(version_num=found or HEAD))
+    if found not in (None, HEAD):
+        migrations.upgrade(connection)
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:

@@ -33,10 +33,10 @@ class Session:
     quota: Quota
 
     @classmethod
-    def connect(cls, url: URL, owner: str | None, quota: Quota, create: bool) -> Session:
-        """Connect to a database, and create its tables if there are none and `create` is true."""
+    def connect(cls, url: URL, owner: str | None, quota: Quota, create: bool, upgrade: bool = False) -> Session:
+        """Connect to a database; `create` and `upgrade` are those of `database.connect`."""
         with _translate_errors(url):
-            return cls(url, db.connect(url, create), _checked(owner), quota)
+            return cls(url, db.connect(url, create, upgrade), _checked(owner), quota)
 
     def owned_by(self, owner: str | None) -> Session:
         """Return the same session for another owner."""

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete
 from typing_extensions import Unpack
 
 from ..choices import Precision
@@ -311,15 +310,13 @@ class Store:
             for row in rows.values():
                 if row.pinned:
                     raise Conflict(f"memory '{row.name or row.id}' is pinned: unpin it first")
-            transaction.connection.execute(delete(db.memories).where(db.memories.c.id.in_(rows)))
-        return len(rows)
+            return transaction.delete(db.memories.c.id.in_(rows))
 
     def prune(self, **filters: Unpack[Filters]) -> int:
         """Delete all unpinned memories that match all filters, and return their number. See `list`."""
         with self._session.transaction(writes=True) as transaction:
             matches = matching(transaction.connection, self._session.owner, filters).order_by(None)
-            unpinned = delete(db.memories).where(db.memories.c.id.in_(matches), db.memories.c.pinned.is_(False))
-            return transaction.connection.execute(unpinned).rowcount
+            return transaction.delete(db.memories.c.id.in_(matches) & db.memories.c.pinned.is_(False))
 
     # Versions
 

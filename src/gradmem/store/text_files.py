@@ -89,7 +89,7 @@ class TextFiles:
         size = _checked(path, text)
         with self._session.transaction(writes=True) as transaction:
             _check_free(transaction, path, f"File {path} already exists")
-            transaction.check_room(size, memories=1)
+            transaction.take_room(size, memories=1)
             moment = now()
             values = {"owner": transaction.owner, "path": path, "text": text, "size": size}
             transaction.connection.execute(insert(db.files).values(**values, created=moment, updated=moment))
@@ -113,7 +113,7 @@ class TextFiles:
                 raise Missing(f"the path {path} does not exist")
             text = change(row.text)
             size = _checked(path, text)
-            transaction.check_room(max(0, size - row.size))
+            transaction.take_room(size - row.size)
             _delete_memories(transaction, at)
             values = {"text": text, "size": size, "updated": now()}
             transaction.connection.execute(update(db.files).where(at).values(**values))
@@ -132,10 +132,11 @@ class TextFiles:
         with self._session.transaction(writes=True) as transaction:
             below = _below(transaction, path)
             _delete_memories(transaction, below)
-            deleted = transaction.connection.execute(delete(db.files).where(below)).rowcount
-            if not deleted:
+            sizes = transaction.connection.scalars(delete(db.files).where(below).returning(_files.size)).all()
+            if not sizes:
                 raise Missing(f"the path {path} does not exist")
-        return deleted
+            transaction.take_room(-sum(sizes), -len(sizes))
+        return len(sizes)
 
     def rename(self, old: str, new: str) -> None:
         """Move a file, or all files below a path, with their memories.
@@ -220,7 +221,7 @@ def _delete_memories(transaction: Transaction, which: ColumnElement[bool]) -> No
     pinned = select(db.memories.c.name).where(own, db.memories.c.pinned.is_(True))
     if (name := transaction.connection.scalar(pinned)) is not None:
         raise Conflict(f"the memory of {name} is pinned: unpin it first")
-    transaction.connection.execute(delete(db.memories).where(own))
+    transaction.delete(own)
 
 
 def _checked(path: str, text: str) -> int:

@@ -20,7 +20,7 @@ from .rows import ENTRIES, ID, VERSION, insert_tags, insert_version, make_entry,
 if TYPE_CHECKING:
     from ..memory import Memory
 
-_memories, _versions, _tags = db.memories.c, db.versions.c, db.tags.c
+_memories, _versions, _tags, _owners = db.memories.c, db.versions.c, db.tags.c, db.owners.c
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Transaction:
             "created": moment,
             "updated": moment,
         }
-        self.check_room(version.size, memories)
+        self.take_room(version.size, memories)
         self.connection.execute(insert(db.memories).values(**values))
         insert_version(self.connection, values, version, data)
         insert_tags(self.connection, values, tags)
@@ -174,7 +174,7 @@ class Transaction:
 
     def add_version(self, row: Row[Any], version: Version, data: bytes) -> None:
         """Store another version of a memory, and make it the current one."""
-        self.check_room(version.size)
+        self.take_room(version.size)
         last = self.connection.scalar(select(func.max(_versions.number)).where(_versions.memory == row.id))
         number = (last or 0) + 1
         insert_version(self.connection, {"id": row.id, "version": number}, version, data)
@@ -196,6 +196,17 @@ class Transaction:
         """Change columns of a memory, and its time of update."""
         self.connection.execute(update(db.memories).where(_memories.id == id).values(**values, updated=now()))
 
+    def delete(self, which: ColumnElement[bool]) -> int:
+        """Delete the memories that meet a condition, with all their versions, and return their number."""
+        sums = select(func.count(), func.coalesce(func.sum(_memories.bytes), 0)).where(which)
+        number, size = map(int, self.connection.execute(sums).one())
+        # A text whose memory is deleted still counts as one.
+        of_texts = select(func.count()).select_from(db.files.join(db.memories)).where(which)
+        texts = self.connection.scalar(of_texts) or 0
+        self.connection.execute(delete(db.memories).where(which))
+        self.take_room(-size, texts - number)
+        return number
+
     # Checking
 
     def check_free(self, name: str | None, id: str | None) -> None:
@@ -214,19 +225,22 @@ class Transaction:
         quota, advice = self.quota, "delete memories that you no longer need, then try again"
         if quota == Quota():
             return
-        query = select(func.count(), func.coalesce(func.sum(_memories.bytes), 0)).where(self.mine)
-        there, used = map(int, self.connection.execute(query).one())
-        unwritten = func.count().filter(db.files.c.memory.is_(None))
-        texts = select(unwritten, func.coalesce(func.sum(db.files.c.size), 0)).where(db.files.c.owner == self.owner)
-        more, text_bytes = map(int, self.connection.execute(texts).one())
-        there, used = there + more, used + text_bytes
-        if memories and quota.memories is not None and there + memories > quota.memories:
+        totals = select(_owners.memories, _owners.bytes).where(_owners.owner == self.owner)
+        there, used = self.connection.execute(totals).first() or (0, 0)
+        if memories > 0 and quota.memories is not None and there + memories > quota.memories:
             raise QuotaExceeded(f"at most {quota.memories:,} memories may be stored, and {there:,} are: {advice}")
-        if quota.bytes is not None and used + size > quota.bytes:
+        if size > 0 and quota.bytes is not None and used + size > quota.bytes:
             raise QuotaExceeded(
                 f"at most {quota.bytes:,} bytes of memories may be stored, and {used:,} are: {size:,} more do not fit: "
                 f"{advice}"
             )
+
+    def take_room(self, size: int, memories: int = 0) -> None:
+        """Add memories and bytes to the owner's totals, or subtract them; see `check_room`."""
+        self.check_room(size, memories)
+        change = {"memories": _owners.memories + memories, "bytes": _owners.bytes + size}
+        if not self.connection.execute(update(db.owners).where(_owners.owner == self.owner).values(**change)).rowcount:
+            self.connection.execute(insert(db.owners).values(owner=self.owner, memories=memories, bytes=size))
 
 
 def _checked(version: int) -> int:
