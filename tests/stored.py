@@ -26,3 +26,9 @@ def made(seed: int, lost: tuple[int, ...] = (), tokens: int = 6, checkpoint: str
         token_losses=[LOST if position in lost else 0.25 for position in range(tokens)],
     )
     return Memory({"memory": torch.randn(rows, 4, 8, generator=generator)}, [receipt] * rows)
+
+
+def large(seed: int, checkpoint: str = "c") -> Memory:
+    """Make a memory that is too large for a row, if the store has another place for it."""
+    memory = made(seed, checkpoint=checkpoint)
+    return Memory({"memory": memory.tensors["memory"].repeat(1, 520, 1)}, memory.receipts)

@@ -28,7 +28,7 @@ MODULES = (
     test_migrations,
 )
 FIXTURES = ("store", "many", "three")
-globals().update({name: getattr(conftest, name) for name in FIXTURES})
+globals().update({name: getattr(conftest, name) for name in FIXTURES}, old=test_migrations.old)
 globals().update({name: test for one in MODULES for name, test in vars(one).items() if name.startswith("test_")})
 
 

@@ -246,11 +246,38 @@ def upgrade() -> str:
 
     Make a backup and stop all other processes that use the store first.
     """
-    from ..store.upkeep import upgrade
+    from ..store import upkeep
 
-    version = upgrade()
+    version = upkeep.upgrade()
     console.print(f"the tables have version {version}, the newest one")
     return version
+
+
+def payloads(url: str | None = None) -> str | None:
+    """Store large payloads (64 KiB or more) outside the database from now on, or show where they are.
+
+    Parameters
+    ----------
+    url
+        Folder for the payloads: a path, or a URL that fsspec opens, such as s3://BUCKET/FOLDER. All processes that use
+        the store must reach it. Payloads that are outside already must have been copied there. Default: change nothing.
+    """
+    from ..store import upkeep
+
+    with _store() as store:
+        place = upkeep.place_of_payloads(store) if url is None else upkeep.place_payloads(store, url)
+    console.print(f"large payloads are in {place or 'the database'}", markup=False, highlight=False, soft_wrap=True)
+    return place
+
+
+def clean() -> int:
+    """Remove payloads outside the database that no memory has, written two days ago or earlier."""
+    from ..store import upkeep
+
+    with _store() as store:
+        removed = upkeep.clean(store)
+    console.print(f"removed {removed}")
+    return removed
 
 
 def _print_saved(entry: Entry, action: str) -> Entry:
@@ -275,4 +302,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "rollback": rollback,
     "diff": diff,
     "upgrade": upgrade,
+    "payloads": payloads,
+    "clean": clean,
 }

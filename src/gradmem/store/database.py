@@ -218,6 +218,7 @@ def connect(url: URL, create: bool, upgrade: bool = False) -> Engine:
             engine = create_engine(url, pool_pre_ping=True, isolation_level="READ COMMITTED")
         except (ModuleNotFoundError, NoSuchModuleError) as error:
             raise GradmemError("PostgreSQL needs one more package: pip install 'gradmem[postgres]'") from error
+        event.listen(engine, "connect", _prepare_postgres)
         event.listen(engine, "begin", _begin_postgres)
     with engine.begin() as connection:
         found = _version(connection, name)
@@ -283,6 +284,13 @@ def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
             if "locked" not in str(error) or time.monotonic() > until:
                 raise
             time.sleep(0.01)
+
+
+def _prepare_postgres(connection: Any, _: Any) -> None:
+    """Plan each query for its own values, and run it at once: compiling takes longer than any of them should."""
+    connection.execute("SET jit = off")
+    connection.execute("SET plan_cache_mode = force_custom_plan")
+    connection.commit()
 
 
 def _begin_sqlite(connection: Connection) -> None:

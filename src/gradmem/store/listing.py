@@ -1,4 +1,4 @@
-"""Queries that list memories. Each reads one range of one index."""
+"""Queries that list memories. With one filter, each reads one range of one index."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Literal, TypedDict
+from urllib.parse import unquote
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, select, tuple_
+from sqlalchemy import ColumnElement, Connection, Select, Table, and_, func, literal, select, tuple_
 
 from ..errors import GradmemError, require
 from .database import Moment, memories, tags, utc
@@ -15,8 +16,8 @@ from .entries import CURSOR
 
 TAGS = 100
 """Most tags of a memory, and of a filter."""
-COUNTED = 1000
-"""Memories of a tag are counted up to this number, to find the rarest tag of a filter."""
+FEW = 1000
+"""Most memories of a filter whose memories are all looked at."""
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
@@ -36,50 +37,70 @@ class Filters(TypedDict, total=False):
 
 
 def matching(connection: Connection, owner: str, filters: Filters, after: str | None = None) -> Select[tuple[str]]:
-    """Build the query for the ids of an owner's memories that match all filters, the newest first.
+    """Build the query for the ids of an owner's memories that match all filters.
 
-    Rows of tags hold owner and time too, so that each filter is a range of an index in the order of the listing. If
-    there are several tags, the query reads the range of the rarest, and looks up the others.
+    They come in the order of an index, so that a page reads no more than it shows: by name if the filter is the
+    beginning of a name, otherwise the newest first. Rows of tags hold owner and time too, for the same reason. Of
+    several filters, the other ones are looked up for each memory that one lets through: for those of a filter that few
+    memories match if there is one, otherwise for as many as it takes to fill the page.
 
     Parameters
     ----------
     connection : Connection
-        Used to count the tags.
+        Used to look for a filter that few memories match.
     owner : str
     filters : Filters
     after : str, optional
         `Entry.cursor` of the last memory of the previous page.
     """
-    wanted = _rarest_first(connection, owner, labels(filters.get("tags", ())))
-    table, which = (tags, tags.c.memory) if wanted else (memories, memories.c.id)
-    conditions = [table.c.owner == owner, *(tags.c.tag == tag for tag in wanted[:1])]
-    for tag in wanted[1:]:
-        other = tags.alias()
-        conditions.append(select(other.c.tag).where(other.c.memory == which, other.c.tag == tag).exists())
+    wanted, named = labels(filters.get("tags", ())), list(_conditions(filters))
+    by_name = (filters.get("name") or "").endswith("*")
+    few = _few(connection, owner, wanted, named)
+    table, which = (tags, tags.c.memory) if wanted and few is None and not by_name else (memories, memories.c.id)
+    conditions = [table.c.owner == owner]
+    if few is not None:
+        conditions.append(which.in_(few))
+    if table is tags:
+        conditions.append(tags.c.tag == wanted.pop(0))
+    if wanted:
+        other = tags.alias()  # counted, since PostgreSQL would plan many joins for minutes
+        has = select(func.count()).where(other.c.memory == which, other.c.tag.in_(wanted)).scalar_subquery()
+        conditions.append(has == len(wanted))
     if (since := _time(filters, "since")) is not None:
         conditions.append(table.c.created >= since)
     if (until := _time(filters, "until")) is not None:
         conditions.append(table.c.created < until)
     if after is not None:
-        created, last = _parse_cursor(after)
-        conditions.append(tuple_(table.c.created, which) < tuple_(literal(created, Moment), literal(last)))
-    more = list(_conditions(filters))
+        conditions.append(_beyond(after, table, which, by_name))
     query = select(which)
-    if more and wanted:
+    if named and table is tags:
         # The id alone would suffice. With all three columns, SQLite uses the index of the filter.
         same = (memories.c.owner == table.c.owner, memories.c.created == table.c.created, memories.c.id == which)
         query = query.join(memories, and_(*same))
-    return query.where(*conditions, *more).order_by(table.c.created.desc(), which.desc())
+    order = [memories.c.name] if by_name else [table.c.created.desc(), which.desc()]
+    return query.where(*conditions, *named).order_by(*order)
 
 
-def _rarest_first(connection: Connection, owner: str, wanted: list[str]) -> list[str]:
-    """Sort tags by the number of their memories, counted up to `COUNTED`."""
+def _few(
+    connection: Connection, owner: str, wanted: list[str], named: list[ColumnElement[bool]]
+) -> Sequence[str] | None:
+    """Return the memories of the first of several filters that at most `FEW` memories match, or None."""
+    ranges = [select(tags.c.memory).where(tags.c.owner == owner, tags.c.tag == tag) for tag in wanted]
+    ranges += [select(memories.c.id).where(memories.c.owner == owner, condition) for condition in named]
+    for one in ranges if len(ranges) > 1 else ():
+        found = connection.scalars(one.limit(FEW + 1)).all()
+        if len(found) <= FEW:
+            return found
+    return None
 
-    def count(tag: str) -> int:
-        some = select(tags.c.tag).where(tags.c.owner == owner, tags.c.tag == tag).limit(COUNTED).subquery()
-        return connection.scalar(select(func.count()).select_from(some)) or 0
 
-    return sorted(wanted, key=count) if len(wanted) > 1 else wanted
+def _beyond(cursor: str, table: Table, which: ColumnElement[str], by_name: bool) -> ColumnElement[bool]:
+    """Condition: after a cursor."""
+    created, last, name = _parse_cursor(cursor)
+    if not by_name:
+        return tuple_(table.c.created, which) < tuple_(literal(created, Moment), literal(last))
+    require("the cursor", cursor, bool(name), "that of a memory with a name")
+    return memories.c.name > name
 
 
 def _conditions(filters: Filters) -> Iterator[ColumnElement[bool]]:
@@ -118,11 +139,11 @@ def labels(tags: str | Iterable[str]) -> list[str]:
     return found
 
 
-def _parse_cursor(cursor: str) -> tuple[datetime, str]:
-    created, _, last = cursor.partition("_")
+def _parse_cursor(cursor: str) -> tuple[datetime, str, str]:
+    created, last, name = (*cursor.split("_", 2), "", "")[:3]
     try:
-        if not last.isprintable():
+        if not (last + unquote(name)).isprintable():
             raise ValueError(last)
-        return utc(datetime.strptime(created, CURSOR)), last
+        return utc(datetime.strptime(created, CURSOR)), last, unquote(name)
     except ValueError as error:
         raise GradmemError(f"{cursor!a} is not a cursor: use that of the last memory of the previous page") from error

@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection
 from ..errors import GradmemError, require
 from . import database as db
 from .entries import Entry, Version
+from .payloads import Payload
 
 if TYPE_CHECKING:
     from ..memory import Memory
@@ -27,16 +28,12 @@ ID = re.compile("[0-9a-f]{32}")
 VERSION = [db.versions.c[field.name] for field in fields(Version)]
 _ENTRY = [db.memories.c[field.name] for field in fields(Entry) if field.name not in ("tags", "current")]
 _TAGS = select(func.aggregate_strings(db.tags.c.tag, ",")).where(db.tags.c.memory == db.memories.c.id).scalar_subquery()
-ENTRIES = (
-    select(*_ENTRY, *VERSION, _TAGS)
-    .join_from(
-        db.memories,
-        db.versions,
-        and_(db.versions.c.memory == db.memories.c.id, db.versions.c.number == db.memories.c.version),
-    )
-    .order_by(db.memories.c.created.desc(), db.memories.c.id.desc())
+ENTRIES = select(*_ENTRY, *VERSION, _TAGS).join_from(
+    db.memories,
+    db.versions,
+    and_(db.versions.c.memory == db.memories.c.id, db.versions.c.number == db.memories.c.version),
 )
-"""Memories with their current versions and tags, the newest first."""
+"""Memories with their current versions and tags."""
 
 
 def now() -> datetime:
@@ -110,9 +107,10 @@ def make_entry(row: Sequence[Any]) -> Entry:
     return Entry(**columns, tags=tuple(sorted(tags.split(","))) if tags else (), current=make_version(version))
 
 
-def insert_version(connection: Connection, memory: Mapping[str, Any], version: Version, data: bytes) -> None:
+def insert_version(connection: Connection, memory: Mapping[str, Any], version: Version, payload: Payload) -> None:
     """Insert a version, under the number in the memory's row."""
-    columns = {**asdict(version), "memory": memory["id"], "number": memory["version"]}
+    columns = {**asdict(version), "memory": memory["id"], "number": memory["version"], "object": payload.object}
+    data = b"" if payload.object else payload.data
     connection.execute(insert(db.versions).values(**columns, data=data))
 
 

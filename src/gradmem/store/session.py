@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,8 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from ..errors import Unavailable, require
 from . import database as db
+from .entries import Version
+from .payloads import LARGE, Payload, Payloads
 from .transaction import Quota, Transaction
 
 
@@ -56,7 +59,39 @@ class Session:
             self.engine.connect().execution_options(**options) as connection,
             connection.begin(),
         ):
-            yield Transaction(connection, self.owner, self.location, self.quota)
+            transaction = Transaction(connection, self.owner, self.location, self.quota)
+            yield transaction
+        if transaction.removed and (payloads := self.payloads()):
+            payloads.remove(transaction.removed)
+
+    def payloads(self) -> Payloads | None:
+        """Return the place of large payloads, or None if they are in the database."""
+        with self.transaction() as transaction:
+            return transaction.payloads()
+
+    def payload(self, data: bytes) -> Payload:
+        """Write a large payload as an object, unless its place is the database. The row must come after this."""
+        payloads = self.payloads() if len(data) >= LARGE else None
+        return Payload(data, payloads and payloads.write(data))
+
+    def read(self, ref: str, version: int | None) -> tuple[Version, bytes]:
+        """Return a version, by default the current one, and its bytes, after checking their SHA-256."""
+        with self.transaction() as transaction:
+            found, payload = transaction.read(ref, version)
+            payloads = transaction.payloads() if payload.object else None
+        data = payload.data
+        damaged = f"memory '{ref}' is damaged in {self.location}"
+        if payload.object:
+            try:
+                data = payloads.read(payload.object) if payloads else b""
+            except FileNotFoundError as error:
+                with self.transaction() as transaction:
+                    transaction.read(ref, version)  # raises `Missing` if the memory has been deleted meanwhile
+                where = payloads.where(payload.object) if payloads else ""
+                raise Unavailable(f"{damaged}: its payload {where} is missing") from error
+        if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != found.sha256:
+            raise Unavailable(f"{damaged}: it does not match its checksum")
+        return found, data
 
 
 def _checked(owner: str | None) -> str:

@@ -15,6 +15,7 @@ from . import database as db
 from .content import content_hash
 from .entries import Changes, Diff, Entry, Version
 from .listing import Filters, labels, matching
+from .payloads import LARGE
 from .rows import check_name, version_of
 from .session import Session
 from .transaction import Quota
@@ -167,9 +168,12 @@ class Store:
         content = content or identity(data)
         check_name(name)
         wanted = labels(tags)
+        if len(data) >= LARGE and (found := self.reuse(content, name=name, tags=wanted)):
+            return found
+        payload = self._session.payload(data)
         with self._session.transaction(writes=True) as transaction:
             found = transaction.reuse(content, name, wanted)
-            return found or transaction.insert(loaded, data, content, name, wanted)
+            return found or transaction.insert(loaded, payload, content, name, wanted)
 
     def reuse(self, content: str, *, name: str | None = None, tags: str | Sequence[str] = ()) -> Entry | None:
         """Find a stored memory by its `content_hash`, and give it a name and tags as `write` does.
@@ -218,8 +222,7 @@ class Store:
         GradmemError
             If there is no such memory or version, or its bytes are damaged.
         """
-        with self._session.transaction() as transaction:
-            return transaction.read(ref, version)[1]
+        return self._session.read(ref, version)[1]
 
     def load(self, ref: str, version: int | None = None) -> Memory:
         """Load a memory without its model; see `read`."""
@@ -234,7 +237,7 @@ class Store:
         return bind_memory(self.load(ref, version), f"memory '{ref}'", checkpoint)
 
     def list(self, *, limit: int = 50, after: str | None = None, **filters: Unpack[Filters]) -> Sequence[Entry]:
-        """List one page of the memories that match all filters, the newest first.
+        """List one page of the memories that match all filters: the newest first, or by name for a beginning of names.
 
         Parameters
         ----------
@@ -254,7 +257,7 @@ class Store:
         require("limit", limit, 1 <= limit <= PAGE, f"from 1 to {PAGE}")
         with self._session.transaction() as transaction:
             page = matching(transaction.connection, self._session.owner, filters, after).limit(limit)
-            return transaction.entries(db.memories.c.id.in_(page))
+            return transaction.page(transaction.connection.scalars(page).all())
 
     # Changing
 
@@ -339,15 +342,17 @@ class Store:
         GradmemError
             If there is no such memory, another checkpoint wrote it, or another version is current.
         """
+        entry = self.get(ref)  # used by its id from here on: the name may move to another memory
+        data = memory.to_bytes(precision or entry.current.precision)
+        version = version_of(memory, data)
+        if entry.checkpoint != memory.receipts[0].checkpoint:
+            raise Conflict(f"all versions of a memory need one checkpoint; '{ref}' was written by '{entry.model}'")
+        payload = self._session.payload(data)
         with self._session.transaction(writes=True) as transaction:
-            row = transaction.row(ref)
-            data = memory.to_bytes(precision or transaction.entry(row.id).current.precision)
-            version = version_of(memory, data)
-            if row.checkpoint != memory.receipts[0].checkpoint:
-                raise Conflict(f"all versions of a memory need one checkpoint; '{ref}' was written by '{row.model}'")
+            row = transaction.row(entry.id)
             if expected not in (None, row.version):
                 raise Conflict(f"'{ref}' has changed meanwhile: version {row.version} is current, not {expected}")
-            transaction.add_version(row, version, data)
+            transaction.add_version(row, version, payload)
             return transaction.entry(row.id)
 
     def append(self, ref: str, text: str | Sequence[str], model: MemoryModel, **options: Any) -> Entry:
@@ -387,8 +392,7 @@ class Store:
         """Compare by their receipts which tokens two versions keep."""
         from ..memory import Memory
 
-        with self._session.transaction() as transaction:
-            id = transaction.row(ref).id
-            (before, old), (after, new) = (transaction.read(id, number) for number in (a, b))
+        id = self.get(ref).id
+        (before, old), (after, new) = (self._session.read(id, number) for number in (a, b))
         receipts = [Memory.from_bytes(data, f"memory '{ref}'").receipts for data in (old, new)]
         return Diff.of(before, after, (receipts[0], receipts[1]))

@@ -175,7 +175,7 @@ class TextFiles:
         Conflict
             If the file has changed meanwhile, or another memory has its path as a name.
         """
-        data = memory.to_bytes()
+        payload = self._session.payload(memory.to_bytes())
         with self._session.transaction(writes=True) as transaction:
             at = _at(transaction, file.path)
             row = transaction.connection.execute(select(_files.text, _files.memory).where(at)).first()
@@ -183,7 +183,7 @@ class TextFiles:
                 raise Conflict(f"{file.path} has changed meanwhile: try again")
             _delete_memories(transaction, at)
             transaction.check_free(file.path, None)
-            entry = transaction.insert(memory, data, None, file.path, (), memories=0)
+            entry = transaction.insert(memory, payload, None, file.path, (), memories=0)
             transaction.connection.execute(update(db.files).where(at).values(memory=entry.id))
             return entry
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, select, update
 from sqlalchemy.engine import Connection
 
-from ..errors import Conflict, Missing, QuotaExceeded, Unavailable
+from ..errors import Conflict, Missing, QuotaExceeded
 from . import database as db
 from .entries import Entry, Version
 from .listing import labels
+from .payloads import Payload, Payloads
 from .rows import ENTRIES, ID, VERSION, insert_tags, insert_version, make_entry, make_version, now, version_of
 
 if TYPE_CHECKING:
     from ..memory import Memory
 
 _memories, _versions, _tags, _owners = db.memories.c, db.versions.c, db.tags.c, db.owners.c
+
+PAYLOADS = "payloads"
+"""Setting of a store: URL of the folder of large payloads."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,15 @@ class Transaction:
     location : str
         Location of the store, for messages.
     quota : Quota
+    removed : list of str
+        Names of the objects that are removed after the transaction.
     """
 
     connection: Connection
     owner: str
     location: str
     quota: Quota
+    removed: list[str] = field(default_factory=list)
 
     # Reading
 
@@ -93,8 +99,13 @@ class Transaction:
         return found[0]
 
     def entries(self, condition: ColumnElement[bool]) -> Sequence[Entry]:
-        """Return the entries of the memories that meet a condition, the newest first."""
+        """Return the entries of the memories that meet a condition."""
         return [make_entry(row) for row in self.connection.execute(ENTRIES.where(condition))]
+
+    def page(self, ids: Sequence[str]) -> Sequence[Entry]:
+        """Return the entries of memories in the order of their ids."""
+        found = {entry.id: entry for entry in self.entries(_memories.id.in_(ids))}
+        return [found[id] for id in ids if id in found]
 
     def versions(self, ref: str) -> Sequence[Version]:
         """Return all versions of a memory, the first one first."""
@@ -104,18 +115,20 @@ class Transaction:
             raise self.missing(ref)
         return [make_version(row) for row in found]
 
-    def read(self, ref: str, version: int | None) -> tuple[Version, bytes]:
-        """Return a version, by default the current one, and its bytes, after checking their SHA-256."""
+    def read(self, ref: str, version: int | None) -> tuple[Version, Payload]:
+        """Return a version, by default the current one, and its payload, of which an object is not read."""
         wanted = _memories.version if version is None else _checked(version)
-        query = select(*VERSION, _versions.data).join(db.memories)
+        query = select(*VERSION, _versions.data, _versions.object).join(db.memories)
         row = self.connection.execute(query.where(self.named(ref), _versions.number == wanted)).first()
         if row is None:
             raise self.missing(ref, version)
-        *columns, data = row
-        found = make_version(columns)
-        if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != found.sha256:
-            raise Unavailable(f"memory '{ref}' is damaged in {self.location}: it does not match its checksum")
-        return found, data
+        *columns, data, name = row
+        return make_version(columns), Payload(data, name)
+
+    def payloads(self) -> Payloads | None:
+        """Return the place of large payloads, or None if they are in the database."""
+        url = self.connection.scalar(select(db.settings.c.value).where(db.settings.c.name == PAYLOADS))
+        return None if url is None else Payloads(url)
 
     # Changing
 
@@ -144,14 +157,14 @@ class Transaction:
     def insert(
         self,
         memory: Memory,
-        data: bytes,
+        payload: Payload,
         content: str | None,
         name: str | None,
         tags: Sequence[str],
         memories: int = 1,
     ) -> Entry:
         """Store a new memory, under a name that no other memory has. It counts as so many `memories` of the quota."""
-        version, receipt, moment = version_of(memory, data), memory.receipts[0], now()
+        version, receipt, moment = version_of(memory, payload.data), memory.receipts[0], now()
         values: dict[str, Any] = {
             "id": secrets.token_hex(16),
             "owner": self.owner,
@@ -168,16 +181,16 @@ class Transaction:
         }
         self.take_room(version.size, memories)
         self.connection.execute(insert(db.memories).values(**values))
-        insert_version(self.connection, values, version, data)
+        insert_version(self.connection, values, version, payload)
         insert_tags(self.connection, values, tags)
         return self.entry(values["id"])
 
-    def add_version(self, row: Row[Any], version: Version, data: bytes) -> None:
+    def add_version(self, row: Row[Any], version: Version, payload: Payload) -> None:
         """Store another version of a memory, and make it the current one."""
         self.take_room(version.size)
         last = self.connection.scalar(select(func.max(_versions.number)).where(_versions.memory == row.id))
         number = (last or 0) + 1
-        insert_version(self.connection, {"id": row.id, "version": number}, version, data)
+        insert_version(self.connection, {"id": row.id, "version": number}, version, payload)
         self.make_current(row, number, bytes=row.bytes + version.size)
 
     def make_current(self, row: Row[Any], number: int, **values: Any) -> None:
@@ -203,6 +216,8 @@ class Transaction:
         # A text whose memory is deleted still counts as one.
         of_texts = select(func.count()).select_from(db.files.join(db.memories)).where(which)
         texts = self.connection.scalar(of_texts) or 0
+        objects = select(_versions.object).join(db.memories).where(which, _versions.object.is_not(None))
+        self.removed.extend(self.connection.scalars(objects))
         self.connection.execute(delete(db.memories).where(which))
         self.take_room(-size, texts - number)
         return number

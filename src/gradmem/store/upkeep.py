@@ -1,13 +1,19 @@
-"""What keeps a store in order."""
+"""What keeps a store in order: upgrades of its tables, the place of large payloads, and objects that no memory has."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+from sqlalchemy import delete, insert, select
+
+from ..errors import Conflict
 from . import database as db
 from .migrations import HEAD
+from .payloads import Payloads
 from .session import Session
-from .transaction import Quota
+from .store import Store
+from .transaction import PAYLOADS, Quota
 
 
 def upgrade(location: str | os.PathLike[str] | None = None) -> str:
@@ -34,3 +40,62 @@ def upgrade(location: str | os.PathLike[str] | None = None) -> str:
     """
     Session.connect(db.locate(location), None, Quota(), create=False, upgrade=True).engine.dispose()
     return HEAD
+
+
+def place_of_payloads(store: Store) -> str | None:
+    """Return the URL where large payloads are stored, or None if they are in the database."""
+    payloads = store._session.payloads()
+    return payloads and payloads.url
+
+
+def place_payloads(store: Store, url: str) -> str:
+    """Store large payloads outside the database from now on. Those that are in the database stay there.
+
+    Parameters
+    ----------
+    store : Store
+    url : str
+        Folder: a path, or a URL that fsspec opens. If payloads are elsewhere already, they must have been copied here.
+
+    Returns
+    -------
+    str
+        The URL, which every process that opens the store uses from now on.
+
+    Raises
+    ------
+    GradmemError
+        If nothing can be written there, or payloads that the store has are not there.
+    """
+    place = Payloads(url if "://" in url else Path(url).expanduser().absolute().as_uri())
+    trial = place.write(b"trial")
+    place.read(trial)
+    place.remove([trial])
+    with store._session.transaction(writes=True) as transaction:
+        named = db.versions.c.object
+        newest = transaction.connection.scalar(select(named).where(named.is_not(None)).order_by(named.desc()).limit(1))
+        if newest is not None:
+            try:
+                place.read(newest)
+            except FileNotFoundError as error:
+                raise Conflict(f"copy the payloads of the store first: {place.where(newest)} is missing") from error
+        transaction.connection.execute(delete(db.settings).where(db.settings.c.name == PAYLOADS))
+        transaction.connection.execute(insert(db.settings).values(name=PAYLOADS, value=place.url))
+    return place.url
+
+
+def clean(store: Store) -> int:
+    """Remove the objects that no memory has, written two days ago or earlier, and return their number.
+
+    A process that was killed may leave one, and so may storage that did not answer when a memory was deleted.
+    """
+    removed, named = 0, db.versions.c.object
+    if (place := store._session.payloads()) is None:
+        return removed
+    for names in place.old():
+        with store._session.transaction() as transaction:
+            kept = set(transaction.connection.scalars(select(named).where(named.in_(names))))
+        orphans = [name for name in names if name not in kept]
+        place.remove(orphans)
+        removed += len(orphans)
+    return removed
