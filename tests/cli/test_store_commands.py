@@ -179,3 +179,15 @@ def test_bad_input(case: str, place: Path, capsys: pytest.CaptureFixture[str]) -
     assert re.search(message, line), line
     assert (place / "own").exists() == (case not in EMPTY)
     assert case in EMPTY or Store().get("notes")
+
+
+def test_upkeep(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "in the database" in run(capsys, "write", "checkpoint", "pairs.txt", "--store") + run(
+        capsys, "store", "payloads"
+    )
+    assert f"{place}/objects" in run(capsys, "store", "payloads", "--url", "objects")
+    assert f"file://{place}/objects" in run(capsys, "store", "payloads")
+    assert "removed 0" in run(capsys, "store", "clean")
+    assert "the newest one" in run(capsys, "store", "upgrade")
+    assert main(["store", "payloads", "--url", "nothing://bucket"]) == 2
+    assert "cannot write nothing://bucket/" in capsys.readouterr().err

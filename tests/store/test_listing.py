@@ -58,6 +58,39 @@ def test_pages_go_on_after_a_memory_that_is_gone(many: Store) -> None:
     assert names(many.list(limit=2, after=first[-1].cursor)) == ["m5", "m4"]
 
 
+def test_pages_by_name_go_on_after_a_name_that_is_gone(many: Store) -> None:
+    """Names are in the order of their characters, whatever these are."""
+    for seed, name in enumerate(("m3 é_%25", "m3_", "m33"), 10):
+        many.put(made(seed), name=name)
+    wanted = ["m0", "m1", "m2", "m3", "m3 é_%25", "m33", "m3_", "m4", "m5", "m6", "m7", "m8"]
+    found, after = [], None
+    while page := many.list(name="m*", limit=1, after=after):
+        found, after = found + names(page), page[-1].cursor
+        many.rename(page[-1].id, None)
+    assert found == wanted
+
+
+def test_few_and_many_memories_of_a_filter_are_listed_alike(many: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where few match one of several filters, the others are looked up for those."""
+    cases = [
+        {"tags": "third,six"},
+        {"tags": "third", "checkpoint": "model-c"},
+        {"tags": "third", "name": "m*"},
+        {"tags": "third", "name": "m3"},
+        {"checkpoint": "model-d", "name": "m*"},
+        {"tags": "third,none", "checkpoint": "model-c", "name": "m*"},
+    ]
+    for filters in cases:
+        pages = []
+        for few in (1000, 0):
+            monkeypatch.setattr("gradmem.store.listing.FEW", few)
+            first = many.list(limit=1, **filters)
+            rest = many.list(after=first[-1].cursor, **filters) if first else []
+            pages.append(names([*first, *rest]))
+        assert pages[0] == pages[1]
+    assert pages[0] == []
+
+
 def test_memories_of_one_moment_are_each_listed_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     moment = datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
     monkeypatch.setattr("gradmem.store.transaction.now", lambda: moment)

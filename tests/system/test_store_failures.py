@@ -53,6 +53,9 @@ def kill_server(folder: Path) -> None:
     for process in (server, *map(int, children)):
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+    patience = time.monotonic() + 30
+    while Path(f"/proc/{server}").exists() and time.monotonic() < patience:
+        time.sleep(0.05)
 
 
 def put_until_killed(place: str, log: Path, seed: int) -> None:

@@ -147,7 +147,7 @@ class MemoryTools:
         limit: Annotated[int, Field(ge=1, le=1000, description="Most memories to list.")] = 50,
         after: Annotated[Line | None, Field(description="`next` of the previous page.")] = None,
     ) -> Listed:
-        """List memories, the newest first."""
+        """List memories, the newest first; by name if `name` is the beginning of one."""
         page = await self.workspace.store.read(lambda store: store.list(limit=limit, after=after, name=name, tags=tags))
         return Listed(
             memories=[Stored.of(entry) for entry in page], next=page[-1].cursor if len(page) == limit else None

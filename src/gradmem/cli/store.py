@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from typing_extensions import Unpack
@@ -24,7 +25,7 @@ def _store() -> Store:
 
 
 def ls(limit: int = 50, after: str | None = None, json: bool = False, **filters: Unpack[Filters]) -> list[Entry]:
-    """List memories, the newest first.
+    """List memories, the newest first; by name if `--name` is the beginning of one.
 
     Parameters
     ----------
@@ -42,7 +43,7 @@ def ls(limit: int = 50, after: str | None = None, json: bool = False, **filters:
         return found
     console.print(entries_table(found))
     if len(found) == limit:
-        console.print(f"next page: --after {found[-1].cursor}", highlight=False, soft_wrap=True)
+        console.print(f"next page: --after {quote(found[-1].cursor)}", markup=False, highlight=False, soft_wrap=True)
     return found
 
 

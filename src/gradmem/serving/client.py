@@ -93,7 +93,7 @@ class Client:
         return found
 
     def list(self, **filters: Any) -> list[Entry]:
-        """List memories, the newest first. `limit`, `after` and the filters are those of `Store.list`."""
+        """List memories in the order of `Store.list`. `limit`, `after` and the filters are those of `Store.list`."""
         if not isinstance(tags := filters.get("tags", ""), str):
             filters["tags"] = ",".join(tags)
         return [Entry.read(row) for row in self._json("GET", "memories", params=filters)["memories"]]

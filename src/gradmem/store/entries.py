@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from itertools import chain
 from typing import Any, TypedDict
-from urllib.parse import quote
 
 from ..choices import Precision
 from ..receipts import Receipt
@@ -101,7 +100,7 @@ class Entry:
     @property
     def cursor(self) -> str:
         """The position after this memory in a listing. It stays valid if the memory is deleted."""
-        return f"{self.created:{CURSOR}}_{self.id}" + (f"_{quote(self.name, safe='')}" if self.name else "")
+        return f"{self.created:{CURSOR}}_{self.id}" + (f"_{self.name}" if self.name else "")
 
     @property
     def label(self) -> str:

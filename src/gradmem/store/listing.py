@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Literal, TypedDict
-from urllib.parse import unquote
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, and_, func, literal, select, tuple_
 
@@ -142,8 +141,8 @@ def labels(tags: str | Iterable[str]) -> list[str]:
 def _parse_cursor(cursor: str) -> tuple[datetime, str, str]:
     created, last, name = (*cursor.split("_", 2), "", "")[:3]
     try:
-        if not (last + unquote(name)).isprintable():
-            raise ValueError(last)
-        return utc(datetime.strptime(created, CURSOR)), last, unquote(name)
+        if not (last + name).isprintable():
+            raise ValueError(cursor)
+        return utc(datetime.strptime(created, CURSOR)), last, name
     except ValueError as error:
         raise GradmemError(f"{cursor!a} is not a cursor: use that of the last memory of the previous page") from error

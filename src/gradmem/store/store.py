@@ -237,7 +237,7 @@ class Store:
         return bind_memory(self.load(ref, version), f"memory '{ref}'", checkpoint)
 
     def list(self, *, limit: int = 50, after: str | None = None, **filters: Unpack[Filters]) -> Sequence[Entry]:
-        """List one page of the memories that match all filters: the newest first, or by name for a beginning of names.
+        """List one page of the memories that match all filters: the newest first, or by name for a name with *.
 
         Parameters
         ----------

@@ -67,7 +67,7 @@ def place_payloads(store: Store, url: str) -> str:
     GradmemError
         If nothing can be written there, or payloads that the store has are not there.
     """
-    place = Payloads(url if "://" in url else Path(url).expanduser().absolute().as_uri())
+    place = Payloads(url if "://" in url else f"file://{Path(url).expanduser().absolute()}")
     trial = place.write(b"trial")
     place.read(trial)
     place.remove([trial])

@@ -144,7 +144,7 @@ async def list_memories(
     since: Annotated[Moment | None, Query(description="Earliest time of creation.")] = None,
     until: Annotated[Moment | None, Query(description="Time before which the memory was created.")] = None,
 ) -> Page:
-    """List memories, the newest first."""
+    """List memories, the newest first; by name if `name` is the beginning of one."""
     filters = Filters(checkpoint=checkpoint, name=name, tags=tags, since=since, until=until)
     page = await store.read(lambda s: s.list(limit=limit, after=after, **filters))
     return Page(memories=list(page), next=page[-1].cursor if len(page) == limit else None)
