@@ -113,7 +113,8 @@ def test_a_server_that_is_killed_while_many_write_loses_nothing(
 def test_a_full_disk_for_payloads_is_one_line_and_loses_nothing(database: str, tmp_path: Path) -> None:
     folder = tmp_path / "full"
     folder.mkdir()
-    own = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    root = ["--map-root-user"] if os.geteuid() else []
+    own = ["unshare", *root, "--mount", "sh", "-c"]
     mounted = f"mount -t tmpfs -o size=1m none {folder}"
     if not shutil.which("unshare") or subprocess.run([*own, mounted], capture_output=True, check=False).returncode:
         pytest.skip("a small disk cannot be mounted here")
