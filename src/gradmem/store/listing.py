@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, and_, func, literal, select, tuple_
 
@@ -15,8 +15,8 @@ from .entries import CURSOR
 
 TAGS = 100
 """Most tags of a memory, and of a filter."""
-FEW = 1000
-"""Most memories of a filter whose memories are all looked at."""
+FEW = 20_000
+"""Most memories of a filter that may all be looked at: the filters are counted up to this number."""
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
@@ -52,45 +52,67 @@ def matching(connection: Connection, owner: str, filters: Filters, after: str | 
     after : str, optional
         `Entry.cursor` of the last memory of the previous page.
     """
-    wanted, named = labels(filters.get("tags", ())), list(_conditions(filters))
+    wanted, named = labels(filters.get("tags", ())), dict(_conditions(filters))
     by_name = (filters.get("name") or "").endswith("*")
-    few = _few(connection, owner, wanted, named)
-    table, which = (tags, tags.c.memory) if wanted and few is None and not by_name else (memories, memories.c.id)
+    few, tag = _rarest(connection, owner, wanted, named)
+    through_tags = bool(wanted) and not by_name and (few is None or tag is not None)
+    table, which = (tags, tags.c.memory) if through_tags else (memories, memories.c.id)
     conditions = [table.c.owner == owner]
-    if few is not None:
+    if through_tags:
+        first = tag or wanted[0]
+        wanted.remove(first)
+        conditions.append(tags.c.tag == first)
+    elif few is not None:
         conditions.append(which.in_(few))
-    if table is tags:
-        conditions.append(tags.c.tag == wanted.pop(0))
+    # What is looked up for each memory is counted: PostgreSQL would join, and plan that as if almost nothing matched.
     if wanted:
-        other = tags.alias()  # counted, since PostgreSQL would plan many joins for minutes
+        other = tags.alias()
         has = select(func.count()).where(other.c.memory == which, other.c.tag.in_(wanted)).scalar_subquery()
         conditions.append(has == len(wanted))
+    if named and through_tags:
+        # The id alone would suffice. With all three columns, the index of the filter is used.
+        same = (memories.c.owner == table.c.owner, memories.c.created == table.c.created, memories.c.id == which)
+        conditions.append(select(func.count()).where(*same, *named.values()).scalar_subquery() == 1)
+    elif named:
+        conditions += named.values()
     if (since := _time(filters, "since")) is not None:
         conditions.append(table.c.created >= since)
     if (until := _time(filters, "until")) is not None:
         conditions.append(table.c.created < until)
     if after is not None:
         conditions.append(_beyond(after, table, which, by_name))
-    query = select(which)
-    if named and table is tags:
-        # The id alone would suffice. With all three columns, SQLite uses the index of the filter.
-        same = (memories.c.owner == table.c.owner, memories.c.created == table.c.created, memories.c.id == which)
-        query = query.join(memories, and_(*same))
     order = [memories.c.name] if by_name else [table.c.created.desc(), which.desc()]
-    return query.where(*conditions, *named).order_by(*order)
+    return select(which).where(*conditions).order_by(*order)
 
 
-def _few(
-    connection: Connection, owner: str, wanted: list[str], named: list[ColumnElement[bool]]
-) -> Sequence[str] | None:
-    """Return the memories of the first of several filters that at most `FEW` memories match, or None."""
-    ranges = [select(tags.c.memory).where(tags.c.owner == owner, tags.c.tag == tag) for tag in wanted]
-    ranges += [select(memories.c.id).where(memories.c.owner == owner, condition) for condition in named]
-    for one in ranges if len(ranges) > 1 else ():
-        found = connection.scalars(one.limit(FEW + 1)).all()
-        if len(found) <= FEW:
-            return found
-    return None
+def _rarest(
+    connection: Connection, owner: str, wanted: list[str], named: dict[str, ColumnElement[bool]]
+) -> tuple[Select[tuple[str]] | None, str | None]:
+    """Find out which of several filters the fewest memories match, counted up to `FEW`.
+
+    Returns
+    -------
+    few : Select or None
+        The ids of these memories. None if they are more.
+    tag : str or None
+        The filter, if it is a tag.
+    """
+    ranges: list[tuple[str | None, Select[tuple[str]], Any]] = []
+    for tag in wanted:
+        ranges.append((tag, select(tags.c.memory).where(tags.c.owner == owner, tags.c.tag == tag), tags.c.created))
+    for filter, condition in named.items():
+        order = memories.c.name if filter == "name" else memories.c.created
+        ranges.append((None, select(memories.c.id).where(memories.c.owner == owner, condition), order))
+    if len(ranges) < 2:
+        return None, None
+
+    def count(one: tuple[str | None, Select[tuple[str]], Any]) -> int:
+        _, query, order = one  # in the order of the index, or PostgreSQL might read the table instead
+        return connection.scalar(select(func.count()).select_from(query.order_by(order).limit(FEW + 1).subquery())) or 0
+
+    counted = [(count(one), one) for one in ranges]
+    number, (tag, query, _) = min(counted, key=lambda pair: pair[0])
+    return (query, tag) if number <= FEW else (None, None)
 
 
 def _beyond(cursor: str, table: Table, which: ColumnElement[str], by_name: bool) -> ColumnElement[bool]:
@@ -102,20 +124,20 @@ def _beyond(cursor: str, table: Table, which: ColumnElement[str], by_name: bool)
     return memories.c.name > name
 
 
-def _conditions(filters: Filters) -> Iterator[ColumnElement[bool]]:
-    """Yield the conditions on names and checkpoints."""
+def _conditions(filters: Filters) -> Iterator[tuple[str, ColumnElement[bool]]]:
+    """Yield the filters of names and checkpoints, and their conditions."""
     for filter in ("checkpoint", "name"):
         value = filters.get(filter)
         require(f"the filter {filter}", value, value is None or str(value).isprintable(), "printable")
     if (checkpoint := filters.get("checkpoint")) is not None:
         columns = memories.c
-        yield (columns.checkpoint if _FINGERPRINT.fullmatch(checkpoint) else columns.model) == checkpoint
+        yield "checkpoint", (columns.checkpoint if _FINGERPRINT.fullmatch(checkpoint) else columns.model) == checkpoint
     if (name := filters.get("name")) is not None:
         if name.endswith("*"):
             # Unlike LIKE, this is a range of the index.
-            yield and_(memories.c.name >= name[:-1], memories.c.name < name[:-1] + chr(0x10FFFF))
+            yield "name", and_(memories.c.name >= name[:-1], memories.c.name < name[:-1] + chr(0x10FFFF))
         else:
-            yield memories.c.name == name
+            yield "name", memories.c.name == name
 
 
 def _time(filters: Filters, which: Literal["since", "until"]) -> datetime | None:

@@ -69,18 +69,17 @@ def place_payloads(store: Store, url: str) -> str:
     """
     place = Payloads(url if "://" in url else f"file://{Path(url).expanduser().absolute()}")
     trial = place.write(b"trial")
-    place.read(trial)
-    place.remove([trial])
     with store._session.transaction(writes=True) as transaction:
         named = db.versions.c.object
         newest = transaction.connection.scalar(select(named).where(named.is_not(None)).order_by(named.desc()).limit(1))
-        if newest is not None:
+        for name in filter(None, (trial, newest)):
             try:
-                place.read(newest)
+                place.read(name)
             except FileNotFoundError as error:
-                raise Conflict(f"copy the payloads of the store first: {place.where(newest)} is missing") from error
+                raise Conflict(f"{place.where(name)} is missing: copy the payloads of the store there first") from error
         transaction.connection.execute(delete(db.settings).where(db.settings.c.name == PAYLOADS))
         transaction.connection.execute(insert(db.settings).values(name=PAYLOADS, value=place.url))
+    place.remove([trial])
     return place.url
 
 
