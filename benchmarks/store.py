@@ -3,9 +3,9 @@
 The rows are made by the database, with payloads as large as those of `kv-32` or of another size. Of all memories, a
 tenth is of each of ten checkpoints, half have the tag `half`, every thousandth the tag `rare`, and one was created at
 every minute. A listing is of one page of 50. Timed from Python, with the first calls, which open connections, left out.
-On a machine that does other work the clock measures that too. The processor time does not: it is that of this process,
-and of the PostgreSQL server's process for it if that is on this machine. With --place the store must be empty; by
-default it is a SQLite file in a temporary folder.
+On a machine that does other work the clock measures that too. The own times do not have what this process, and the
+PostgreSQL server's process for it, waited for a core (Linux; the server on this machine). With --place the store must
+be empty; by default it is a SQLite file in a temporary folder.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def made(number: int) -> Memory:
 
 
 def server(store: Store) -> Path | None:
-    """File that says how long the server's process for this one has worked, if it is on this machine."""
+    """File of the times of the server's process for this one, if it is on this machine."""
     with store._session.engine.connect() as connection:
         if connection.dialect.name != "postgresql":
             return None
@@ -52,19 +52,21 @@ def server(store: Store) -> Path | None:
 
 
 def job(what: str, call: Callable[[int], Any], repeats: int, worker: Path | None = None, warm: int = WARM) -> Row:
-    """Time a call with the numbers from 0 on, by the clock and by processor time."""
+    """Time a call with the numbers from 0 on, by the clock and without the time of waiting for a core."""
+    files = [file for file in (Path("/proc/self/schedstat"), worker) if file is not None and file.exists()]
 
-    def worked() -> float:
-        return time.process_time() + (int(worker.read_text().split()[0]) / 1e9 if worker else 0)
+    def waited() -> float:
+        return sum(int(file.read_text().split()[1]) for file in files) / 1e9
 
     times = []
     for number in range(repeats + warm):
-        started, before = time.perf_counter(), worked()
+        queued, started = waited(), time.perf_counter()
         found = call(number)
-        times.append([1000 * (time.perf_counter() - started), 1000 * (worked() - before)])
+        took = time.perf_counter() - started
+        times.append([1000 * took, 1000 * (took - (waited() - queued))])
     shown = len(found) if isinstance(found, list) else None
-    (p50, cpu50), (p99, cpu99) = np.percentile(times[warm:], [50, 99], axis=0).tolist()
-    figures = {"p50_ms": p50, "p99_ms": p99, "cpu_p50_ms": cpu50, "cpu_p99_ms": cpu99}
+    (p50, own50), (p99, own99) = np.percentile(times[warm:], [50, 99], axis=0).tolist()
+    figures = {"p50_ms": p50, "p99_ms": p99, "own_p50_ms": own50, "own_p99_ms": own99}
     return {"operation": what, **figures, "calls": repeats, "listed": shown}
 
 

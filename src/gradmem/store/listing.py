@@ -35,7 +35,7 @@ class Filters(TypedDict, total=False):
     """Date or time before which the memory was created."""
 
 
-def matching(connection: Connection, owner: str, filters: Filters, after: str | None = None) -> Select[tuple[str]]:
+def matching(connection: Connection, owner: str, filters: Filters, after: str | None = None) -> Select[Any]:
     """Build the query for the ids of an owner's memories that match all filters.
 
     They come in the order of an index, so that a page reads no more than it shows: by name if the filter is the
@@ -54,12 +54,12 @@ def matching(connection: Connection, owner: str, filters: Filters, after: str | 
     """
     wanted, named = labels(filters.get("tags", ())), dict(_conditions(filters))
     by_name = (filters.get("name") or "").endswith("*")
-    few, tag = _rarest(connection, owner, wanted, named)
-    through_tags = bool(wanted) and not by_name and (few is None or tag is not None)
+    few, rarest = _rarest(connection, owner, wanted, named)
+    through_tags = bool(wanted) and not by_name and (few is None or rarest is not None)
     table, which = (tags, tags.c.memory) if through_tags else (memories, memories.c.id)
     conditions = [table.c.owner == owner]
     if through_tags:
-        first = tag or wanted[0]
+        first = rarest or wanted[0]
         wanted.remove(first)
         conditions.append(tags.c.tag == first)
     elif few is not None:
@@ -87,7 +87,7 @@ def matching(connection: Connection, owner: str, filters: Filters, after: str | 
 
 def _rarest(
     connection: Connection, owner: str, wanted: list[str], named: dict[str, ColumnElement[bool]]
-) -> tuple[Select[tuple[str]] | None, str | None]:
+) -> tuple[Select[Any] | None, str | None]:
     """Find out which of several filters the fewest memories match, counted up to `FEW`.
 
     Returns
@@ -97,7 +97,7 @@ def _rarest(
     tag : str or None
         The filter, if it is a tag.
     """
-    ranges: list[tuple[str | None, Select[tuple[str]], Any]] = []
+    ranges: list[tuple[str | None, Select[Any], Any]] = []
     for tag in wanted:
         ranges.append((tag, select(tags.c.memory).where(tags.c.owner == owner, tags.c.tag == tag), tags.c.created))
     for filter, condition in named.items():
@@ -106,13 +106,13 @@ def _rarest(
     if len(ranges) < 2:
         return None, None
 
-    def count(one: tuple[str | None, Select[tuple[str]], Any]) -> int:
+    def count(one: tuple[str | None, Select[Any], Any]) -> int:
         _, query, order = one  # in the order of the index, or PostgreSQL might read the table instead
         return connection.scalar(select(func.count()).select_from(query.order_by(order).limit(FEW + 1).subquery())) or 0
 
     counted = [(count(one), one) for one in ranges]
-    number, (tag, query, _) = min(counted, key=lambda pair: pair[0])
-    return (query, tag) if number <= FEW else (None, None)
+    number, (rarest, few, _) = min(counted, key=lambda pair: pair[0])
+    return (few, rarest) if number <= FEW else (None, None)
 
 
 def _beyond(cursor: str, table: Table, which: ColumnElement[str], by_name: bool) -> ColumnElement[bool]:

@@ -72,7 +72,7 @@ class Session:
     def payload(self, data: bytes) -> Payload:
         """Write a large payload as an object, unless its place is the database. The row must come after this."""
         payloads = self.payloads() if len(data) >= LARGE else None
-        return Payload(data, payloads and payloads.write(data))
+        return Payload(data, payloads.write(data) if payloads else None)
 
     def read(self, ref: str, version: int | None) -> tuple[Version, bytes]:
         """Return a version, by default the current one, and its bytes, after checking their SHA-256."""

@@ -45,7 +45,7 @@ def upgrade(location: str | os.PathLike[str] | None = None) -> str:
 def place_of_payloads(store: Store) -> str | None:
     """Return the URL where large payloads are stored, or None if they are in the database."""
     payloads = store._session.payloads()
-    return payloads and payloads.url
+    return payloads.url if payloads else None
 
 
 def place_payloads(store: Store, url: str) -> str:
