@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Literal, TypedDict
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, and_, func, literal, select, tuple_
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, select, tuple_
 
 from ..errors import GradmemError, require
 from .database import Moment, memories, tags, utc
@@ -69,18 +69,23 @@ def matching(connection: Connection, owner: str, filters: Filters, after: str | 
         other = tags.alias()
         has = select(func.count()).where(other.c.memory == which, other.c.tag.in_(wanted)).scalar_subquery()
         conditions.append(has == len(wanted))
+    if (since := _time(filters, "since")) is not None:
+        conditions.append(table.c.created >= since)
+    if (until := _time(filters, "until")) is not None:
+        conditions.append(table.c.created < until)
+    if after is not None:
+        created, last, name = _parse_cursor(after)
+        if by_name:
+            require("the cursor", after, bool(name), "that of a memory with a name")
+            named["name"] = _begins(filters["name"] or "", name)
+        else:
+            conditions.append(tuple_(table.c.created, which) < tuple_(literal(created, Moment), literal(last)))
     if named and through_tags:
         # The id alone would suffice. With all three columns, the index of the filter is used.
         same = (memories.c.owner == table.c.owner, memories.c.created == table.c.created, memories.c.id == which)
         conditions.append(select(func.count()).where(*same, *named.values()).scalar_subquery() == 1)
     elif named:
         conditions += named.values()
-    if (since := _time(filters, "since")) is not None:
-        conditions.append(table.c.created >= since)
-    if (until := _time(filters, "until")) is not None:
-        conditions.append(table.c.created < until)
-    if after is not None:
-        conditions.append(_beyond(after, table, which, by_name))
     order = [memories.c.name] if by_name else [table.c.created.desc(), which.desc()]
     return select(which).where(*conditions).order_by(*order)
 
@@ -115,13 +120,13 @@ def _rarest(
     return (few, rarest) if number <= FEW else (None, None)
 
 
-def _beyond(cursor: str, table: Table, which: ColumnElement[str], by_name: bool) -> ColumnElement[bool]:
-    """Condition: after a cursor."""
-    created, last, name = _parse_cursor(cursor)
-    if not by_name:
-        return tuple_(table.c.created, which) < tuple_(literal(created, Moment), literal(last))
-    require("the cursor", cursor, bool(name), "that of a memory with a name")
-    return memories.c.name > name
+def _begins(beginning: str, after: str = "") -> ColumnElement[bool]:
+    """Condition: the name begins as the filter says, and comes after another name.
+
+    Unlike LIKE, this is a range of the index. Of two lower bounds SQLite would use only the first.
+    """
+    first, name = beginning[:-1], memories.c.name
+    return and_(name > after if after >= first and after else name >= first, name < first + chr(0x10FFFF))
 
 
 def _conditions(filters: Filters) -> Iterator[tuple[str, ColumnElement[bool]]]:
@@ -134,8 +139,7 @@ def _conditions(filters: Filters) -> Iterator[tuple[str, ColumnElement[bool]]]:
         yield "checkpoint", (columns.checkpoint if _FINGERPRINT.fullmatch(checkpoint) else columns.model) == checkpoint
     if (name := filters.get("name")) is not None:
         if name.endswith("*"):
-            # Unlike LIKE, this is a range of the index.
-            yield "name", and_(memories.c.name >= name[:-1], memories.c.name < name[:-1] + chr(0x10FFFF))
+            yield "name", _begins(name)
         else:
             yield "name", memories.c.name == name
 
