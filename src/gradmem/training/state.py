@@ -18,6 +18,7 @@ from ..errors import GradmemError
 from ..files import atomic_directory
 from ..inner import Strategy
 from .recipe import Precision
+from .sharding import whole
 
 PATTERN = re.compile(r"step-(\d{8})")
 
@@ -77,9 +78,16 @@ def save_state(
     module: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     progress: dict[str, Any],
+    *,
+    write: bool = True,
 ) -> None:
-    """Save a state, whole or not at all, and delete older ones and what an interrupted save left behind."""
+    """Save a state, whole or not at all, and delete older ones and what an interrupted save left behind.
+
+    All processes of a run must call it together, since the states of optimizers may be sharded; one of them writes.
+    """
     tensors, settings = _flatten(optimizers)
+    if not write:
+        return
     with atomic_directory(directory / f"step-{step:08d}") as state:
         save_model(module, str(state / "weights.safetensors"))
         save_file(tensors, state / "optimizers.safetensors")
@@ -147,7 +155,7 @@ def _flatten(optimizers: list[torch.optim.Optimizer]) -> tuple[dict[str, Tensor]
         state = optimizer.state_dict()
         for parameter, entries in state["state"].items():
             for name, value in entries.items():
-                tensors[f"{index}.{parameter}.{name}"] = torch.as_tensor(value).contiguous()
+                tensors[f"{index}.{parameter}.{name}"] = whole(torch.as_tensor(value)).contiguous()
         settings.append(state["param_groups"])
     return tensors, settings
 

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 
@@ -30,12 +29,13 @@ from ..model.build import build_task
 from ..model.loading import load
 from ..tasks.base import Task
 from .optimizers import build_optimizers
-from .plan import gigabytes, plan_stage, stage_precision
+from .plan import Plan, gigabytes, plan_stage, stage_precision
 from .precision import matmul_precision
 from .progress import Report
 from .recipe import Recipe, Stage
 from .run_log import open_log
 from .schedule import WINDOW, finished, lr_scale, time_is_over
+from .sharding import gather, new_accelerator, on_device, prepare, trained_copy, whole
 from .state import RunState, load_state, save_state, states, take_weights
 from .step import MetaStep, outer_loss
 
@@ -99,29 +99,28 @@ class Trainer:
                 f"training chooses a device for each process: give `device: {kind}`, without a number, not {device}"
             )
         self.recipe, self.output = recipe, output
-        self.accelerator = Accelerator(
-            cpu=kind == "cpu",
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
+        self.accelerator = new_accelerator(cpu=kind == "cpu")
         self.report = report if report is not None and self.main else Report()
         set_seed(recipe.seed)
         self.model = MemoryModel.from_spec(recipe.task, recipe.backbone, recipe.method)
         self.new_weights = self._start_from(recipe.init_from) if recipe.init_from else []
         self.model.name = str(output / "checkpoint")
         self.model.to(self.accelerator.device)
-        self.optimizers = build_optimizers(self.model.method, recipe)
+        trained = trained_copy(self.accelerator, self.model.method)
+        self.optimizers = build_optimizers(trained, recipe)
         if not self.optimizers:
             raise GradmemError("this recipe freezes all weights: there is nothing to train")
         self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.state = RunState()
         saved = states(output / "states")
         if resume == "auto" and saved:
-            self.state = RunState.of(saved[-1], load_state(saved[-1], self.model.method, self.optimizers))
+            self.state = RunState.of(saved[-1], load_state(saved[-1], trained, self.optimizers))
         elif saved:
             raise GradmemError(f"{output} holds a run: resume it with --resume auto, or give another --output")
-        self.meta_step = MetaStep(self.model.method)
-        self.step_module = self.accelerator.prepare(self.meta_step)
-        self.parameters = [p for p in self.model.method.parameters() if p.requires_grad]
+        self.meta_step = MetaStep(trained)
+        self.step_module, self.optimizers = prepare(self.accelerator, self.meta_step, self.optimizers)
+        self.parameters = [p for p in trained.parameters() if p.requires_grad]
+        gather(trained, self.model.method)
         self.coming: tuple[tuple[int, int], Draw] | None = None
         self.stopped = Interruptible()
         self.stop = False
@@ -200,6 +199,7 @@ class Trainer:
             self._save()
             raise KeyboardInterrupt
         self.report.end(state)
+        gather(self.meta_step.method, self.model.method)
         # The checkpoint first: a run that is killed between the two repeats some steps and saves it again.
         if self.main:
             self.model.task, self.model.spec["task"] = tasks[0], specs[0]
@@ -227,7 +227,8 @@ class Trainer:
             state.precision = self.recipe.precision
         elif state.precision == "auto":
             started = clock()
-            found = stage_precision(self.recipe, stage, self.model.method, tasks, device)
+            with on_device(self.accelerator, self.model.method):
+                found = stage_precision(self.recipe, stage, self.model.method, tasks, device)
             state.precision, reason = broadcast_object_list(list(found))
             self._add_elapsed(started)
             self.report.say(f"precision {state.precision}: {reason}")
@@ -235,7 +236,7 @@ class Trainer:
 
     def _plan(self, stage: Stage, tasks: list[Task]) -> None:
         """Choose strategy and micro-batch size of the stage; a resumed run keeps them, to get the same numbers."""
-        recipe, state, accelerator = self.recipe, self.state, self.accelerator
+        recipe, state = self.recipe, self.state
         if recipe.strategy == "compile":
             self.report.say("compiling the write steps, which takes a minute or two for every length of context")
         kept = recipe.strategy in ("auto", state.strategy) and recipe.micro_batch_size in (0, state.micro_batch_size)
@@ -243,21 +244,19 @@ class Trainer:
             state.strategy, state.micro_batch_size = recipe.strategy, recipe.micro_batch_size
         elif not (kept and state.micro_batch_size):
             started = clock()
-            plan = plan_stage(
-                recipe,
-                stage,
-                self.model.method,
-                tasks,
-                accelerator.device,
-                state.precision,
-                accelerator.num_processes,
-            )
+            plan = self._measured_plan(recipe, stage, tasks)
             # One process decides for all, which must agree on the number of parts.
             found = broadcast_object_list([plan.chosen.strategy, plan.chosen.micro_batch_size])
             state.strategy, state.micro_batch_size = found
             self._add_elapsed(started)
             self.report.say(f"{state.strategy}, {state.micro_batch_size} contexts at a time")
-        self.model.method.strategy = state.strategy
+        self.meta_step.method.strategy = state.strategy
+
+    def _measured_plan(self, recipe: Recipe, stage: Stage, tasks: list[Task]) -> Plan:
+        method, accelerator = self.model.method, self.accelerator
+        with on_device(accelerator, method):
+            processes = accelerator.num_processes
+            return plan_stage(recipe, stage, method, tasks, accelerator.device, self.state.precision, processes)
 
     def _explain_out_of_memory(self, error: Exception, stage: Stage, tasks: list[Task]) -> Exception:
         """Say which settings fit if memory ran out; return any other error unchanged."""
@@ -266,9 +265,8 @@ class Trainer:
             return error
         error.__traceback__ = None  # it keeps the tensors of the failed step alive
         state, free = self.state, dataclasses.replace(self.recipe, strategy="auto", micro_batch_size=0)
-        self.model.method.zero_grad()
-        device, processes = self.accelerator.device, self.accelerator.num_processes
-        plan = plan_stage(free, stage, self.model.method, tasks, device, state.precision, processes)
+        self.meta_step.method.zero_grad()
+        plan = self._measured_plan(free, stage, tasks)
         fits = plan.chosen
         return GradmemError(
             f"out of memory at step {state.step} with `strategy: {state.strategy}` and `micro_batch_size: "
@@ -279,10 +277,10 @@ class Trainer:
 
     def _validate(self, stage: Stage) -> None:
         """Measure the model on validation contexts, with control rows."""
-        self.model.method.eval()
-        steps = sorted(set(stage.write_steps))
-        results = evaluate(self.model, steps, self.recipe.valid_samples, self.recipe.seed, split="valid")
-        self.model.method.train()
+        method, steps = self.model.method.eval(), sorted(set(stage.write_steps))
+        with on_device(self.accelerator, method):
+            results = evaluate(self.model, steps, self.recipe.valid_samples, self.recipe.seed, split="valid")
+        method.train()
         rows = json.dumps([result.to_dict() for result in results], indent=1)
         write_bytes(self.output / f"valid-{self.state.stage + 1}.json", rows.encode())
         shown = ", ".join(f"{r.exact_match:.2%} after {r.steps} steps" for r in results)
@@ -300,7 +298,7 @@ class Trainer:
         now = state.stage, state.step
         draw = ready[1] if ready and ready[0] == now else self._draw(stage, tasks, state.step, state.samples)
         shown = self._backward(draw, self.recipe.weight_of(stage))
-        norm = self.accelerator.clip_grad_norm_(self.parameters, recipe.clip_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(self.parameters, recipe.clip_norm))
         factor = lr_scale(recipe, stage, state)
         # If one process was told to stop, all stop: they would wait for it forever.
         told = torch.tensor([float(bool(self.stopped))]).to(shown, non_blocking=True)
@@ -364,14 +362,9 @@ class Trainer:
         return shown
 
     def _save(self) -> None:
-        if self.main:
-            save_state(
-                self.output / "states",
-                self.state.step,
-                self.model.method,
-                self.optimizers,
-                dataclasses.asdict(self.state),
-            )
+        method, progress = self.model.method, dataclasses.asdict(self.state)
+        gather(self.meta_step.method, method)
+        save_state(self.output / "states", self.state.step, method, self.optimizers, progress, write=self.main)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
