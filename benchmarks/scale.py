@@ -3,13 +3,14 @@
 Measured with each checkpoint, on one thread: WRITE, READ whose prefix is kept, READ that runs the prefix first, and get
 and put of a memory in the store. With the first checkpoint also what replicas (processes of one thread each) do
 together, and what a query takes at them when they come as in a trace: the simulation gets the same trace and the
-measured service times, and both are shown side by side. The large settings take the service times of the last
-checkpoint. `scale_simulation.py` says what is simulated and how; the store is SQLite in a temporary folder unless
---place gives another one, which must be empty.
+service times of that run, and both are shown side by side. The large settings take the last checkpoint's service
+times, as processor time: what else the machine does does not change it. `scale_simulation.py` says what is simulated
+and how. The store is SQLite in a temporary folder unless --place gives another one, which must be empty.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import tempfile
@@ -17,8 +18,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ STORY = (
 NAMES, COLOURS, PLACES = ("Anna", "Boris", "Clara", "David"), ("red", "green", "brass"), ("drawer", "kettle", "barn")
 CACHE_BYTES = 4 * 2**30
 """Bytes of prefixes that a replica keeps in the large settings."""
+STORED, KEPT = 64, 16
+"""Memories of the check, and prefixes that a replica keeps in it."""
 MEMORIES_EACH = 100_000
 """Memories for each replica in the large settings."""
 
@@ -62,30 +66,44 @@ def bound(model: MemoryModel, memory: Any) -> BoundMemory:
     return BoundMemory(memory.tensors, memory.receipts, model=model)
 
 
-def seconds(call: Callable[[int], object], count: int) -> Floats:
-    """Seconds of each of some calls, after two that do not count."""
-    took = []
-    for number in (0, 0, *range(count)):
-        began = time.perf_counter()
-        call(number)
-        took.append(time.perf_counter() - began)
-    return np.array(took[2:])
+def timed(call: Callable[[int], Any], count: int) -> tuple[Floats, Floats, list[Any]]:
+    """Run some calls after one that does not count: seconds by the clock, seconds of the processor, and results."""
+    wall, processor, results = [], [], []
+    for number in (0, *range(count)):
+        began, busy = time.perf_counter(), time.process_time()
+        results.append(call(number))
+        wall.append(time.perf_counter() - began)
+        processor.append(time.process_time() - busy)
+    return np.array(wall[1:]), np.array(processor[1:]), results[1:]
 
 
-def service(model: MemoryModel, place: str, writes: int, reads: int) -> tuple[Times, int, list[str], list[str]]:
-    """Measure a model and a store; also bytes of a prefix, and ids of stored memories with their questions."""
-    made, questions = texts(model, reads)
-    write = seconds(lambda n: model.write(made[n]), writes)
-    written = [model.write(text) for text in made[:writes]]
-    memories, asked = (lambda n: written[n % writes]), (lambda n: questions[n % writes])
-    cached = seconds(lambda n: memories(n).ask(asked(n)), reads)
-    uncached = seconds(lambda n: bound(model, memories(n)).ask(asked(n)), reads)
+@dataclass
+class Measured:
+    """A checkpoint and a store, measured."""
+
+    wall: Times
+    processor: Times
+    prefix_bytes: int
+    ids: list[str]
+    """Of memories in the store."""
+    questions: list[str]
+    """One about each of them."""
+
+
+def service(model: MemoryModel, place: str, writes: int, reads: int) -> Measured:
+    """Measure a model and a store."""
+    made, questions = texts(model, writes)
+    write = timed(lambda n: model.write(made[n]), writes)
+    written = write[2]
+    took = {"write": write, "cached": timed(lambda n: written[n % writes].ask(questions[n % writes]), reads)}
+    took["uncached"] = timed(lambda n: bound(model, written[n % writes]).ask(questions[n % writes]), reads)
     with Store(place) as store:
-        ids: list[str] = []
-        put = seconds(lambda n: ids.append(store.put(renamed(memories(n), len(ids))).id), max(reads, 50))
-        get = seconds(lambda n: store.load(ids[n % len(ids)]), max(reads, 50))
-    times = Times(cached=cached, uncached=uncached, write=write, get=get, put=put)
-    return times, written[0].prefix.nbytes, ids[2:], [asked(n) for n in range(len(ids) - 2)]
+        numbers = count()
+        puts = timed(lambda n: store.put(renamed(written[n % writes], next(numbers))).id, STORED)
+        ids = puts[2]
+        took |= {"put": puts, "get": timed(lambda n: store.load(ids[n]), STORED)}
+    wall, processor = (Times(**{name: one[which] for name, one in took.items()}) for which in (0, 1))
+    return Measured(wall, processor, written[0].prefix.nbytes, ids, [questions[n % writes] for n in range(STORED)])
 
 
 def renamed(memory: BoundMemory, number: int) -> gradmem.Memory:
@@ -97,10 +115,14 @@ def renamed(memory: BoundMemory, number: int) -> gradmem.Memory:
     return gradmem.Memory(tensors, memory.receipts)
 
 
-def replica(line: Connection, checkpoint: str, place: str, kept: int, ids: list[str], questions: list[str]) -> None:
-    """Answer queries in the order in which they come, in a process of its own, with the prefixes of `kept` memories."""
+def replica(line: Connection, checkpoint: str, place: str, ids: list[str], questions: list[str]) -> None:
+    """Answer queries in the order in which they come, in a process of its own, with the last prefixes."""
     torch.set_num_threads(1)
-    model, cache, done = gradmem.load(checkpoint), OrderedDict[int, BoundMemory](), list[tuple[int, float, bool]]()
+    model, cache, done = (
+        gradmem.load(checkpoint),
+        OrderedDict[int, BoundMemory](),
+        list[tuple[int, float, float, bool]](),
+    )
     with Store(place) as store:
 
         def ask(number: int) -> bool:
@@ -109,7 +131,7 @@ def replica(line: Connection, checkpoint: str, place: str, kept: int, ids: list[
                 cache[number] = bound(model, store.load(ids[number]))
             cache.move_to_end(number)
             cache[number].ask(questions[number])
-            if len(cache) > kept:
+            if len(cache) > KEPT:
                 cache.popitem(last=False)
             return found
 
@@ -121,13 +143,14 @@ def replica(line: Connection, checkpoint: str, place: str, kept: int, ids: list[
                 line.send(done)
                 done = []
             elif request == "busy":
-                line.send(_asked_for(float(number), lambda n: ask(n % min(kept, len(ids)))))
+                line.send(_a_second(float(number), lambda n: ask(n % KEPT)))
             else:
+                began = time.monotonic()
                 found = ask(number)
-                done.append((request, time.monotonic(), found))
+                done.append((request, began, time.monotonic(), found))
 
 
-def _asked_for(span: float, ask: Callable[[int], object]) -> float:
+def _a_second(span: float, ask: Callable[[int], object]) -> float:
     """Calls a second, one after the other."""
     began, count = time.monotonic(), 0
     while time.monotonic() < began + span:
@@ -155,22 +178,17 @@ def replicas(count: int, *given: Any) -> Iterator[list[Connection]]:
             process.join(20)
 
 
-def together(count: int, span: float, *given: Any) -> Row:
-    """Reads a second of replicas that are asked without a pause."""
-    with replicas(count, *given) as lines:
+def check(workers: int, options: argparse.Namespace, *given: Any) -> tuple[Row, Row]:
+    """What replicas read without a pause, and what queries of a trace take, measured and simulated."""
+    with replicas(workers, *given) as lines:
         for line in lines:
-            line.send(("busy", span))
-        rates = [float(line.recv()) for line in lines]
-    return {"replicas": count, "reads_per_s": sum(rates)}
-
-
-def checked(count: int, load: float, requests: int, kept: int, times: Times, *given: Any) -> Row:
-    """Send a trace to replicas, and simulate the same trace with what service took in this run or before it."""
-    ids = given[-2]
-    setting = Setting(count, len(ids), kept, load, requests=requests, writes=0.0, network=0.0, full=10**9)
-    trace = Simulation(setting, times)
-    owners = trace.nexts[trace.place, 0]
-    with replicas(count, *given) as lines:
+            line.send(("busy", options.seconds))
+        each = sum(float(line.recv()) for line in lines) / workers
+        setting = Setting(workers, STORED, KEPT, requests=options.requests, writes=0.0, network=0.0, full=10**9)
+        setting = replace(setting, rate=options.load * workers * each)
+        always = np.array([1 / each])
+        trace = Simulation(setting, Times(always, always, always, always, always))
+        owners = trace.nexts[trace.place, 0]
         start = time.monotonic() + 0.2
         for number, at in enumerate(trace.at.tolist()):
             time.sleep(max(0.0, start + at - time.monotonic()))
@@ -178,14 +196,17 @@ def checked(count: int, load: float, requests: int, kept: int, times: Times, *gi
         for line in lines:
             line.send(("report", 0))
         done = sorted(one for line in lines for one in line.recv())
-    counted = done[requests // 5 :]
-    latency = np.array([end - start - trace.at[number] for number, end, _ in counted])
-    ran = trace.run()
-    real = {"p50_ms": np.quantile(latency, 0.5), "p99_ms": np.quantile(latency, 0.99)}
-    row: Row = {"replicas": count, "load": load, "requests": requests, "queries_per_s": ran.rate}
-    row |= {f"measured_{name}": float(value) * 1000 for name, value in real.items()}
-    row |= {"simulated_p50_ms": ran.quantile(0.5) * 1000, "simulated_p99_ms": ran.quantile(0.99) * 1000}
-    return row | {"measured_hits": float(np.mean([hit for *_, hit in counted])), "simulated_hits": ran.hits}
+    took = {found: np.array([end - began for _, began, end, hit in done if hit == found]) for found in (True, False)}
+    nothing = np.array([0.0])  # a replica counts what it waits for the store as its own time
+    ran = Simulation(setting, Times(took[True], took[False], nothing, nothing, nothing)).run()
+    counted = done[len(done) // 5 :]
+    latency = np.array([end - start - trace.at[number] for number, _, end, _ in counted])
+    row: Row = {"replicas": workers, "load": options.load, "requests": len(done), "queries_per_s": ran.rate}
+    for q in (0.5, 0.99):
+        row |= {f"measured_p{q * 100:.0f}_ms": float(np.quantile(latency, q)) * 1000}
+        row |= {f"simulated_p{q * 100:.0f}_ms": ran.quantile(q) * 1000}
+    row |= {"measured_hits": float(np.mean([hit for *_, hit in counted])), "simulated_hits": ran.hits}
+    return {"replicas": workers, "reads_per_s": workers * each}, row
 
 
 def settings(kept: int, most: int) -> list[Setting]:
@@ -242,51 +263,54 @@ def figure(rows: list[Row], file: Path) -> None:
     pyplot.savefig(file, dpi=130)
 
 
-def rows_of(checkpoint: str, times: Times) -> list[Row]:
+def rows_of(checkpoint: str, measured: Measured) -> list[Row]:
     """Rows of the service times of a checkpoint."""
     rows = []
-    for what, took in vars(times).items():
-        p50, p99 = (float(np.quantile(took, q)) * 1000 for q in (0.5, 0.99))
-        rows.append(
-            {"checkpoint": checkpoint, "what": what, "samples": len(took), "mean_ms": float(took.mean()) * 1000}
-        )
-        rows[-1] |= {"p50_ms": p50, "p99_ms": p99}
+    for what, wall in vars(measured.wall).items():
+        processor = vars(measured.processor)[what]
+        rows.append({"checkpoint": checkpoint, "what": what, "samples": len(wall)})
+        rows[-1] |= {f"p{q * 100:.0f}_ms": float(np.quantile(wall, q)) * 1000 for q in (0.5, 0.99)}
+        rows[-1] |= {"mean_ms": float(wall.mean()) * 1000, "processor_mean_ms": float(processor.mean()) * 1000}
     return rows
+
+
+def options_of() -> argparse.Namespace:
+    """Options of the command line."""
+    command = parser(__doc__, repeats=None)
+    command.set_defaults(threads=1)
+    both = {"type": int, "nargs": "+", "metavar": "N"}
+    command.add_argument("--checkpoints", nargs="+", default=["kv-16", "english"], metavar="NAME", help="to measure")
+    command.add_argument("--reads", default=[200, 6], help="of each kind, for each checkpoint", **both)
+    command.add_argument("--writes", default=[20, 2], help="for each checkpoint", **both)
+    command.add_argument("--workers", default=[n for n in (1, 2, 4, 8) if n <= cores()], help="replicas here", **both)
+    command.add_argument("--requests", type=int, default=600, metavar="N", help="of the trace for each check")
+    command.add_argument("--load", type=float, default=0.5, metavar="X", help="of the check")
+    command.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of each measurement of throughput")
+    command.add_argument("--most", type=int, default=1000, metavar="N", help="most simulated replicas")
+    command.add_argument("--place", default=None, metavar="URL", help="empty store, whose get and put the clock times")
+    command.add_argument("--figure", type=Path, default=None, metavar="FILE", help="draw it here")
+    return command.parse_args()
 
 
 def main() -> None:
     """Command line."""
-    command = parser(__doc__, repeats=None)
-    command.set_defaults(threads=1)
-    command.add_argument(
-        "--checkpoints", nargs="+", default=["kv-16", "english"], metavar="NAME", help="what to measure"
-    )
-    command.add_argument("--reads", type=int, nargs="+", default=[200, 8], metavar="N", help="of each checkpoint")
-    command.add_argument("--writes", type=int, nargs="+", default=[40, 3], metavar="N", help="of each checkpoint")
-    command.add_argument("--workers", type=int, nargs="+", default=None, metavar="N", help="default: 1 to 8 by cores")
-    command.add_argument("--requests", type=int, default=1500, metavar="N", help="of the trace for each check")
-    command.add_argument("--load", type=float, default=0.5, metavar="X", help="of the check")
-    command.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of each measurement of throughput")
-    command.add_argument("--most", type=int, default=1000, metavar="N", help="most simulated replicas")
-    command.add_argument("--place", default=None, metavar="URL", help="empty store")
-    command.add_argument("--figure", type=Path, default=None, metavar="FILE", help="draw it here")
-    options = command.parse_args()
+    options = options_of()
     torch.set_num_threads(options.threads)
     where = machine(options.threads, "fp32")
-    workers = options.workers or [n for n in (1, 2, 4, 8) if n <= cores()]
     tables: dict[str, list[Row]] = {"service": []}
     with tempfile.TemporaryDirectory() as folder:
         for name, reads, writes in zip(options.checkpoints, options.reads, options.writes, strict=True):
             place = options.place or str(Path(folder) / f"{name}.db")
-            times, size, ids, questions = service(gradmem.load(name), place, writes, reads)
-            tables["service"] += rows_of(name, times)
+            measured = service(gradmem.load(name), place, writes, reads)
+            tables["service"] += rows_of(name, measured)
             if name == options.checkpoints[0]:
-                given = name, place, 16, ids[:64], questions[:64]
-                jobs = [partial(together, n, options.seconds, *given) for n in workers]
-                tables["throughput"] = measure("replicas", jobs)
-                checks = [partial(checked, n, options.load, options.requests, 16, times, *given) for n in workers]
-                tables["check"] = measure("traces", checks)
-    large = settings(max(1, CACHE_BYTES // size), options.most)
+                given = options, name, place, measured.ids, measured.questions
+                checks = measure("replicas", [partial(check, number, *given) for number in options.workers])
+                tables["throughput"], tables["check"] = map(list, zip(*checks, strict=True))
+    size, times = measured.prefix_bytes, measured.processor
+    if options.place:
+        times = replace(times, get=measured.wall.get, put=measured.wall.put)
+    large = settings(CACHE_BYTES // size, options.most)
     tables["simulation"] = measure("simulating", [partial(lambda one: simulated(one, times)[1], one) for one in large])
     for title, rows in tables.items():
         report(title, rows, where, None)

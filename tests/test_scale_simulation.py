@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from benchmarks.scale_simulation import Setting, Simulation, Times, arrivals, characteristic_time, hit_rate, ring
 
 MEAN = 0.01
