@@ -274,6 +274,22 @@ def rows_of(checkpoint: str, measured: Measured) -> list[Row]:
     return rows
 
 
+def shown(tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The tables to print: what was simulated as three of them, which are narrow enough."""
+    rows = tables["simulation"]
+    calm, lost = ([row for row in rows if ("retried" in row) == gone] for gone in (False, True))
+    setting = ("replicas", "memories", "trace")
+    latency = ("queries_per_s", "p50_s", "p99_s", "write_p99_s", "hits", "spilled")
+    load = ("replicas_busy", "database_busy", "writers_busy", "hottest_alone", "bottleneck", "capacity_per_s")
+    loss = ("p99_s", "hits", "retried", "p99_s_around", "warm_after_s")
+    cut = {"simulated latency": (calm, latency), "simulated load": (calm, load), "one replica lost": (lost, loss)}
+    narrow = {
+        title: [{name: row[name] for name in (*setting, *names)} for row in some]
+        for title, (some, names) in cut.items()
+    }
+    return {title: some for title, some in tables.items() if title != "simulation"} | narrow
+
+
 def options_of() -> argparse.Namespace:
     """Options of the command line."""
     command = parser(__doc__, repeats=None)
@@ -312,7 +328,7 @@ def main() -> None:
         times = replace(times, get=measured.wall.get, put=measured.wall.put)
     large = settings(CACHE_BYTES // size, options.most)
     tables["simulation"] = measure("simulating", [partial(lambda one: simulated(one, times)[1], one) for one in large])
-    for title, rows in tables.items():
+    for title, rows in shown(tables).items():
         report(title, rows, where, None)
     print(f"a replica of the large settings keeps {CACHE_BYTES // size:,} prefixes of {size:,} bytes")
     if options.json:

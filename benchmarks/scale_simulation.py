@@ -161,6 +161,7 @@ def warming(memories: int, zipf: float, kept: float, share: float = 0.9) -> floa
     return high
 
 
+@lru_cache(8)
 def ring(replicas: int) -> tuple[NDArray[np.uint64], Ints]:
     """Points of a hash ring, sorted, and the next different replicas from each: shape (points, NEIGHBOURS)."""
     digests = [hashlib.sha256(f"{replica}/{n}".encode()).digest() for replica in range(replicas) for n in range(POINTS)]
@@ -170,17 +171,13 @@ def ring(replicas: int) -> tuple[NDArray[np.uint64], Ints]:
     around, wanted = np.concatenate([owners, owners]).tolist(), min(NEIGHBOURS, replicas)
     nexts = np.zeros((len(points), wanted), dtype=np.int64)
     for at in range(len(points)):
-        nexts[at] = list(_distinct(around, at, len(points), wanted))
+        found: dict[int, None] = {}
+        end = at
+        while len(found) < wanted:
+            found[around[end]] = None
+            end += 1
+        nexts[at] = list(found)
     return points[order], nexts
-
-
-def _distinct(around: list[int], start: int, points: int, wanted: int) -> list[int]:
-    found: dict[int, None] = {}
-    for owner in around[start : start + points]:
-        found[owner] = None
-        if len(found) == wanted:
-            break
-    return list(found)
 
 
 def places(ranks: Ints, points: NDArray[np.uint64]) -> Ints:
