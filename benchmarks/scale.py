@@ -102,7 +102,8 @@ def service(model: MemoryModel, place: str, writes: int, reads: int) -> Measured
         puts = timed(lambda n: store.put(renamed(written[n % writes], next(numbers))).id, STORED)
         ids = puts[2]
         took |= {"put": puts, "get": timed(lambda n: store.load(ids[n]), STORED)}
-    wall, processor = (Times(**{name: one[which] for name, one in took.items()}) for which in (0, 1))
+    wall = Times(**{name: one[0] for name, one in took.items()})
+    processor = Times(**{name: one[1] for name, one in took.items()})
     return Measured(wall, processor, written[0].prefix.nbytes, ids, [questions[n % writes] for n in range(STORED)])
 
 
@@ -213,7 +214,7 @@ def settings(kept: int, most: int) -> list[Setting]:
     """The large settings."""
     sizes = [size for size in (1, 2, 10, 100, 1000) if size <= most]
     one = Setting(1, MEMORIES_EACH, kept)
-    made = [replace(one, replicas=n, memories=n * MEMORIES_EACH, requests=max(20_000, 60 * n)) for n in sizes]
+    made = [replace(one, replicas=n, memories=n * MEMORIES_EACH, requests=max(20_000, 100 * n)) for n in sizes]
     bursty = [replace(setting, trace="bursty") for setting in made]
     return [*made, *bursty, *(replace(setting, lost=True) for setting in made if setting.replicas >= 10)]
 
@@ -226,7 +227,7 @@ def simulated(setting: Setting, times: Times) -> tuple[Outcome, Row]:
     row |= {"queries_per_s": ran.rate, "p50_s": ran.quantile(0.5), "p99_s": ran.quantile(0.99)}
     row |= {"write_p99_s": float(np.quantile(ran.write_latency, 0.99)), "hits": ran.hits, "spilled": ran.spilled}
     row |= {f"{name}_busy": share for name, share in ran.busy.items()} | {"hottest_alone": hottest}
-    row |= {"bottleneck": ran.bottleneck, "capacity_per_s": ran.capacity}
+    row["replicas_that_fill_the_database"] = int(setting.replicas / ran.busy["database"])
     if ran.lost_at is not None:
         since = ran.arrived - ran.lost_at
         around = ran.latency[(since >= 0) & (since < 10 * setting.detection)]
@@ -280,7 +281,7 @@ def shown(tables: dict[str, list[Row]]) -> dict[str, list[Row]]:
     calm, lost = ([row for row in rows if ("retried" in row) == gone] for gone in (False, True))
     setting = ("replicas", "memories", "trace")
     latency = ("queries_per_s", "p50_s", "p99_s", "write_p99_s", "hits", "spilled")
-    load = ("replicas_busy", "database_busy", "writers_busy", "hottest_alone", "bottleneck", "capacity_per_s")
+    load = ("replicas_busy", "database_busy", "writers_busy", "hottest_alone", "replicas_that_fill_the_database")
     loss = ("p99_s", "hits", "retried", "p99_s_around", "warm_after_s")
     cut = {"simulated latency": (calm, latency), "simulated load": (calm, load), "one replica lost": (lost, loss)}
     narrow = {
@@ -294,7 +295,7 @@ def options_of() -> argparse.Namespace:
     """Options of the command line."""
     command = parser(__doc__, repeats=None)
     command.set_defaults(threads=1)
-    both = {"type": int, "nargs": "+", "metavar": "N"}
+    both: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
     command.add_argument("--checkpoints", nargs="+", default=["kv-16", "english"], metavar="NAME", help="to measure")
     command.add_argument("--reads", default=[200, 6], help="of each kind, for each checkpoint", **both)
     command.add_argument("--writes", default=[20, 2], help="for each checkpoint", **both)

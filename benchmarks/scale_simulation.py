@@ -37,7 +37,7 @@ EXACT = 100_000
 """Most popular memories that have a share of their own; the others are put together into bins."""
 BURST = 2.0
 """Rate of a bursty trace within a burst, as a multiple of its mean; a fourth of the time is a burst."""
-BURST_LENGTH = 20.0
+BURST_LENGTH = 5.0
 """Mean length of a burst, in mean service times."""
 
 
@@ -107,16 +107,6 @@ class Outcome:
     def quantile(self, q: float) -> float:
         """Seconds within which this share of the reads are answered."""
         return float(np.quantile(self.latency, q))
-
-    @property
-    def bottleneck(self) -> str:
-        """The resource that is full first when more requests come."""
-        return max(self.busy, key=lambda name: self.busy[name])
-
-    @property
-    def capacity(self) -> float:
-        """Requests a second at which the bottleneck is full."""
-        return self.rate / self.busy[self.bottleneck]
 
 
 @lru_cache(8)
