@@ -22,6 +22,7 @@ from ..visible import visible
 from . import composing, evaluation, mcp, memory, serving, training
 from .board import board
 from .console import use_utf8
+from .corpus import write_corpus
 from .demo import demo
 from .download import download
 from .export import export, merge
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "board": board,
     "calibrate": evaluation.calibrate,
     "write": memory.write,
+    "write-corpus": write_corpus,
     "ask": memory.ask,
     "restore": memory.restore,
     "inspect": memory.inspect,

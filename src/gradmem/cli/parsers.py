@@ -36,7 +36,7 @@ NARGS = {
 }
 """Positional arguments that take any number of values, or may be omitted. All others take one value."""
 SHORT = {"-o": "--output"}
-NESTED = {"eval": "task", "calibrate": "task", "write": "options"}
+NESTED = {"eval": "task", "calibrate": "task", "write": "options", "write-corpus": "options"}
 """Commands that accept every option of a task or a method, and the parameter that collects these options."""
 
 
