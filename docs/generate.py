@@ -51,7 +51,7 @@ def members(group: str) -> list[str]:
 
 def subcommands(text: str) -> list[str]:
     """Names that a help text lists as subcommands: four blanks before them."""
-    return re.findall(r"^    (\w+) ", text[text.index("Available subcommands") :], re.M)
+    return re.findall(r"^    ([\w-]+) ", text[text.index("Available subcommands") :], re.M)
 
 
 def help_of(*command: str) -> str:

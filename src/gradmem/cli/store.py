@@ -13,7 +13,7 @@ from ..device import device_named
 from ..errors import GradmemError
 from ..files import write_bytes
 from ..store.entries import Diff, Entry
-from ..store.listing import Filters
+from ..store.listing import Filters, labels
 from ..store.store import Store
 from .console import console, dumps, progress_bar, read_text
 from .store_tables import diff_table, entries_table, entry_table, versions_table
@@ -103,23 +103,44 @@ def export(ref: str, output: Path = Path("memory.safetensors"), version: int | N
 
 
 def import_files(files: list[Path], name: str | None = None, tags: str = "") -> list[Entry]:
-    """Store memory files as they are.
+    """Store memory files as they are, or the memories in shards of a corpus (gradmem write-corpus).
 
     Parameters
     ----------
     files
-        Memory files.
+        Memory files, or shards: *.parquet.
     name
-        Name of the memory. Only for one file.
+        Name of the memory. Only for one memory file.
     tags
         Tags of every memory, separated by commas.
     """
-    if name is not None and len(files) > 1:
-        raise GradmemError(f"--name fits one file, not {len(files)}: import them one by one, or use --tags")
+    shards = [file for file in files if file.suffix == ".parquet"]
+    if name is not None and (len(files) > 1 or shards):
+        raise GradmemError(f"--name fits one memory file, not {len(files)} files or a shard: use --tags")
     from ..memory import read_bytes
 
+    stored = []
     with Store() as store:
-        return [_print_saved(store.put(read_bytes(file), name=name, tags=tags), "stored") for file in files]
+        for file in files:
+            if file in shards:
+                stored += _import_shard(store, file, tags)
+            else:
+                stored.append(_print_saved(store.put(read_bytes(file), name=name, tags=tags), "stored"))
+    return stored
+
+
+def _import_shard(store: Store, file: Path, tags: str) -> list[Entry]:
+    """Store the memories of a shard under their names; those that are stored already keep theirs."""
+    from ..corpus.destination import from_parquet
+
+    stored = []
+    for row in from_parquet(file):
+        entry = store.reuse(row["content"], tags=tags) or store.put(
+            row["memory"], name=row["name"], tags=[*row["tags"], *labels(tags)], content=row["content"]
+        )
+        stored.append(entry)
+    console.print(f"stored {len(stored)} memories of {file}", markup=False, highlight=False, soft_wrap=True)
+    return stored
 
 
 def rename(ref: str, name: str | None = None) -> Entry:

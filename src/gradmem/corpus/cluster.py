@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def cluster(address: str | None, workers: int | None, gpus: float) -> Iterator[W
     private = {"num_cpus": max(mine, workers or 0), "include_dashboard": False, "object_store_memory": OBJECT_STORE}
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:
-        ray.init(address=address or "local", **quiet, **({} if address else private))
+        with _unheard():
+            ray.init(address=address or "local", **quiet, **({} if address else private))
     except Exception as error:  # it has errors of many kinds
         raise GradmemError(f"cannot {'reach' if address else 'start'} Ray: {reason(error)}") from error
     try:
@@ -91,6 +93,20 @@ def cluster(address: str | None, workers: int | None, gpus: float) -> Iterator[W
         yield _workers(ray.cluster_resources(), workers, gpus, shared=address is not None)
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Send standard error nowhere: Ray tells there that it will be quiet."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _workers(there: dict[str, float], workers: int | None, gpus: float, shared: bool) -> Workers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,6 +112,7 @@ class Run:
     bytes: int = 0
     settings: str = ""
     batch: int = BATCH_DOCUMENTS
+    name: str = field(default_factory=lambda: secrets.token_hex(16))
 
     @property
     def missing(self) -> list[int]:
@@ -211,7 +213,7 @@ class Run:
         results = ray.data.from_items(plans, override_num_blocks=len(plans)).map_batches(
             Writer,
             batch_size=1,
-            fn_constructor_args=(self.options, self.source, self.destination),
+            fn_constructor_args=(self.options, self.source, self.destination, self.name),
             compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=2),
             **self.workers.resources,
         )

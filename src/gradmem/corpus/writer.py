@@ -32,12 +32,14 @@ class Writer:
     options : Options
     source : Source
     destination : Shards or InStore
+    run : str
+        A name that no other run has.
     """
 
-    def __init__(self, options: Options, source: Source, destination: Destination) -> None:
+    def __init__(self, options: Options, source: Source, destination: Destination, run: str) -> None:
         from .text_writer import TextWriter
 
-        self.writer, self.source, self.destination = TextWriter(options), source, destination
+        self.writer, self.source, self.destination, self.run = TextWriter(options), source, destination, run
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """Write a batch.
@@ -56,7 +58,7 @@ class Writer:
         (plan,) = batch["plan"]
         self.writer.model_seconds = 0.0
         try:
-            with attempt(str(plan)) as allowed:
+            with attempt(f"{self.run} {plan}") as allowed:
                 found: dict[str, Any] = self._write(str(plan)) if allowed else {**NOTHING}
         except Exception as error:  # not of a document: the disk is full, the database has gone
             found = {**NOTHING, "fatal": reason(error)}
@@ -93,15 +95,12 @@ class Writer:
 
 
 @contextmanager
-def attempt(plan: str) -> Iterator[bool]:
+def attempt(batch: str) -> Iterator[bool]:
     """Count the attempts at a batch, by a file that a process leaves behind when it dies; yield whether to try.
 
     Ray gives a batch whose process has died to another process, again and again.
     """
-    import ray
-
-    name = text_digest(f"{ray.get_runtime_context().get_job_id()} {plan}")
-    file = Path(tempfile.gettempdir()) / f".gradmem-{name}"
+    file = Path(tempfile.gettempdir()) / f".gradmem-{text_digest(batch)}"
     try:
         with file.open("ab") as count:
             count.write(b".")
