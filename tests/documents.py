@@ -120,7 +120,7 @@ class Runner:
             return _shell(f"make --dry-run -C {ROOT} {shlex.join(words[1:])} >/dev/null")
         if words == ["gradmem", "serve"]:
             return self._serve()
-        if words[0] == "gradmem" and not {"|", ">", "<"} & set(words):
+        if words[0] == "gradmem" and words[1] != "write-corpus" and not {"|", ">", "<"} & set(words):  # Ray stays out
             return _gradmem(words[1:])
         return _shell(command.replace("gradmem ", f"{sys.executable} -m gradmem "))
 

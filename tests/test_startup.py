@@ -63,7 +63,7 @@ def kept(tiny: MemoryModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 COMMANDS = ["train", "train kv-32", "plan", "eval", "sweep", "compare", "calibrate", "board", "write", "ask", "restore"]
-OTHERS = ["inspect", "serve", "mcp", "demo", "list", "keys", "keys add"]
+OTHERS = ["inspect", "write-corpus", "serve", "mcp", "demo", "list", "keys", "keys add"]
 LIGHT = ["list", "--help", "--version", "remember", "keys add me", "keys ls", "keys rm me"]
 IN_STORE = [
     "ls",

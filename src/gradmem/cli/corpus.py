@@ -83,7 +83,7 @@ def write_corpus(
         clock.end("read")
         estimate = run.estimate()
         clock.end("sample")
-        notes.print(
+        console.print(
             f"{len(run.documents):,} documents, {estimate.documents:,} to write: about {estimate.seconds:,.0f} s with "
             f"{there.count} workers, {estimate.gigabytes:.3g} GB",
             soft_wrap=True,

@@ -62,7 +62,7 @@ class Estimate:
     Attributes
     ----------
     documents : int
-        Those that are missing.
+        Those that are missing; an estimate too if they go into a store.
     seconds : float
         Of all workers together working on them.
     gigabytes : float
@@ -168,15 +168,17 @@ class Run:
                 return Estimate(0, 0.0, 0.0)
             by_size = sorted(missing, key=lambda number: self.documents[number].size)
             chosen = by_size[:: max(1, len(by_size) // SAMPLE)][:SAMPLE]
-            seconds, size = ray.get(probe.measure.remote(self._plan(chosen), self.source))
+            sample = probe.measure.remote(self._plan(chosen), self.source, self.destination)
+            seconds, size, share = ray.get(sample)
         except ray.exceptions.RayError as error:
             raise _cause(error) from error
         finally:
             ray.kill(probe)
+        count = round(share * len(missing))
         of_time, of_size = BATCH_SECONDS / max(seconds, 1e-9), BATCH_BYTES / max(size, 1.0)
         of_workers = -(-len(missing) // (BATCHES_OF_WORKER * self.workers.count))
         self.batch = max(1, int(min(of_time, of_size, of_workers, BATCH_DOCUMENTS)))
-        return Estimate(len(missing), seconds * len(missing) / self.workers.count, size * len(missing) / 1e9)
+        return Estimate(count, seconds * count / self.workers.count, size * count / 1e9)
 
     def skip_done(self, state: str) -> None:
         """Give this state to the missing documents whose memories are in the destination."""

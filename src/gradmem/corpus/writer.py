@@ -136,22 +136,27 @@ class Probe:
         self.writer = TextWriter(self.options)
         return self.writer.settings
 
-    def measure(self, plan: str, source: Source) -> tuple[float, float]:
-        """Seconds and bytes of a document, means of a sample; 0 if none of it can be written.
+    def measure(self, plan: str, source: Source, destination: Destination) -> tuple[float, float, float]:
+        """Time a sample: seconds and bytes of a document, means, and the share of documents that are not there yet.
 
         Parameters
         ----------
         plan : str
             As for `Source.read_plan`.
         source : Source
+        destination : Shards or InStore
         """
-        documents, sampled = [], 0
+        documents, sampled, stored = [], 0, 0
         for number, document in source.read_plan(plan):
             sampled += 1
             with suppress(GradmemError):  # it will fail when it is its turn
-                documents.append(self.writer.prepare(number, document))
+                prepared = self.writer.prepare(number, document)
+                if destination.stored(prepared.content, prepared.name):
+                    stored += 1
+                else:
+                    documents.append(prepared)
         if not documents:
-            return 0.0, 0.0
+            return 0.0, 0.0, 1 - stored / sampled
         list(self.writer.write(documents[:1]))  # what is made at first use is not counted
         groups = list(self.writer.groups(documents))
         random.Random(0).shuffle(groups)
@@ -161,5 +166,5 @@ class Probe:
             done += len(group)
             if clock() - began > SAMPLE_SECONDS:
                 break
-        share = len(documents) / sampled
-        return share * (clock() - began) / done, share * size / done
+        good = len(documents) / (sampled - stored)
+        return good * (clock() - began) / done, good * size / done, 1 - stored / sampled
