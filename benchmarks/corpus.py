@@ -31,7 +31,8 @@ Story = tuple[str, list[tuple[str, str]]]
 
 def stories(count: int) -> dict[str, Story]:
     """Different stories with their questions, by name."""
-    task, found = gradmem.load(CHECKPOINT).task, {}
+    task = gradmem.load(CHECKPOINT).task
+    found: dict[str, Story] = {}
     seed = 0
     while len(found) < count:
         made = task.example(seed)

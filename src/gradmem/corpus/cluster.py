@@ -88,11 +88,13 @@ def cluster(address: str | None, workers: int | None, gpus: float) -> Iterator[W
             ray.init(address=address or "local", **quiet, **({} if address else private))
     except Exception as error:  # it has errors of many kinds
         raise GradmemError(f"cannot {'reach' if address else 'start'} Ray: {reason(error)}") from error
+    tells, logging.raiseExceptions = logging.raiseExceptions, False  # a log file on a full disk
     try:
         _hush(ray)
         yield _workers(ray.cluster_resources(), workers, gpus, shared=address is not None)
     finally:
         ray.shutdown()
+        logging.raiseExceptions = tells
 
 
 @contextmanager

@@ -237,20 +237,19 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 def _checked(document: Document, fields: Callable[[], dict[str, Any]]) -> Document:
     """The document with its fields, or with the reason why it has none."""
-    place = document.place
-    about = {"path": document.path, "row": document.row, "start": document.start}
+    named = replace(document, id=document.place, name=document.place)
     try:
         found = fields()
         own, name = (_word(found.get(one)) for one in ("id", "name"))
-        about |= {"id": own or name or place, "name": name or own or place}
+        named = replace(document, id=own or name or document.place, name=name or own or document.place)
         if not isinstance(found.get("text"), str):
             raise ValueError("it has no field `text` that holds a string")
         text_digest(found["text"])  # refuses lone surrogates
     except UnicodeError as error:
-        return Document(**{"id": place, "name": place, **about}, reason=f"it is not UTF-8 text: {reason(error)}")
+        return replace(named, reason=f"it is not UTF-8 text: {reason(error)}")
     except (ValueError, TypeError) as error:
-        return Document(**{"id": place, "name": place, **about}, reason=reason(error))
-    return Document(**about, tags=tags_of(found), text=found["text"])
+        return replace(named, reason=reason(error))
+    return replace(named, tags=tags_of(found), text=found["text"])
 
 
 def _word(value: Any) -> str:
