@@ -5,12 +5,17 @@ command, which is killed (SIGKILL, all of its processes) when half of them are o
 again: each story must then be there once, and a sample of the memories is asked what the stories say. Then a part of
 them is written anew by each number of workers. `not the model` is the share of the workers' time, from the start of the
 command to its end, that is not spent in the model; `writing` counts from when the first worker is started.
+
+Before that, one writer by itself, without Ray, writes some stories three times: the median of its processor time, which
+other work on the machine does not lengthen much, and of the share of its time outside the model. With `--documents 0`
+that is all.
 """
 
 from __future__ import annotations
 
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,11 +26,16 @@ import pyarrow.parquet as pq
 
 import gradmem
 from benchmarks.common import Row, machine, parser, report
-from gradmem.corpus.destination import from_parquet
+from gradmem.corpus.destination import from_parquet, to_parquet
+from gradmem.corpus.documents import Document
+from gradmem.corpus.options import Options
+from gradmem.corpus.text_writer import TextWriter
 
 CHECKPOINT = "babi"
 ASKED = 200
 """Memories that are asked."""
+ALONE, REPEATS = 48, 3
+"""Stories that one writer writes by itself, and how often."""
 Story = tuple[str, list[tuple[str, str]]]
 
 
@@ -95,6 +105,21 @@ def right(out: Path, made: dict[str, Story]) -> float:
     return answered / asked
 
 
+def alone(made: dict[str, Story]) -> Row:
+    """What one writer takes for each story, by processor time, and which share of its time is not the model's."""
+    writer = TextWriter(Options(CHECKPOINT))
+    read = [Document(name, name=name, text=text) for name, (text, _) in made.items()]
+    processor, share = [], []
+    for _ in range(REPEATS):
+        began, clock, writer.model_seconds = time.process_time(), time.perf_counter(), 0.0
+        prepared = [writer.prepare(number, document) for number, document in enumerate(read)]
+        to_parquet([memory for _, memory in writer.write(prepared) if not isinstance(memory, str)])
+        processor.append(1000 * (time.process_time() - began) / len(read))
+        share.append(1 - writer.model_seconds / (time.perf_counter() - clock))
+    about = {"processor, ms/document": statistics.median(processor), "not the model": statistics.median(share)}
+    return {"run": "a writer alone", "workers": 1, "written": len(read), **about}
+
+
 def main() -> None:
     """Measure, check and report."""
     options = parser(__doc__, repeats=None)
@@ -102,21 +127,29 @@ def main() -> None:
     options.add_argument("--part", type=int, default=2_000, metavar="N", help="stories for each number of workers")
     options.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="numbers of workers to compare")
     given = options.parse_args()
-    where, made = machine(1, "fp32"), stories(given.documents)
+    where, made = machine(1, "fp32"), stories(max(ALONE, given.documents))
+    rows = [alone(dict(list(made.items())[:ALONE]))]
+    if given.documents:
+        rows += runs(made, given.part, given.workers)
+    report(f"{given.documents:,} stories", rows, where, given.json)
+
+
+def runs(made: dict[str, Story], size: int, workers: list[int]) -> list[Row]:
+    """Write all stories in two runs, the first of which is killed, and a part of them with each number of workers."""
     with tempfile.TemporaryDirectory() as folder:
         whole, part, said = Path(folder) / "whole.jsonl", Path(folder) / "part.jsonl", Path(folder) / "report.json"
         lines = [json.dumps({"name": name, "text": story[0]}) + "\n" for name, story in made.items()]
         whole.write_text("".join(lines))
-        part.write_text("".join(lines[: given.part]))
+        part.write_text("".join(lines[:size]))
         out = Path(folder) / "out"
-        rows = [killed(command(whole, out, said, None), out, given.documents // 2)]
+        rows = [killed(command(whole, out, said, None), out, len(made) // 2)]
         subprocess.run(command(whole, out, said, None), check=True)
         rows.append({**told("again", said), "right answers": right(out, made)})
         assert sorted(names(out)) == sorted(made), "a story is missing, or there twice"
-        for workers in given.workers:
-            subprocess.run(command(part, Path(folder) / f"out{workers}", said, workers), check=True)
+        for count in workers:
+            subprocess.run(command(part, Path(folder) / f"out{count}", said, count), check=True)
             rows.append(told("a part", said))
-    report(f"{given.documents:,} stories", rows, where, given.json)
+    return rows
 
 
 if __name__ == "__main__":

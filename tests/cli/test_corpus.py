@@ -21,6 +21,7 @@ pytest.importorskip("pyarrow")
     ("words", "said"),
     [
         (["absent"], "absent"),
+        (["docs", "--steps", "-1"], "--steps must be at least 0"),
         (["docs", "--workers", "0"], "--workers must be at least 1"),
         (["docs", "--gpus-per-worker", "1.5"], "--gpus-per-worker must be"),
     ],

@@ -61,10 +61,10 @@ def source(tmp_path: Path) -> str:
 class Run:
     """The command as a process, in a directory of its own."""
 
-    def __init__(self, folder: Path, source: str, out: str, **environment: str) -> None:
+    def __init__(self, folder: Path, source: str, out: str, checkpoint: str = "kv-16", **environment: str) -> None:
         self.folder, self.report = folder, folder / "report.json"
         self.report.unlink(missing_ok=True)
-        words = [source, "--checkpoint", "kv-16", "--out", out, "--json", str(self.report), "--workers", "1"]
+        words = [source, "--checkpoint", checkpoint, "--out", out, "--json", str(self.report), "--workers", "1"]
         self.log = folder / "log"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
@@ -149,6 +149,14 @@ def test_the_driver_is_killed(source: str, tmp_path: Path) -> None:
     check(in_shards(out), report, out / "failed.jsonl")
     assert report["skipped"] > before
     assert report["written"] <= DOCUMENTS - before
+
+
+def test_a_wrong_checkpoint_ends_with_one_line(source: str, tmp_path: Path) -> None:
+    """It is a worker that finds out."""
+    run = Run(tmp_path, source, str(tmp_path / "out"), checkpoint="none")
+    assert run.process.wait(PATIENCE) == 2
+    assert run.log.read_text().startswith("gradmem: error: ")
+    assert run.log.read_text().count("\n") == 1
 
 
 @pytest.fixture

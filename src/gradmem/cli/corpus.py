@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..choices import Precision
-from ..errors import GradmemError
+from ..errors import GradmemError, require
 from ..files import save_json
 from .console import PROGRESS_SECONDS, console, new_bar, notes
 
@@ -71,6 +71,7 @@ def write_corpus(
         from ..corpus.work import Run
     except ImportError as error:
         raise GradmemError(f"writing a corpus needs more packages ({error.name}): {INSTALL}") from error
+    require("--steps", steps, steps is None or steps >= 0, "at least 0")
     clock = Phases()
     given = ({"name": method} if method else {}) | (options or {})
     how = Options(checkpoint, given or None, chunk_size, steps, precision, "cuda" if gpus_per_worker else "cpu")
