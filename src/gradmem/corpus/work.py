@@ -288,9 +288,11 @@ def _rows(data: Any) -> Iterator[dict[str, Any]]:
 
 def _cause(error: BaseException) -> GradmemError:
     """What a failure on a worker was, as one line."""
+    from ray.exceptions import RayError
+
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, GradmemError):
+        if isinstance(cause, GradmemError) and not isinstance(cause, RayError):  # Ray's own are of both kinds
             return GradmemError(str(cause))
         cause = getattr(cause, "cause", None) or cause.__cause__
     return GradmemError(f"a worker failed: {reason(error)}")
