@@ -156,6 +156,8 @@ def test_a_wrong_checkpoint_ends_with_one_line(source: str, tmp_path: Path) -> N
     run = Run(tmp_path, source, str(tmp_path / "out"), checkpoint="none")
     assert run.process.wait(PATIENCE) == 2
     assert run.log.read_text().startswith("gradmem: error: ")
+    assert "'none'" in run.log.read_text()
+    assert "ray::" not in run.log.read_text()
     assert run.log.read_text().count("\n") == 1
 
 
