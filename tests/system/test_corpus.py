@@ -33,7 +33,9 @@ POISON: dict[str, bytes] = {
     "huge": b'{"id": "huge", "text": "' + b"x" * 10_000_000 + b'"}',
     "nul": b'{"id": "nul", "text": "a\\u0000:b\\u0000"}',
     "empty": b'{"id": "empty", "text": ""}',
-    "long": json.dumps({"id": "long", "text": "\n".join(["a1:b2"] * 500)}).encode(),
+    "long": json.dumps(
+        {"id": "long", "text": "\n".join(f"{a}{b}:{b}{a}" for a in string.ascii_letters for b in string.digits)}
+    ).encode(),
     "docs.jsonl:5": b'{"id": "latin", "text": "\xe9"}',
     "docs.jsonl:6": b"no JSON",
 }

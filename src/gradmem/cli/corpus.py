@@ -86,7 +86,7 @@ def write_corpus(
         clock.end("sample")
         console.print(
             f"{len(run.documents):,} documents, {estimate.documents:,} to write: about {estimate.seconds:,.0f} s with "
-            f"{there.count} workers, {estimate.gigabytes:.3g} GB",
+            f"{there.count} {'worker' if there.count == 1 else 'workers'}, {estimate.gigabytes:.3g} GB",
             soft_wrap=True,
         )
         try:
