@@ -114,7 +114,7 @@ def test_select_keeps_the_best_of_each_head(score: Any) -> None:
             for entry in range(1, keys.shape[2]):
                 contribution = sum(
                     seen[layer, head, r, entry]
-                    * (values[layer, head, entry].float() @ metric @ values[layer, head, entry].float())
+                    * (values[layer, head, entry] @ metric @ values[layer, head, entry])
                     for r, metric in enumerate(method.metric[layer, head])
                 )
                 by = {"contribution": contribution, "attention": seen[layer, head, :, entry].sum(), "last": entry}
@@ -146,7 +146,7 @@ def test_heads_see_only_their_own_entries() -> None:
     from gradmem.ops.head_attention import head_attention
 
     hidden = ~entries.used[None]
-    prefix = method._entries_prefix(entries)
+    prefix = method.entries_prefix(entries)
 
     def observe(module: Any, query: Tensor, key: Tensor, value: Tensor, options: Any) -> None:
         if module.layer_idx == 0:
@@ -176,8 +176,8 @@ def test_match_moves_towards_the_whole_cache_head_by_head() -> None:
     def errors(one: Any) -> Tensor:
         found = text.references
         unused = ~one.used
-        inside, outside = attention(found.queries, found.mass, one.keys.float(), None, unused)
-        output = torch.einsum("lhrnm,lhmd->lhrnd", inside, one.values.float()) + outside[..., None] * found.output
+        inside, outside = attention(found.queries, found.mass, one.keys, None, unused)
+        output = torch.einsum("lhrnm,lhmd->lhrnd", inside, one.values) + outside[..., None] * found.output
         error = output - found.wanted
         return torch.einsum("lhrnd,lhrde,lhrne->lh", error, method.metric, error)
 
@@ -223,15 +223,15 @@ def test_study_gets_nearer_or_keeps_its_start(monkeypatch: pytest.MonkeyPatch) -
     method, text = made(writers="select,match,study")
     entries = select(text, 4, method.metric, "contribution", shared=True)
     monkeypatch.setattr(study_module, "PACE", replace(study_module.PACE, steps=4))
-    whole = method._entries_prefix(text.whole)
+    whole = method.entries_prefix(text.whole)
     own = study_module.questions_about(text.ids, method.backbone, method.task, whole)
     asked = Asked.join([text.study, own])
     known, _ = asked.split(study_module.HELD_OUT)
-    before = fidelity(method.backbone, method._entries_prefix(entries), known)[0]
-    better = study_module.study(entries, text, method.backbone, method.task, method._entries_prefix)
-    assert fidelity(method.backbone, method._entries_prefix(better), known)[0] < before
+    before = fidelity(method.backbone, method.entries_prefix(entries), known)[0]
+    better = study_module.study(entries, text, method.backbone, method.task, method.entries_prefix)
+    assert fidelity(method.backbone, method.entries_prefix(better), known)[0] < before
     monkeypatch.setattr(study_module, "PACE", replace(study_module.PACE, rate=100.0))
-    assert study_module.study(entries, text, method.backbone, method.task, method._entries_prefix) is entries
+    assert study_module.study(entries, text, method.backbone, method.task, method.entries_prefix) is entries
 
 
 @torch.no_grad()

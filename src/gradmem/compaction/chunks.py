@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..key_positions import KeyMover
+from ..ops.dtypes import wide
 from ..ops.head_attention import head_attention
 from ..prefix import Prefix
 from .entries import Entries
@@ -66,7 +67,7 @@ class _Observer:
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> None:
         self.cap, queries = options.get("softcap"), scaled_queries(query[0], key.shape[1], options)
-        own = scores(queries, key[0].float(), self.cap)
+        own = scores(queries, wide(key[0]), self.cap)
         later = torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).triu(own.shape[-1] - own.shape[-2] + 1)
         self.layers[int(module.layer_idx)] = queries, own.masked_fill(later, -torch.inf).logsumexp(-1)  # type: ignore[arg-type]
 
@@ -74,7 +75,7 @@ class _Observer:
         """Attention that the text of a chunk would draw from the token that looks there most: the mean over heads."""
         outside = ~chunk.used | (torch.arange(chunk.keys.shape[2]) < chunk.before[..., None])
         parts = [
-            attention(queries, mass, keys.float(), self.cap, unused.to(keys.device))[0].sum(-1).amax(-1).mean()
+            attention(queries, mass, wide(keys), self.cap, unused.to(keys.device))[0].sum(-1).amax(-1).mean()
             for (queries, mass), keys, unused in zip(
                 (self.layers[layer] for layer in sorted(self.layers)), chunk.keys, outside, strict=True
             )

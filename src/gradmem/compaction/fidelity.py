@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backbone import Backbone
+from ..ops.dtypes import wide
 from ..prefix import Prefix
 from .text import Asked
 
@@ -51,6 +52,6 @@ def divergence(backbone: Backbone, wanted: Tensor, found: Tensor) -> list[tuple[
     """
     parts = []
     for one, other in zip(wanted.split(TOKENS_AT_ONCE), found.split(TOKENS_AT_ONCE), strict=True):
-        target, guess = (backbone.head(states).float().log_softmax(-1) for states in (one, other))
+        target, guess = (wide(backbone.head(states)).log_softmax(-1) for states in (one, other))
         parts.append(((target.exp() * (target - guess)).sum(-1), target.argmax(-1) == guess.argmax(-1)))
     return parts

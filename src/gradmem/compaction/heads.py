@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..backbone import Backbone
 from ..errors import GradmemError
+from ..ops.dtypes import wide
 from ..ops.head_attention import head_attention
 from ..probing import FAILURES
 
@@ -103,7 +104,7 @@ def output_metric(backbone: Backbone, layers: list[Layer]) -> Tensor:
             raise GradmemError(f"compact needs a linear layer behind attention, and '{kind}' has none")
         weight = last[number].weight.detach()
         rows = weight if isinstance(last[number], Conv1D) else weight.T
-        part = rows.float().unflatten(0, (layer.heads, layer.each, layer.values))
+        part = wide(rows).unflatten(0, (layer.heads, layer.each, layer.values))
         with torch.autocast(part.device.type, enabled=False):  # it is kept when training in bf16 is over
             metrics.append(torch.einsum("hrdo,hreo->hrde", part, part))
     return torch.stack(metrics)

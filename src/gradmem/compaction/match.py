@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..ops.dtypes import wide
 from .entries import Entries
 from .text import References, attention
 
@@ -26,9 +27,8 @@ ALIKE = 0.75
 def match(entries: Entries, references: References, metric: Tensor) -> Entries:
     """Move keys and values by gradient descent, towards the attention outputs of the whole cache.
 
-    Each head is moved for itself, and no step passes through the model. The error of a query is that of its attention
-    output over the entries and all that is outside of the text, weighed by what it does to the output of the layer;
-    so the mass of attention is matched too.
+    Each head is moved for itself, and no step passes through the model; see `errors`. A gradient for what is returned
+    passes to the start as if the moves were constants.
 
     Parameters
     ----------
@@ -46,9 +46,10 @@ def match(entries: Entries, references: References, metric: Tensor) -> Entries:
     for heads in _groups(counts, references.queries.shape[2] * QUERIES):
         most = int(counts[heads].max())
         unused = (torch.arange(most) >= counts[heads][:, None]).to(keys.device)
-        start = keys[heads, :most].float(), values[heads, :most].float()
+        start = [wide(tensor[heads, :most].detach()) for tensor in (keys, values)]
         moved = _moved(start, unused, references.of(heads), metric.flatten(0, 1)[heads])
-        keys[heads, :most], values[heads, :most] = (tensor.to(keys.dtype) for tensor in moved)
+        for tensor, before, after in zip((keys, values), start, moved, strict=True):
+            tensor[heads, :most] = tensor[heads, :most] + (after - before).to(tensor.dtype)
     return replace(entries, keys=keys.view_as(entries.keys), values=values.view_as(entries.values), places=None)
 
 
@@ -64,12 +65,10 @@ def _groups(counts: Tensor, rows: int) -> Iterator[Tensor]:
 
 
 @torch.enable_grad()
-def _moved(start: tuple[Tensor, Tensor], unused: Tensor, references: References, metric: Tensor) -> list[Tensor]:
+def _moved(start: list[Tensor], unused: Tensor, references: References, metric: Tensor) -> list[Tensor]:
     """Keys and values (heads, entries, width) after the descent."""
-    mean = metric.diagonal(dim1=-2, dim2=-1).mean((1, 2))[:, None, None, None]
-    root = torch.linalg.cholesky(metric + RIDGE * mean * torch.eye(metric.shape[-1], device=metric.device))
-    count = (~unused).sum(1)[:, None, None]
-    sizes = [(tensor.square().sum((1, 2), keepdim=True) / (count * tensor.shape[2])).sqrt() for tensor in start]
+    root = weights_of_errors(metric)
+    sizes = [sizes_of(tensor, ~unused) for tensor in start]
     moves = [torch.zeros_like(tensor, requires_grad=True) for tensor in start]
     optimizer = torch.optim.Adam(moves, lr=RATE, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(0)
@@ -78,12 +77,43 @@ def _moved(start: tuple[Tensor, Tensor], unused: Tensor, references: References,
         optimizer.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - step / STEPS))
         given = references.some(torch.randperm(references.queries.shape[2], generator=generator)[:QUERIES])
         keys, values = (tensor + move * size for tensor, move, size in zip(start, moves, sizes, strict=True))
-        inside, outside = attention(given.queries, given.mass, keys, given.cap, unused)
-        found = torch.einsum("hrnm,hmd->hrnd", inside, values) + outside[..., None] * given.output
-        losses = torch.einsum("hrnd,hrde->hrne", found - given.wanted, root).square().mean((1, 2, 3))
+        losses = errors(keys, values, unused, given, root)
         first = losses.detach() + 1e-12 if first is None else first
         optimizer.zero_grad()
         (losses / first).sum().backward()
         optimizer.step()
     ends = (tensor + move.detach() * size for tensor, move, size in zip(start, moves, sizes, strict=True))
     return [end.masked_fill(unused[..., None], 0) for end in ends]
+
+
+def errors(keys: Tensor, values: Tensor, unused: Tensor | None, references: References, root: Tensor) -> Tensor:
+    """What attention over entries misses of attention over the whole cache, shape (heads,).
+
+    The error of a query is that of its attention output over the entries and all that is outside of the text, weighed
+    by what it does to the output of the layer; so the mass of attention is matched too.
+
+    Parameters
+    ----------
+    keys, values : Tensor, shapes (heads, entries, width)
+    unused : Tensor, bool, shape (heads, entries), optional
+        Places without an entry.
+    references : References
+        Of these heads; see `References.of`.
+    root : Tensor
+        From `weights_of_errors`.
+    """
+    inside, outside = attention(references.queries, references.mass, keys, references.cap, unused)
+    found = torch.einsum("hrnm,hmd->hrnd", inside, values) + outside[..., None] * references.output
+    return torch.einsum("hrnd,hrde->hrne", found - references.wanted, root).square().mean((1, 2, 3))
+
+
+def weights_of_errors(metric: Tensor) -> Tensor:
+    """A root of each head's metric (heads, query heads each, width, width): it maps an output to what weighs alike."""
+    mean = metric.diagonal(dim1=-2, dim2=-1).mean((1, 2))[:, None, None, None]
+    return torch.linalg.cholesky(metric + RIDGE * mean * torch.eye(metric.shape[-1], device=metric.device))
+
+
+def sizes_of(tensor: Tensor, used: Tensor) -> Tensor:
+    """Root mean square of the used entries of each head, (..., entries, width) -> (..., 1, 1)."""
+    count = used.sum(-1).to(tensor.device)[..., None, None] * tensor.shape[-1]
+    return (tensor.square().sum((-2, -1), keepdim=True) / count).sqrt()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..key_positions import KeyMover
+from ..ops.dtypes import wide
 from .entries import Entries
 from .text import References, Text
 
@@ -90,7 +91,7 @@ def renumbered(entries: Entries, references: References, mover: KeyMover) -> tup
 
 def _scores(text: Text, metric: Tensor, score: Score) -> Tensor:
     """How much each entry counts: shape (layers, key-value heads, entries)."""
-    keys, values, seen = text.whole.keys.float(), text.whole.values.float(), text.references.seen
+    keys, values, seen = wide(text.whole.keys), wide(text.whole.values), text.references.seen
     if score == "last":
         return torch.arange(keys.shape[2], dtype=torch.float, device=keys.device).expand(keys.shape[:3]).clone()
     if score == "key_norm":

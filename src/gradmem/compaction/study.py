@@ -19,10 +19,12 @@ from torch import Tensor
 from ..backbone import Backbone
 from ..batch import Tokens
 from ..generation import generate
+from ..ops.dtypes import wide
 from ..prefix import Prefix
 from ..tasks.base import Task
 from .entries import Entries
 from .fidelity import divergence, fidelity
+from .match import sizes_of
 from .questions import ASK, LONGEST
 from .text import Asked, Text, continuations, encoded, greedy_answers
 
@@ -78,7 +80,7 @@ def study(
         return replace(entries, keys=keys, values=values, places=None)
 
     asked = Asked.join([text.study, questions_about(text.ids, backbone, task, prefix_of(text.whole))])
-    sizes = [_size(tensor, entries.used) for tensor in start]
+    sizes = [sizes_of(wide(tensor), entries.used) for tensor in start]
     states = descend(start, sizes, lambda tensors: prefix_of(moved(tensors)), asked, backbone, PACE)
     best = deque(states, maxlen=1).pop()
     return entries if best is start else moved(best)
@@ -123,7 +125,7 @@ def descend(
     for step in range(1, pace.steps + 1):
         optimizer.param_groups[0]["lr"] = pace.rate * min(1, 2 * (1 - (step - 1) / pace.steps))
         with torch.enable_grad():
-            loss = _loss(backbone, prefix_of(moved()), next(batches))
+            loss = answer_loss(backbone, prefix_of(moved()), next(batches))
             gradients = torch.autograd.grad(loss, moves)
         for move, gradient in zip(moves, gradients, strict=True):
             move.grad = gradient
@@ -170,8 +172,8 @@ def _batches(pool: list[Asked]) -> Iterator[list[Asked]]:
         yield from (pool[i : i + QUESTIONS] for i in range(0, len(pool), QUESTIONS))
 
 
-def _loss(backbone: Backbone, prefix: Prefix, asked: list[Asked]) -> Tensor:
-    """Mean KL divergence along the answers, all questions read in one batch."""
+def answer_loss(backbone: Backbone, prefix: Prefix, asked: list[Asked]) -> Tensor:
+    """Mean KL divergence along the answers after a prefix of one row, all questions read in one batch."""
     pairs = [(one.queries[0], one.answers[0]) for one in asked]
     tokens = Tokens.from_lists([query + answer for query, answer in pairs]).to(prefix.last.device)
     own = prefix.select(torch.zeros(len(pairs), dtype=torch.long, device=prefix.last.device))
@@ -181,9 +183,3 @@ def _loss(backbone: Backbone, prefix: Prefix, asked: list[Asked]) -> Tensor:
     found = [hidden[row, len(query) - 1 : len(query) + len(answer) - 1] for row, (query, answer) in enumerate(pairs)]
     parts = divergence(backbone, torch.cat([one.hidden for one in asked]), torch.cat(found))
     return torch.cat([divergences for divergences, _ in parts]).mean()
-
-
-def _size(tensor: Tensor, used: Tensor) -> Tensor:
-    """Root mean square of each head's entries: shape (layers, key-value heads, 1, 1)."""
-    count = used.sum(2).to(tensor.device)[..., None, None] * tensor.shape[3]
-    return (tensor.float().square().sum((2, 3), keepdim=True) / count).sqrt()

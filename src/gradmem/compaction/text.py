@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone
 from ..errors import GradmemError
 from ..generation import generate
+from ..ops.dtypes import wide
 from ..ops.head_attention import head_attention
 from ..prefix import Prefix
 from ..tasks.base import Task
@@ -57,7 +58,12 @@ class References:
 
     def of(self, heads: Tensor) -> References:
         """Those of some key-value heads, numbered over all layers; layers and heads are then one dimension."""
-        return self._map(lambda tensor: tensor.flatten(0, 1)[heads])
+        flat = self.flat()
+        return flat._map(lambda tensor: tensor[heads])
+
+    def flat(self) -> References:
+        """The same, with layers and key-value heads as one dimension."""
+        return self._map(lambda tensor: tensor.flatten(0, 1))
 
     def some(self, numbers: Tensor) -> References:
         """Some queries of references without layers, numbered."""
@@ -276,10 +282,10 @@ class _Observer:
             self.chosen = torch.randperm(length, generator=self.generator)[:count].sort().values.to(query.device)
         self.cap = options.get("softcap")
         queries = scaled_queries(query[0, :, self.chosen], heads, options)
-        own = scores(queries, key[0, :, self.first :].float(), self.cap)
+        own = scores(queries, wide(key[0, :, self.first :]), self.cap)
         later = torch.arange(length, device=query.device) > self.chosen[:, None]
         own = own.masked_fill(later, -torch.inf)
-        output = torch.einsum("hrnm,hmd->hrnd", own.softmax(-1), value[0, :, self.first :].float())
+        output = torch.einsum("hrnm,hmd->hrnd", own.softmax(-1), wide(value[0, :, self.first :]))
         self.layers.setdefault(layer, []).append((queries, own.logsumexp(-1), output))
 
     def found(self, keys: Tensor, values: Tensor) -> References:
@@ -287,8 +293,8 @@ class _Observer:
         layers = []
         for layer in range(len(keys)):
             queries, mass, output = (torch.cat(parts, 2) for parts in zip(*self.layers.pop(layer), strict=True))
-            inside, outside = attention(queries, mass, keys[layer].float(), self.cap)
-            wanted = torch.einsum("hrnm,hmd->hrnd", inside, values[layer].float()) + outside[..., None] * output
+            inside, outside = attention(queries, mass, wide(keys[layer]), self.cap)
+            wanted = torch.einsum("hrnm,hmd->hrnd", inside, wide(values[layer])) + outside[..., None] * output
             layers.append((queries, mass, output, wanted, inside.square().mean(2)))
         queries, mass, output, wanted, seen = map(torch.stack, zip(*layers, strict=True))
         return References(queries, mass, output, wanted, seen, self.cap)
@@ -300,7 +306,7 @@ def scaled_queries(query: Tensor, heads: int, options: dict[str, Any]) -> Tensor
     `options` are those that a model gives to its attention.
     """
     scaling = options.get("scaling")
-    return (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (heads, -1)).float()
+    return wide(query * (query.shape[-1] ** -0.5 if scaling is None else scaling)).unflatten(0, (heads, -1))
 
 
 def scores(queries: Tensor, keys: Tensor, cap: float | None) -> Tensor:

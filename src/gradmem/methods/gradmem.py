@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..backbone import Backbone
 from ..batch import Tokens
-from ..inner.compiled import Graphs
+from ..errors import require
 from ..inner.gauss_newton import Losses, Outputs, gauss_newton
-from ..inner.meta_gradient import Order, descend, skip_finished
+from ..inner.meta_gradient import Step, skip_finished
 from ..inner.objective import chunk_divisors, joint_losses, sample_losses
-from ..inner.optimizers import OPTIMIZERS, Rates, Tensors, heavy_ball
+from ..inner.optimizers import Tensors
 from ..memory import Memory
 from ..prefix import Prefix
-from .base import Written
+from .base import Method, Written
 from .base.adapters import AdaptedPrefix, active_adapters, add_lora
 from .base.chunked import ChunkedMethod
 from .base.chunks import ChunkMode
 from .base.energy import Energy
 from .base.gradmem_options import GradMemOptions
+from .base.inner_loop import InnerLoop
 from .base.options import keywords_of
 from .base.prefix_method import Phase
+from .base.started_gradmem import StartedGradMem
 
 
-class GradMem(ChunkedMethod):
+class GradMem(InnerLoop, ChunkedMethod):
     """A memory that is written by K steps of gradient descent on the loss of reconstructing the context.
 
     It is vectors, as in the paper, or has another form: slots of keys and values (`KeysValues`), or a change of the
-    model's weights (`LowRank`).
+    model's weights (`LowRank`). Its start is learned. With a start that is made from the context, `variant` says which
+    class it is.
 
     Parameters
     ----------
@@ -47,26 +49,23 @@ class GradMem(ChunkedMethod):
     modes = get_args(ChunkMode)
     runtime_options = ("gauss_newton_after",)
 
+    @classmethod
+    def variant(cls, options: dict[str, Any]) -> type[Method]:
+        """With a start that is made from the context, `StartedGradMem`; see `Method.variant`."""
+        return StartedGradMem if options.get("start") in ("select", "match") else cls
+
     @keywords_of(GradMemOptions)
     def __init__(self, backbone: Backbone, **options: Any) -> None:
         own = GradMemOptions(**options)
+        require("start", own.start, own.start == "learned", "learned in this class: see `GradMem.variant`")
         super().__init__(backbone, own, own.new_form(backbone))
-        self.options = own
-        self.reconstruction = own.reconstruction
-        self.update = OPTIMIZERS[own.inner_optimizer]
-        backbone.requires_grad_(not own.freeze_backbone)
-        if own.freeze_embeddings:
-            backbone.model.get_input_embeddings().requires_grad_(False)
-        self.log_inner_lr: Any = self._new_log_rates() if own.learn_inner_lr else None
-        zeros = torch.zeros(own.write_steps, dtype=torch.float32, device=self.device)
-        self.momentum = nn.Parameter(zeros) if own.learn_momentum else None
+        self._prepare_descent(own, (self.n_mem, 1) if self.form is None else self.form.rate_shapes())
         projects = own.projection != "none" and self.form is None
         self.proj = self._new_projection(identity=True) if projects else None
         self.write_head = self._new_write_head(own.write_head)
         self.energy = Energy(backbone) if own.write_objective == "energy" else None
         ranks: dict[Phase, int] = {"write": own.write_lora, "read": own.read_lora}
         self.adapters = add_lora(backbone, {phase: rank for phase, rank in ranks.items() if rank})
-        self.graphs: Graphs = {}
 
     def trajectory_from(
         self, context: Tokens, start: Tensors, steps: int, until: float | None, more: bool = False
@@ -94,9 +93,7 @@ class GradMem(ChunkedMethod):
         embeds = self._embed_context(context) if self.energy is None else self.backbone.embed(context.ids)
         training, batch = torch.is_grad_enabled(), len(next(iter(start.values())))
         descents = steps if self.gauss_newton_after is None else min(steps, self.gauss_newton_after)
-        constant = self.options.inner_optimizer == "published_adam"
-        order: Order = "first" if constant and self.options.order == "second" else self.options.order
-        forward_context = self._forward_context(training and order == "second")
+        forward_context = self._forward_context()
 
         def losses_of(tensors: Tensors, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
             with forward_context():
@@ -111,21 +108,13 @@ class GradMem(ChunkedMethod):
             return joint_losses(losses, divisors, rows, batch)
 
         chunks = [] if rows is None else [rows, self._divisors(context, rows, batch)]
-        states = descend(
+        states: Iterator[Step] = self._states(
             loss if until is None or training or rows is not None else skip_finished(loss, until),
             start,
-            self.update if self.momentum is None else heavy_ball(self._momentum),
-            self._rates,
             descents,
-            given=[embeds, context.ids, context.mask, *chunks],
-            order=order,
-            last_k=self.options.last_k,
-            strategy=self.strategy,
-            graphs=self.graphs,
-            more=more,
-            clip_value=None if constant else self.options.clip_value,
-            clip_norm=None if constant else self.options.clip_norm,
-            until=until,
+            [embeds, context.ids, context.mask, *chunks],
+            until,
+            more,
         )
         if descents < steps:
             parts = self._gauss_newton_parts(context, rows, embeds, batch)
@@ -158,12 +147,6 @@ class GradMem(ChunkedMethod):
     def _divisors(self, context: Tokens, rows: Tensor, batch: int) -> Tensor:
         return chunk_divisors(context.mask, rows, batch, alike=self.chunk_mode == "parallel")
 
-    def _forward_context(self, second: bool) -> Callable[[], AbstractContextManager[None]]:
-        """Choose how the backbone computes the write loss, by whether its gradient is differentiated again."""
-        if not second:
-            return self.backbone.training_attention
-        return self.backbone.eager_attention if self.strategy == "compile" else self.backbone.double_backward
-
     def reconstruct(self, memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
         """Reconstruct contexts with the adapters of WRITE; see `Method.reconstruct`."""
         with self._writing():
@@ -184,57 +167,12 @@ class GradMem(ChunkedMethod):
     def gauss_newton_after(self, steps: int | None) -> None:
         self.options = replace(self.options, gauss_newton_after=steps)
 
-    def inner_lrs(self) -> list[float]:
-        """Return the learned inner learning rates, or the shared one; with momentum, of each step."""
-        learned = self._learned_rates().values()
-        return [rate for own in learned for rate in own.exp().flatten().tolist()] or [self.options.inner_lr]
-
-    def inner_parameters(self) -> list[nn.Parameter]:
-        """Return the learned inner learning rates and momentum; see `Method.inner_parameters`."""
-        return [*self._learned_rates().values(), *([] if self.momentum is None else [self.momentum])]
-
     def _start(self, batch: int) -> Tensors:
         tensors = super()._start(batch)
         if self.options.projection == "per_sample" and self.proj is not None:
             tensors["proj_weight"] = self.proj.weight.expand(batch, -1, -1)
             tensors["proj_bias"] = self.proj.bias.expand(batch, -1)
         return tensors
-
-    def _step_decay(self, step: int) -> float:
-        return 1 / (1 + self.options.extra_step_decay * max(0, step + 1 - self.write_steps))
-
-    def _rates(self, step: int) -> Rates:
-        factor = self._step_decay(step)
-        rates: dict[str, float | Tensor] = dict.fromkeys(self._start(1), self.options.inner_lr * factor)
-        for name, learned in self._learned_rates().items():
-            log_rate = learned if self.momentum is None else self._at(learned, step)
-            rates[name] = log_rate.exp().to(self.backbone.model.get_input_embeddings().weight.dtype) * factor
-        return rates
-
-    def _new_log_rates(self) -> nn.Parameter | nn.ParameterDict:
-        """Create the logarithms of learned inner learning rates; with momentum, for each step."""
-        value, steps = math.log(self.options.inner_lr), (self.write_steps,) if self.options.learn_momentum else ()
-
-        def rates(shape: tuple[int, ...]) -> nn.Parameter:
-            return nn.Parameter(torch.full((*steps, *shape), value, dtype=torch.float32, device=self.device))
-
-        if self.form is None:
-            return rates((self.n_mem, 1))
-        return nn.ParameterDict({name: rates(shape) for name, shape in self.form.rate_shapes().items()})
-
-    def _learned_rates(self) -> dict[str, nn.Parameter]:
-        """The logarithms of learned inner learning rates, by tensor of the memory."""
-        if self.log_inner_lr is None:
-            return {}
-        return {"memory": self.log_inner_lr} if self.form is None else dict(self.log_inner_lr.items())
-
-    def _momentum(self, step: int) -> Tensor:
-        assert self.momentum is not None
-        return self._at(self.momentum, step) * self._step_decay(step)
-
-    def _at(self, learned: Tensor, step: int) -> Tensor:
-        """Return what was learned for a step, or for the last step if there are further ones."""
-        return learned[min(step, len(learned) - 1)]
 
     def _project(self, phase: Phase, tensors: Tensors) -> Tensor:
         memory = tensors["memory"].to(self.initial_memory.dtype)

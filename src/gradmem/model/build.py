@@ -24,22 +24,22 @@ def build_task(spec: Spec, *, trusted: bool = True) -> Task:
     return _construct(cls, f"{spec['name']} task", (), options)
 
 
-def method_class(name: str, *, trusted: bool = True) -> type[Method]:
-    """The class of a method, by its name."""
-    found: type[Method] = find(Method, methods.__name__, "method", name, trusted=trusted)
-    return found
+def method_class(spec: Spec, *, trusted: bool = True) -> type[Method]:
+    """The class of a method, by its `name` and options."""
+    found: type[Method] = find(Method, methods.__name__, "method", spec["name"], trusted=trusted)
+    return found.variant(spec)
 
 
 def build_method(spec: Spec, backbone: Backbone, *, trusted: bool = True) -> Method:
     """Build a method from its `name` and options."""
-    cls = method_class(spec["name"], trusted=trusted)
+    cls = method_class(spec, trusted=trusted)
     options = {key: value for key, value in spec.items() if key != "name"}
     return _construct(cls, f"{spec['name']} method", (backbone,), options)
 
 
 def default_write_steps(spec: Spec) -> int:
     """Default number of write steps of a method, from its options, without building it."""
-    cls = method_class(spec["name"])
+    cls = method_class(spec)
     option = inspect.signature(cls).parameters.get("write_steps")
     return int(spec.get("write_steps", option.default if option else cls.write_steps))
 

@@ -108,7 +108,7 @@ class CheckpointModel(ModelHubMixin):
         """
         with torch.random.fork_rng(), refused(f"cannot load '{name}'"):
             torch.manual_seed(0)
-            task = {"name": method_class(method["name"], trusted=False).task_name, "tokenizer": name}
+            task = {"name": method_class(method, trusted=False).task_name, "tokenizer": name}
             model = cls.from_spec(task, {"pretrained": name}, method, trusted=False)
         NAMED.add(name)
         model.name, model.plain = name, True
@@ -137,7 +137,7 @@ class CheckpointModel(ModelHubMixin):
         if not self.takes_methods:
             raise self._own_method()
         task, spec = self.task, self.spec["task"]
-        name = method_class(method["name"], trusted=False).task_name
+        name = method_class(method, trusted=False).task_name
         if self.plain and name != spec["name"]:
             spec = {"name": name, "tokenizer": self.name}
             task = build_task(spec)

@@ -22,6 +22,11 @@ def work_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in its `work_dtype`."""
+    return tensor.to(work_dtype(tensor))
+
+
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Disable autocast, which a function inherits from its caller, so that float32 operands are not rounded."""
     return torch.autocast(tensor.device.type, enabled=False)

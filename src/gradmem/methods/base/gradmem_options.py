@@ -13,6 +13,13 @@ from .form import Form
 from .keys_values import KeysValues
 from .low_rank import LowRank, Placement
 
+STARTED_OBJECTIVES = ("reconstruction", "attention", "answers")
+"""What WRITE can descend with a start that is made from the context; see `write_objectives`."""
+NOT_STARTED = (
+    "begin", "chunk_size", "chunk_mode", "gauss_newton_after", "projection", "read_lora", "write_head", "write_lora",
+)  # fmt: skip
+"""Options that need a learned start."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradMemOptions(ChunkedOptions):
@@ -23,6 +30,13 @@ class GradMemOptions(ChunkedOptions):
     the model's weights by matrices of low rank."""
     n_mem: int = 8
     """Number of memory vectors, m; with keys_values, of slots in every layer. Not used with lora."""
+    start: Literal["learned", "select", "match"] = "learned"
+    """What WRITE begins with: learned, the same for all contexts; or, with keys_values, the entries of the context's
+    own key-value cache that count most (select), also moved until attention finds in them what it finds in the whole
+    cache (match). The model reads the context, and a query begins right after the memory."""
+    budget: float | None = None
+    """With a start from the context: the fraction of its cache that is kept, as many entries for each head. By default
+    n_mem entries."""
     lora_rank: int = 8
     """Rank of the matrices of a lora memory."""
     lora_alpha: float = 16.0
@@ -39,11 +53,15 @@ class GradMemOptions(ChunkedOptions):
     without it."""
     write_steps: int = 5
     """Default number of write steps K, taken on each chunk."""
-    write_objective: Literal["reconstruction", "energy"] = "reconstruction"
-    """What WRITE descends: the loss of reconstructing the context; or a learned energy, the mean over its tokens of a
-    function of their last hidden states. No recipe uses energy; the published code has it."""
+    write_objective: str = "reconstruction"
+    """What WRITE descends: reconstruction, the loss of reconstructing the context; or energy, a learned one, the mean
+    over its tokens of a function of their last hidden states (no recipe uses it; the published code has it). With a
+    start from the context: reconstruction; attention, what attention over the memory misses of that over the whole
+    cache, layer by layer and without a pass through the model; answers, the KL divergence to the model with the whole
+    context on its own answers to questions that fit any text; or several with commas between them, which are summed."""
     inner_lr: float = 1.0
-    """Inner learning rate, on the mean token loss. Keys and values need larger ones; 10 is published."""
+    """Inner learning rate, on the mean token loss. Learned keys and values need larger ones; 10 is published. With a
+    start from the context, keys and values are measured by their size, the root mean square of a head's."""
     learn_inner_lr: bool = False
     """Meta-learn inner learning rates that start from `inner_lr`: one for each memory vector, each head's keys and
     values in each layer, or each matrix."""
@@ -98,10 +116,26 @@ class GradMemOptions(ChunkedOptions):
         wanted = "used with learn_inner_lr, sgd and at least one write step"
         require("learn_momentum", self.learn_momentum, fits or not self.learn_momentum, wanted)
         require("lora_rank", self.lora_rank, self.lora_rank >= 1, "at least 1")
-        good = self.write_objective == "reconstruction" or (not self.reconstruction and self.gauss_newton_after is None)
+        self._check_form()
+
+        self._check_objective()
+
+    @property
+    def objectives(self) -> list[str]:
+        """Names of what WRITE descends the sum of."""
+        return self.write_objective.split(",")
+
+    def _check_objective(self) -> None:
+        known = ("reconstruction", "energy") if self.start == "learned" else STARTED_OBJECTIVES
+        found = self.objectives
+        good = (
+            set(found) <= set(known) and len(set(found)) == len(found) and (self.start != "learned" or len(found) == 1)
+        )
+        wanted = " or ".join(known) + ("" if self.start == "learned" else ", or several with commas between them")
+        require("write_objective", self.write_objective, good, wanted)
+        good = found == ["reconstruction"] or (not self.reconstruction and self.gauss_newton_after is None)
         wanted = "reconstruction with the options reconstruction and gauss_newton_after"
         require("write_objective", self.write_objective, good, wanted)
-        self._check_form()
 
     def _check_form(self) -> None:
         """Refuse options that another form of the memory has."""
@@ -111,9 +145,19 @@ class GradMemOptions(ChunkedOptions):
             "keys_values": ["n_ctrl", *(name for name in every if name.startswith("lora_"))],
             "lora": ["n_mem", "n_ctrl", "projection"],
         }[self.memory]
+        if self.memory != "keys_values":
+            unused = [*unused, "start"]
         for field in fields(self):
-            if field.name in unused and getattr(self, field.name) != field.default:
+            default = getattr(self, field.name) == field.default
+            if field.name in unused and not default:
                 raise GradmemError(f"{field.name} is not used with `memory: {self.memory}`: leave it out")
+            if field.name in NOT_STARTED and self.start != "learned" and not default:
+                raise GradmemError(f"{field.name} is not used with `start: {self.start}`: leave it out")
+        if self.budget is not None:
+            fits = 0 < self.budget <= 1 and self.start != "learned"
+            require(
+                "budget", self.budget, fits, "a fraction above 0 and up to 1, with `start: select` or `start: match`"
+            )
         if self.lora_targets is not None and self.lora_placement != "target_modules":
             raise GradmemError("lora_targets is used with `lora_placement: target_modules`")
         if self.memory == "keys_values" and self.projection == "per_sample":

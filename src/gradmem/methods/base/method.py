@@ -80,6 +80,11 @@ class Method(WholeContexts, ABC):
             )
         self.backbone = backbone
 
+    @classmethod
+    def variant(cls, options: dict[str, Any]) -> type[Method]:
+        """The class that serves a method's options: this one, unless a method has several."""
+        return cls
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -183,6 +188,10 @@ class Method(WholeContexts, ABC):
     def vectors(self, memory: Memory) -> int:
         """Count the memory vectors of all rows."""
         return len(memory) * self.n_mem
+
+    def without_text(self, rows: int) -> Memory | None:
+        """Memories of no text, for the control; None if those are the memories before the first write step."""
+        return None
 
     def write(self, context: Tokens, steps: int | None = None, *, until: float | None = None) -> Written:
         """Write contexts into memories; see `trajectory` for the arguments."""

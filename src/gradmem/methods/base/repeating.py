@@ -12,6 +12,7 @@ from ...batch import Tokens
 from ...compaction.text import repeat_query
 from ...inner.objective import token_losses
 from ...memory import Memory
+from ...prefix import Prefix
 from .method import Method
 
 ROOM = 64
@@ -35,11 +36,15 @@ class Repeating(Method):
 
     def token_losses(self, memory: Memory, context: Tokens) -> Tensor:
         """Compute the loss of each token of the text when the model is asked to repeat it: (batch, length), in nats."""
+        return self.repeat_losses(self.prefix(memory), context)
+
+    def repeat_losses(self, prefix: Prefix, context: Tokens) -> Tensor:
+        """The `token_losses` after the prefix of a memory."""
         query = torch.tensor(repeat_query(self.task), dtype=torch.long, device=context.ids.device)
         query = query.expand(len(context), -1)
         ids = torch.cat([query, context.ids[:, :-1]], 1)
         mask = torch.cat([torch.ones_like(query, dtype=torch.bool), context.mask[:, :-1]], 1)
-        hidden = self.read_hidden(self.prefix(memory), Tokens(ids, mask))[:, query.shape[1] :]
+        hidden = self.read_hidden(prefix, Tokens(ids, mask))[:, query.shape[1] :]
         return token_losses(hidden, self.backbone.head, context.ids, context.mask)
 
     @torch.no_grad()
