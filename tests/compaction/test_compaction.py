@@ -113,8 +113,7 @@ def test_select_keeps_the_best_of_each_head(score: Any) -> None:
             ranks = []
             for entry in range(1, keys.shape[2]):
                 contribution = sum(
-                    seen[layer, head, r, entry]
-                    * (values[layer, head, entry] @ metric @ values[layer, head, entry])
+                    seen[layer, head, r, entry] * (values[layer, head, entry] @ metric @ values[layer, head, entry])
                     for r, metric in enumerate(method.metric[layer, head])
                 )
                 by = {"contribution": contribution, "attention": seen[layer, head, :, entry].sum(), "last": entry}

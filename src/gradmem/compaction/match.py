@@ -86,7 +86,7 @@ def _moved(start: list[Tensor], unused: Tensor, references: References, metric: 
     return [end.masked_fill(unused[..., None], 0) for end in ends]
 
 
-def errors(keys: Tensor, values: Tensor, unused: Tensor | None, references: References, root: Tensor) -> Tensor:
+def errors(keys: Tensor, values: Tensor, unused: Tensor, references: References, root: Tensor) -> Tensor:
     """What attention over entries misses of attention over the whole cache, shape (heads,).
 
     The error of a query is that of its attention output over the entries and all that is outside of the text, weighed
@@ -95,7 +95,7 @@ def errors(keys: Tensor, values: Tensor, unused: Tensor | None, references: Refe
     Parameters
     ----------
     keys, values : Tensor, shapes (heads, entries, width)
-    unused : Tensor, bool, shape (heads, entries), optional
+    unused : Tensor, bool, shape (heads, entries)
         Places without an entry.
     references : References
         Of these heads; see `References.of`.

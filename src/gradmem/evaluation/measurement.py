@@ -60,8 +60,8 @@ class Measurement:
         ----------
         step : int
             Write steps of the memory.
-        kind : {"own", "swapped"}
-            Whether each context is asked of its own memory, or of another context's.
+        kind : {"own", "swapped", "unwritten"}
+            Whether each context is asked of its own memory, of another context's, or of that of no text.
         memory : Memory
         batch : Batch
         """
@@ -119,7 +119,8 @@ class Measurement:
 
     def _with_controls(self, step: int, statistics: Statistics) -> dict[str, tuple[float, tuple[float, float]]]:
         """Mean and interval of each metric after a step, and of its controls."""
-        controls = {"unwritten": (0, "own"), "swapped": (self.swapped_steps, "swapped")}
+        starts = any(kind == "unwritten" for _, kind, _ in statistics)  # the start itself is made from the context
+        controls = {"unwritten": (0, "unwritten" if starts else "own"), "swapped": (self.swapped_steps, "swapped")}
         found = {}
         for name in dict.fromkeys(name for name, _, _ in statistics):
             found[name] = statistics[name, "own", step]
@@ -194,6 +195,8 @@ def evaluate(
         for start, size in progress(list(zip(starts, sizes, strict=True)), built.label):
             batch = built.batch(split, start, size, seed).to(model.device)
             _check_lengths(model, built, batch)
+            if (nothing := model.method.without_text(size)) is not None:
+                measurement.add(0, "unwritten", convert(nothing), batch)
             for step, written in model.method.at_steps(batch.context, [0, *steps]):
                 memory = convert(written.memory)
                 measurement.add(step, "own", memory, batch)

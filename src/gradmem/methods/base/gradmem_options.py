@@ -33,10 +33,12 @@ class GradMemOptions(ChunkedOptions):
     start: Literal["learned", "select", "match"] = "learned"
     """What WRITE begins with: learned, the same for all contexts; or, with keys_values, the entries of the context's
     own key-value cache that count most (select), also moved until attention finds in them what it finds in the whole
-    cache (match). The model reads the context, and a query begins right after the memory."""
+    cache (match). The model reads the context."""
     budget: float | None = None
-    """With a start from the context: the fraction of its cache that is kept, as many entries for each head. By default
-    n_mem entries."""
+    """With a start from the context: the fraction of its cache that is kept. By default n_mem entries for each head."""
+    shared: bool = False
+    """With a start from the context: whether all heads of all layers share one budget. If so, a query begins after the
+    end of the context; if not, right after the memory."""
     lora_rank: int = 8
     """Rank of the matrices of a lora memory."""
     lora_alpha: float = 16.0
@@ -153,6 +155,8 @@ class GradMemOptions(ChunkedOptions):
                 raise GradmemError(f"{field.name} is not used with `memory: {self.memory}`: leave it out")
             if field.name in NOT_STARTED and self.start != "learned" and not default:
                 raise GradmemError(f"{field.name} is not used with `start: {self.start}`: leave it out")
+        if self.shared and self.start == "learned":
+            raise GradmemError("shared is used with `start: select` or `match`: leave it out")
         if self.budget is not None:
             fits = 0 < self.budget <= 1 and self.start != "learned"
             require(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ...ops.dtypes import wide
 from ...prefix import Prefix
 from .entries_method import EntriesMethod
 from .gradmem_options import GradMemOptions
+from .head_prefix import HeadPrefix
 from .inner_loop import InnerLoop
 from .options import keywords_of
 from .write_objectives import OBJECTIVES, Given
@@ -34,9 +36,10 @@ READ_CHUNKS = 4
 class StartedGradMem(InnerLoop, EntriesMethod):
     """GradMem whose memory starts as entries of the context's cache: K steps move their keys and values.
 
-    The model reads the context once, and its queries while it repeats the context choose the entries, as many for each
-    head. Questions begin right after them. A step moves keys and values in units of their size, the root mean square of
-    a head's, by inner learning rates that may be learned for each layer and head.
+    The model reads the context once, and its queries while it repeats the context choose the entries. There are as many
+    for each head, and questions begin right after them; or all heads share one budget, and questions begin after the
+    end of the context. A step moves keys and values in units of their size, the root mean square of a head's, by inner
+    learning rates that may be learned for each layer and head.
 
     The meta-gradient passes through the steps, the entries and the reading of the context. Which entries are kept is
     constant, and so is what the repetition looks for.
@@ -55,7 +58,7 @@ class StartedGradMem(InnerLoop, EntriesMethod):
     @keywords_of(GradMemOptions)
     def __init__(self, backbone: Backbone, **options: Any) -> None:
         own = GradMemOptions(**options)
-        super().__init__(backbone, "memory", READ_CHUNKS)
+        super().__init__(backbone, "text" if own.shared else "memory", READ_CHUNKS)
         self.write_steps = own.write_steps
         heads = (self.layers, self.heads, 1, 1)
         self._prepare_descent(own, {"key": heads, "value": heads})
@@ -70,8 +73,7 @@ class StartedGradMem(InnerLoop, EntriesMethod):
             starts, references = zip(*map(self.start_of, texts), strict=True)
         given = self._given(context, texts, starts, references)
         keys, values = given.start
-        used = torch.arange(keys.shape[3]) < torch.tensor(given.counts)[:, None, None, None]
-        sizes = [sizes_of(tensor, used) for tensor in given.start]
+        sizes = [sizes_of(tensor, given.used) for tensor in given.start]
         forward_context = self._forward_context()
 
         def moved(moves: Tensors, *start: Tensor) -> list[Tensor]:
@@ -100,7 +102,7 @@ class StartedGradMem(InnerLoop, EntriesMethod):
 
     def start_of(self, text: Text) -> tuple[Entries, References]:
         """The entries that a memory starts with, and what questions right after them look for."""
-        entries, references = self.kept(text, self.options.budget or self.options.n_mem)
+        entries, references = self.kept(text, self.options.budget or self.options.n_mem, shared=self.options.shared)
         if self.options.start == "match":
             entries = match(entries, references, self.metric)
         return entries, references
@@ -117,32 +119,34 @@ class StartedGradMem(InnerLoop, EntriesMethod):
     def _given(
         self, context: Tokens, texts: list[Text], starts: tuple[Entries, ...], references: tuple[References, ...]
     ) -> Given:
-        counts = [entries.keys.shape[2] for entries in starts]
+        most = max(entries.keys.shape[2] for entries in starts)
         keys, values = (
-            torch.stack([F.pad(wide(tensor), (0, 0, 0, max(counts) - tensor.shape[2])) for tensor in tensors])
+            torch.stack([F.pad(wide(tensor), (0, 0, 0, most - tensor.shape[2])) for tensor in tensors])
             for tensors in ([entries.keys for entries in starts], [entries.values for entries in starts])
         )
+        counts = torch.stack([entries.counts for entries in starts]).to(keys.device)
+        used = torch.arange(most, device=keys.device) < counts[..., None]
+        begins = torch.tensor([entries.start for entries in starts], device=keys.device)
         return Given(
             self.backbone,
             context,
-            counts,
+            used,
             list(references),
             [text.study for text in texts],
             self.metric,
             self.repeat_losses,
-            self._prefix_of,
+            partial(self._prefix_of, used, begins),
             (keys, values),
         )
 
-    def _prefix_of(self, keys: Tensor, values: Tensor, counts: list[int]) -> Prefix:
-        """Put entries (batch, layers, heads, entries, width) into a cache; rows with fewer than others are padded."""
+    def _prefix_of(self, used: Tensor, begins: Tensor, keys: Tensor, values: Tensor) -> Prefix:
+        """Put entries (batch, layers, heads, entries, width) into a cache; heads do not see places without one."""
         model, cache = self.backbone.model, self.backbone.new_cache()
         for layer in range(self.layers):
             cache.update(keys[:, layer].to(model.dtype), values[:, layer].to(model.dtype), layer)
-        start = torch.tensor(counts, device=keys.device)
-        mask = torch.arange(keys.shape[3], device=keys.device) < start[:, None] if len(set(counts)) > 1 else None
         last = torch.zeros(len(keys), self.backbone.width, dtype=model.dtype, device=keys.device)
-        return Prefix(last, cache, mask, start)
+        plain = Prefix(last, cache, start=begins)
+        return plain if bool(used.all()) else HeadPrefix(plain, self.backbone, ~used)
 
 
 def _memory(starts: tuple[Entries, ...], tensors: list[Tensor]) -> Memory:

@@ -28,8 +28,8 @@ class Given:
     ----------
     backbone : Backbone
     context : Tokens, shape (batch, length)
-    counts : list of int
-        Entries that each head keeps of each context.
+    used : Tensor, bool, shape (batch, layers, key-value heads, entries)
+        Which places hold an entry.
     references : list of References
         What the model looks for in each context.
     asked : list of Asked
@@ -39,19 +39,19 @@ class Given:
     repeat_losses : callable
         `repeat_losses(prefix, context)` is the loss of each token of a context when it is repeated, (batch, length).
     prefix : callable
-        `prefix(keys, values, counts)` puts entries before what follows, differentiably.
+        `prefix(keys, values)` puts entries before what follows, differentiably.
     start : tuple of Tensor
         Keys and values before the first step.
     """
 
     backbone: Backbone
     context: Tokens
-    counts: list[int]
+    used: Tensor
     references: list[References]
     asked: list[Asked]
     metric: Tensor
     repeat_losses: Callable[[Prefix, Tokens], Tensor]
-    prefix: Callable[[Tensor, Tensor, list[int]], Prefix]
+    prefix: Callable[[Tensor, Tensor], Prefix]
     start: tuple[Tensor, Tensor]
 
     @cached_property
@@ -69,16 +69,16 @@ class Given:
     def errors(self, keys: Tensor, values: Tensor) -> Tensor:
         """See `gradmem.compaction.match.errors`: shape (batch, heads) over the heads of all layers."""
         with no_autocast(keys):
-            return torch.stack([self._errors(row, keys, values) for row in range(len(self.counts))])
+            return torch.stack([self._errors(row, keys, values) for row in range(len(keys))])
 
     def _errors(self, row: int, keys: Tensor, values: Tensor) -> Tensor:
-        own = [wide(tensor[row, :, :, : self.counts[row]]).flatten(0, 1) for tensor in (keys, values)]
-        return errors(*own, None, self.references[row].flat(), self.root)
+        own = [wide(tensor[row]).flatten(0, 1) for tensor in (keys, values)]
+        return errors(*own, ~self.used[row].flatten(0, 1), self.references[row].flat(), self.root)
 
 
 def reconstruction(given: Given, keys: Tensor, values: Tensor) -> Tensor:
     """Mean loss of the context's tokens when the model is asked to repeat it, in nats."""
-    losses = given.repeat_losses(given.prefix(keys, values, given.counts), given.context)
+    losses = given.repeat_losses(given.prefix(keys, values), given.context)
     return sample_losses(losses, given.context.mask)
 
 
@@ -92,7 +92,7 @@ def attention(given: Given, keys: Tensor, values: Tensor) -> Tensor:
 
 def answers(given: Given, keys: Tensor, values: Tensor) -> Tensor:
     """Mean KL divergence to the model with the whole context along its answers to questions about it, in nats."""
-    prefix, losses = given.prefix(keys, values, given.counts), []
+    prefix, losses = given.prefix(keys, values), []
     for row, asked in enumerate(given.asked):
         own = prefix.cut(torch.tensor([row], device=keys.device))
         losses.append(answer_loss(given.backbone, own, list(asked.each())))
