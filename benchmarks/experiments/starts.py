@@ -1,9 +1,9 @@
 """Which steps help a memory that starts as entries of the context's cache? Write objectives, and how many steps.
 
 Validation paragraphs of the training files are written by `gradmem` on keys and values with `start: select`, a tenth of
-the cache, and asked their questions after each number of steps: loss of the reference answers, and exact match of the generated ones. The
-inner learning rate of each objective is searched on a few other validation paragraphs. With `--train`, rates for each
-layer and head and momentum are then meta-learned on training paragraphs, and nothing else.
+the cache, and asked their questions after each number of steps: loss of the reference answers, and exact match of the
+generated ones. The inner learning rate of each objective is searched on a few other validation paragraphs. With
+`--train`, rates for each layer and head and momentum are then meta-learned on training paragraphs, and nothing else.
 """
 
 from __future__ import annotations

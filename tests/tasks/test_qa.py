@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+import gradmem
+from gradmem.cli.main import main
 from gradmem.data.squad_files import read_rows
 from gradmem.errors import GradmemError
+from gradmem.model import MemoryModel
 from gradmem.model.build import build_task
 from gradmem.tasks.qa import QA
 from gradmem.tasks.text import byte_tokenizer
-from helpers import DATA, needs
+from helpers import DATA, TINY_LLAMA, needs
 
 NAMES = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit", "Lou", "Max", "Ned", "Oz", "Pam"]
 HIDDEN = "the very old lighthouse keeper counted seven grey gulls"
@@ -200,3 +203,49 @@ def test_real_files_share_nothing_with_the_dev_file(tokenizer: str, data: Path) 
     every = qa(tokenizer, data, {"qamr.jsonl": 1}, **options)
     assert any(runs(text) & held for text in contexts(every))
     assert not any(runs(text) & held for text in contexts(task))
+
+
+def test_calibration_keeps_what_it_measures_on_apart(tokenizer: str, data: Path) -> None:
+    """Four fifths to fit on, the rest to measure on: of one file, or of the validation split; each asks others' too."""
+    one = qa(tokenizer, data / "train.jsonl", {})
+    assert (one.calibration_size("valid"), one.calibration_size("test")) == (12, 4)
+    found: dict[Any, set[str]] = {}
+    for split in ("valid", "test"):
+        batches = one.calibration(split, 0, one.calibration_size(split) or 0)
+        own, other = batches["written here"], batches["of another context"]
+        found[split] = {
+            one.text(ids[mask].tolist()) for ids, mask in zip(own.context.ids, own.context.mask, strict=True)
+        }
+        assert bool((own.rows != other.rows).all())
+        assert torch.equal(own.labels, other.labels)
+    assert not found["valid"] & found["test"]
+    assert len(found["valid"] | found["test"]) == len(NAMES)
+    held = qa(tokenizer, data, {"train.jsonl": 1})
+    assert held.calibration_size("valid") + held.calibration_size("test") == held.size("valid")
+
+
+def test_answers_are_right_as_squad_compares_them(tokenizer: str) -> None:
+    task = qa(tokenizer, None, {})
+    assert task.right("the Room of Ada.", "room of Bo", ["room of Bo", "room of Ada"])
+    assert not task.right("room of Cy", "room of Bo", ["room of Bo", "room of Ada"])
+
+
+def test_a_reader_of_questions_is_calibrated_on_one_file(
+    tokenizer: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line to a checkpoint that abstains; the weights know nothing, so what is right is made up."""
+    torch.manual_seed(0)
+    spec = {"name": "qa", "tokenizer": tokenizer, "answer_length": 3}
+    model = MemoryModel.from_spec(spec, TINY_LLAMA, {"name": "compact", "writers": "select", "budget": 0.2})
+    model.save_pretrained(tmp_path / "reader")
+    monkeypatch.setattr(QA, "right", lambda self, answer, wanted, references: wanted.startswith("room"))
+    file = str(data / "train.jsonl")
+    assert main(["calibrate", str(tmp_path / "reader"), "--data", file, "--json", str(tmp_path / "found.json")]) == 0
+    (row,) = json.loads((tmp_path / "found.json").read_text())
+    assert row["samples"] == 4
+    assert 0 <= row["auroc"]["of another context"]["all"] <= 1
+    assert row["exact_match"] == pytest.approx(1 / 3)
+    loaded = gradmem.load(tmp_path / "reader")
+    assert loaded.abstain is not None
+    assert "data" not in loaded.abstain.fitted["task"]
+    assert loaded.write("Ada walks to the room of Ada. It rains there.").answer("Who walks?").written is not None

@@ -187,7 +187,8 @@ def calibrate(
             f"{written.sum()} of {len(written)} answers are right: calibration needs both right and wrong answers"
         )
     states = torch.cat([states for kind in found.states.values() for states in kind])
-    about = {"task": spec, "split": "valid", "samples": samples, "seed": seed, "kinds": list(found.answers)}
+    told = {key: value for key, value in spec.items() if key != "data"}  # a place on this machine alone
+    about = {"task": told, "split": "valid", "samples": samples, "seed": seed, "kinds": list(found.answers)}
     lengths = min(found.lengths), max(found.lengths)
     model.abstain = Abstain.fit(answers, states, written, model.fingerprints["checkpoint"], lengths, about)
     fresh = _examine(model, task, "test", max(2, samples // 4), seed, progress)
@@ -210,7 +211,7 @@ class _Examined:
 
 def _examine(model: MemoryModel, task: Task, split: Split, samples: int, seed: int, progress: Progress) -> _Examined:
     """Write contexts of a split, and ask queries that they answer and queries that they do not."""
-    there = task.size(split)
+    there = task.calibration_size(split)
     samples = samples if there is None else min(samples, there)
     if samples < 2:
         raise GradmemError("calibration needs at least 2 samples: it also asks the queries of other contexts")
@@ -234,9 +235,10 @@ def _examine(model: MemoryModel, task: Task, split: Split, samples: int, seed: i
 
 def _sort(task: Task, kind: str, asked: Batch, answers: list[Answer], states: torch.Tensor, found: _Examined) -> None:
     """Sort the answers to queries of one kind by whether they are right."""
-    for answer, own, labels in zip(answers, states.cpu(), asked.labels, strict=True):
-        wanted = task.decode(labels[labels >= 0].tolist())
-        name = kind if kind != WRITTEN else RIGHT if answer.text == wanted else WRONG
+    references = asked.references or [[] for _ in answers]
+    for answer, own, labels, all_right in zip(answers, states.cpu(), asked.labels, references, strict=True):
+        right = task.right(answer.text, task.decode(labels[labels >= 0].tolist()), all_right)
+        name = kind if kind != WRITTEN else RIGHT if right else WRONG
         found.answers.setdefault(name, []).append(answer)
         found.states.setdefault(name, []).append(own[None])
 

@@ -206,6 +206,21 @@ class Task(ABC):
         """Score generated answers, given the new tokens of each query; returns what `judge` returns."""
         raise NotImplementedError
 
+    def right(self, answer: str, wanted: str, references: list[str]) -> bool:
+        """Whether an answer is right, to fit when to abstain; by default, whether it is the wanted one.
+
+        Parameters
+        ----------
+        answer, wanted : str
+        references : list of str
+            All right answers; empty if the task does not tell them.
+        """
+        return answer == wanted
+
+    def calibration_size(self, split: Split) -> int | None:
+        """Number of contexts that `calibration` has; None if they are generated without end."""
+        return self.size(split)
+
     def calibration(self, split: Split, start: int, size: int, seed: int = 0) -> dict[str, Batch]:
         """Contexts with answerable queries and unanswerable ones, to fit when to abstain.
 

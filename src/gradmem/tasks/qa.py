@@ -27,7 +27,7 @@ from ..data.sources import held_out
 from ..data.squad_files import read_rows
 from ..errors import GradmemError, require
 from ..pretrained import digest_tokenizer
-from .base import Split
+from .base import WRITTEN, Split
 from .squad import PROMPT, Squad
 
 HELD_OUT = 20
@@ -143,6 +143,25 @@ class QA(Squad):
             chosen = draw.sample(range(first, last), min(self.questions, last - first))
             samples.append(Sample(part.tokens("context", index), [part.query(query) for query in sorted(chosen)]))
         return collate(samples, self.pad_id)
+
+    def calibration_size(self, split: Split) -> int | None:
+        """Number of contexts that `calibration` has."""
+        return len(self._calibrated(split)[1])
+
+    def calibration(self, split: Split, start: int, size: int, seed: int = 0) -> dict[str, Batch]:
+        """Contexts of the validation split, or of `data` if that is one file, to fit when to abstain.
+
+        Four fifths are to fit on, the others to measure on. Nothing of a directory's test split is used.
+        """
+        samples, order = self._calibrated(split)
+        batch = collate([samples[int(i)] for i in order[start : start + size]], self.pad_id)
+        return {WRITTEN: batch, **self.unanswerable(batch)}
+
+    def _calibrated(self, split: Split) -> tuple[Samples, np.ndarray]:
+        """Samples, and which of them `calibration` has in a split."""
+        samples = self.samples("test" if self.data is not None and Path(self.data).is_file() else "valid")
+        order, fitted = _shuffled(len(samples), 0, 0), len(samples) * 4 // 5
+        return samples, order[:fitted] if split == "valid" else order[fitted:]
 
     def _pool(self, number: int, size: int, seed: int) -> list[tuple[int, int, int]]:
         """Entry, index and number of `POOL` training contexts, in batches of `size` of similar length."""

@@ -96,6 +96,10 @@ class Squad(FileTask):
         )
         return dict(zip(("exact_match", "f1"), scores.T, strict=True))
 
+    def right(self, answer: str, wanted: str, references: list[str]) -> bool:
+        """Whether an answer is one of the references, as SQuAD compares them."""
+        return bool(exact_match_and_f1(answer, references)[0])
+
     def context_text(self, text: str) -> str:
         """Remove white space at the ends, as in the training data."""
         return text.strip()
