@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def reading_once(methods: Iterable[StartedGradMem]) -> None:
         return last[key]
 
     for method in methods:
-        method.read_text = lambda ids, own=method: read(own, ids)  # type: ignore[method-assign]
+        method.read_text = partial(read, method)  # type: ignore[method-assign]
 
 
 def at_rate(method: StartedGradMem, rate: float) -> StartedGradMem:
@@ -232,8 +233,8 @@ def main() -> None:
                 _join(found.setdefault(key, Scores()), scores)
             print(number, {" ".join(map(str, key)): _shown(scores) for key, scores in found.items()}, flush=True)
     for (case, steps), scores in found.items():
-        rate = named[case].options.inner_lr if case in named and not named[case].options.learn_inner_lr else None
-        rows.append({"memory": case, "rate": rate, "steps": steps, **_shown(scores)})
+        rate = {"rate": methods[case].options.inner_lr} if case in methods else {}
+        rows.append({"memory": case, "steps": steps, **_shown(scores), **rate})
     report(f"{len(fresh)} validation contexts of up to {options.longest} tokens, a tenth", rows, where, options.json)
 
 

@@ -72,8 +72,8 @@ class Given:
             return torch.stack([self._errors(row, keys, values) for row in range(len(keys))])
 
     def _errors(self, row: int, keys: Tensor, values: Tensor) -> Tensor:
-        own = [wide(tensor[row]).flatten(0, 1) for tensor in (keys, values)]
-        return errors(*own, ~self.used[row].flatten(0, 1), self.references[row].flat(), self.root)
+        own_keys, own_values = (wide(tensor[row]).flatten(0, 1) for tensor in (keys, values))
+        return errors(own_keys, own_values, ~self.used[row].flatten(0, 1), self.references[row].flat(), self.root)
 
 
 def reconstruction(given: Given, keys: Tensor, values: Tensor) -> Tensor:
