@@ -233,8 +233,8 @@ def main() -> None:
                 _join(found.setdefault(key, Scores()), scores)
             print(number, {" ".join(map(str, key)): _shown(scores) for key, scores in found.items()}, flush=True)
     for (case, steps), scores in found.items():
-        rate = {"rate": methods[case].options.inner_lr} if case in methods else {}
-        rows.append({"memory": case, "steps": steps, **_shown(scores), **rate})
+        own = {"rate": methods[case].options.inner_lr} if case in methods else {}
+        rows.append({"memory": case, "steps": steps, **_shown(scores), **own})
     report(f"{len(fresh)} validation contexts of up to {options.longest} tokens, a tenth", rows, where, options.json)
 
 
