@@ -181,7 +181,7 @@ def trained(model: MemoryModel, task: Task, case: str, rate: float, steps: int, 
             memory = method.write(batch.context, (1, 2, 5)[step % 3]).memory
             own = F.cross_entropy(method.read_targets(memory, batch).float(), batch.answers, reduction="sum")
             own.backward()
-            loss, tokens = loss + float(own), tokens + len(batch.answers)
+            loss, tokens = loss + float(own.detach()), tokens + len(batch.answers)
         for parameter in method.inner_parameters():
             parameter.grad = None if parameter.grad is None else parameter.grad / tokens
         torch.nn.utils.clip_grad_norm_(method.inner_parameters(), 1.0)
