@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -43,6 +46,18 @@ def run(*command: str) -> None:
         assert done.returncode == 0, said.read()
 
 
+def start(folder: Path) -> None:
+    """Start the server in a folder, once the last process of one that was killed there has ended."""
+    options = f"{DURABLE} -k {folder}"
+    command = ("pg_ctl", "start", *WAIT, "--pgdata", f"{folder}/data", "--log", f"{folder}/log", "--options", options)
+    for _ in range(30):
+        with suppress(AssertionError):
+            run(*command)
+            return
+        time.sleep(1)
+    run(*command)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where pictures of the page are kept."""
     parser.addoption("--screenshots", type=Path, help="directory for pictures of the page, as docs/howto")
@@ -65,21 +80,9 @@ def postgres_server() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pg-") as folder:
         if who := account():
             os.chown(folder, who["user"], who["group"])
-        data, log = f"{folder}/data", f"{folder}/log"
+        data = f"{folder}/data"
         run("initdb", "--pgdata", data, "--auth", "trust", "--username", "gradmem", "--encoding", "UTF8", "--no-locale")
-        run(
-            "pg_ctl",
-            "start",
-            "--wait",
-            "--timeout",
-            "300",
-            "--pgdata",
-            data,
-            "--log",
-            log,
-            "--options",
-            f"{DURABLE} -k {folder}",
-        )
+        start(Path(folder))
         try:
             yield Path(folder)
         finally:
@@ -101,6 +104,27 @@ def crash(postgres_server: Path) -> Callable[[], None]:
         "--mode",
         "immediate",
     )
+
+
+@pytest.fixture
+def kill(postgres_server: Path) -> Iterator[Callable[[], None]]:
+    """Kill the server. It is started again at the end of the test at the latest."""
+    pid = Path(postgres_server, "data", "postmaster.pid")
+    dead: list[int] = []
+
+    def killed() -> None:
+        dead.append(int(pid.read_text().split()[0]))
+        os.kill(dead[-1], signal.SIGKILL)
+
+    yield killed
+    if dead and int(pid.read_text().split()[0]) in dead:
+        start(postgres_server)
+
+
+@pytest.fixture
+def start_again(postgres_server: Path) -> Callable[[], None]:
+    """Start the server after it was killed."""
+    return partial(start, postgres_server)
 
 
 @pytest.fixture

@@ -21,16 +21,19 @@ class Server:
     arguments : str
     before : str
         Python to run first.
+    store : str
+        Location of the store, by default a file in the folder.
     """
 
-    def __init__(self, folder: Path, *arguments: str, before: str = "") -> None:
+    def __init__(self, folder: Path, *arguments: str, before: str = "", store: str = "") -> None:
         self.log = folder / "log"
         program = f"{before}\nfrom gradmem.cli.main import main; raise SystemExit(main())"
         command = [sys.executable, "-c", program, "serve", "--port", "0", *arguments]
+        environment = self.environment(folder) | ({"GRADMEM_STORE": store} if store else {})
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=self.environment(folder))
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], 120)[0], self.log.read_text()
+        assert select.select([self.process.stdout], [], [], 300)[0], self.log.read_text()
         self.url = self.process.stdout.readline().decode().strip()
 
     @staticmethod

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..serving.api_keys import ApiKeys
 from ..serving.guard import Guard
 from ..serving.http_errors import Refused, error_response
+from ..serving.rates import Rates
 from ..serving.settings import Settings
 from ..serving.telemetry import Telemetry
 from ..serving.validation import check_json
@@ -53,7 +54,9 @@ def http_app(server: MemoryServer, settings: Settings, keys: ApiKeys | None = No
     app.router.routes.insert(0, Route(PATH, _no_stream, methods=["GET", "DELETE"]))
     app.state.engines = server.workspace  # the process closes them when it ends
     app.add_middleware(JsonGuard)
-    app.add_middleware(Guard, settings=settings, keys=keys, telemetry=Telemetry())  # the last one is the outermost
+    rates = Rates(settings.rate, server.workspace.store.store)
+    # The last one is the outermost.
+    app.add_middleware(Guard, settings=settings, keys=keys, telemetry=Telemetry(), rates=rates)
     return app
 
 

@@ -25,6 +25,9 @@ def serve(
     max_bytes: int = 2**30,
     device: str = "auto",
     upstream: str | None = None,
+    ray: bool = False,
+    min_replicas: int = 1,
+    max_replicas: int = 4,
 ) -> None:
     """Serve the stored memories over HTTP, with a web page.
 
@@ -53,6 +56,13 @@ def serve(
         Base URL of a vLLM server (--enable-prompt-embeds), such as http://127.0.0.1:8001/v1, that answers queries to
         the memories of the one checkpoint named. It is sent prompt embeddings made here (GRADMEM_UPSTREAM_KEY: its
         API key).
+    ray
+        Serve with replicas on Ray (RAY_ADDRESS: a running cluster; by default one on this machine). Several need a
+        store on PostgreSQL. SIGHUP replaces them one by one, which load the checkpoints anew.
+    min_replicas
+        Fewest replicas on Ray.
+    max_replicas
+        Most replicas on Ray. As many run as the load needs.
     """
     try:
         from ..serving.app import create_app
@@ -73,13 +83,18 @@ def serve(
         device=device,
         upstream=upstream and checked_url(upstream),
     )
-    app = create_app(Store(max_memories=max_memories, max_bytes=max_bytes), settings)
+    quota = {"max_memories": max_memories, "max_bytes": max_bytes}
     lines = logging.StreamHandler()
     lines.setFormatter(JsonLines())
     LOG.addHandler(lines)
     LOG.setLevel(logging.INFO)
     logging.getLogger("uvicorn").addHandler(lines)
-    run(app, settings, port)
+    if ray:
+        from .replicas import run_replicas
+
+        run_replicas(settings, port, min_replicas=min_replicas, max_replicas=max_replicas, **quota)
+    else:
+        run(create_app(Store(**quota), settings), settings, port)
 
 
 def run(app: Any, settings: Any, port: int) -> None:
@@ -91,6 +106,7 @@ def run(app: Any, settings: Any, port: int) -> None:
     config = uvicorn.Config(
         app,
         http=Connection,
+        loop="asyncio",  # uvicorn would take uvloop where it is installed, on which no promise is tested
         ws="none",
         log_config=None,
         log_level="warning",

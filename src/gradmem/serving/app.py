@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Response
-from fastapi.security import HTTPBearer
+from fastapi import FastAPI, HTTPException, Response
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ..store import Store
 from . import http_errors
 from .api_keys import ApiKeys
-from .async_store import StoreThreads
+from .async_store import AsyncStore, StoreThreads
 from .engine_pool import EnginePool
 from .guard import Guard
+from .operation import BEARER, operation
+from .rates import Rates
 from .routes import ROUTERS
 from .settings import Settings
 from .telemetry import Telemetry
@@ -29,7 +30,7 @@ DESCRIPTION = "Memory for language models: written once, asked many times."
 
 
 def create_app(store: Store, settings: Settings | None = None, keys: ApiKeys | None = None) -> FastAPI:
-    """Build the application.
+    """Build the application behind its guard.
 
     Parameters
     ----------
@@ -43,9 +44,17 @@ def create_app(store: Store, settings: Settings | None = None, keys: ApiKeys | N
     GradmemError
         If other machines could reach the server and there are no keys.
     """
-    settings, keys = settings or Settings(), keys or ApiKeys()
+    settings, keys, telemetry = settings or Settings(), keys or ApiKeys(), Telemetry()
     settings.check_keys(keys)
-    engines, telemetry = EnginePool(settings), Telemetry()
+    app = unguarded_app(store, settings, telemetry)
+    rates = Rates(settings.rate, store)
+    app.add_middleware(Guard, settings=settings, keys=keys, telemetry=telemetry, rates=rates)
+    return app
+
+
+def unguarded_app(store: Store, settings: Settings, telemetry: Telemetry) -> FastAPI:
+    """Build the application without its guard, which has to name the owner of each request."""
+    engines = EnginePool(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -66,25 +75,19 @@ def create_app(store: Store, settings: Settings | None = None, keys: ApiKeys | N
     )
     app.state.store, app.state.engines, app.state.settings = store, engines, settings
     app.state.threads = StoreThreads()
-    app.add_middleware(Guard, settings=settings, keys=keys, telemetry=telemetry)
     http_errors.install(app)
-    # The guard checks the key; this only documents it in the OpenAPI document.
-    bearer = Depends(HTTPBearer(auto_error=False, description="A key of `gradmem keys add`; not needed on loopback."))
     for router in ROUTERS:
-        app.include_router(router, dependencies=[bearer], responses=http_errors.ERROR_RESPONSES)
-
-    @app.get("/healthz", tags=["operation"], responses=http_errors.ERROR_RESPONSES)
-    async def health() -> dict[str, str]:
-        """Answer that the server is running."""
-        return {"status": "ok"}
-
-    @app.get("/metrics", tags=["operation"], include_in_schema=False, dependencies=[bearer])
-    async def metrics() -> Response:
-        """Return metrics for Prometheus."""
-        return Response(generate_latest(telemetry.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
+        app.include_router(router, dependencies=[BEARER], responses=http_errors.ERROR_RESPONSES)
+    app.state.ready = partial(check_ready, app)
+    app.include_router(operation(telemetry, app.state.ready))
     app.router.default = Page(directory=WEB, html=True)  # a mount would also answer for unknown paths of the API
     return app
+
+
+async def check_ready(app: FastAPI) -> None:
+    """Raise an error if an application cannot serve requests."""
+    app.state.engines.check()
+    await AsyncStore(app.state.store, app.state.threads).read(lambda store: store.list(limit=1))
 
 
 class Page(StaticFiles):

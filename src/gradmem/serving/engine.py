@@ -79,6 +79,8 @@ class Engine:
         self._writes: deque[WriteRequest] = deque()
         self._closed, self._deadline = False, math.inf
         self._batch_seconds = self._write_seconds = 0.0
+        self._since = math.inf
+        """When the batch or the write step began that is being computed; infinity if none is."""
         self._thread = threading.Thread(target=self._work, name="gradmem-engine", daemon=True)
         self._thread.start()
 
@@ -185,6 +187,11 @@ class Engine:
         self._accept(self._writes, request)
         return request.future
 
+    def stuck(self, seconds: float) -> bool:
+        """Whether one batch or write step has taken longer than so many seconds, or the thread has died."""
+        late = time.monotonic() - self._since > seconds
+        return not self._closed and (late or not self._thread.is_alive())
+
     def close(self, grace: float | None = None) -> None:
         """Accept no more requests, finish those that were accepted, and return.
 
@@ -232,7 +239,9 @@ class Engine:
     def _work(self) -> None:
         while True:
             with self._changed:
+                self._since = math.inf
                 self._changed.wait_for(lambda: self._asks or self._writes or self._closed)
+                self._since = time.monotonic()
                 if not self._asks and not self._writes:
                     return
             if self._past_deadline():
@@ -336,6 +345,7 @@ class Engine:
                 if self._past_deadline():
                     raise Closed("the engine is closed")
                 self._answer_waiting(0)
+                self._since = time.monotonic()
                 yield written
             done += len(written.taken)  # the model writes long texts in several batches, one after the other
 

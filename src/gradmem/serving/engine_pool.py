@@ -14,7 +14,7 @@ from ..model.loading import load
 from ..store import Entry
 from .async_store import AsyncStore
 from .engine import Engine
-from .errors import Closed, NotServed
+from .errors import Closed, NotServed, Stuck
 from .settings import Settings
 from .upstream import UpstreamEngine
 
@@ -67,6 +67,14 @@ class EnginePool:
         engine = await self.get(entry.model)
         memory = await store.read(lambda s: s.load(entry.id, version or entry.current.number))
         return engine, await asyncio.to_thread(engine.model.bind, memory)  # another method may have to be put on it
+
+    def check(self) -> None:
+        """Raise `Closed` if the engines are closed, or `Stuck` if one makes no progress."""
+        if self._closed:
+            raise Closed("the engines are closed")
+        for name, engine in self.loaded.items():
+            if engine.stuck(self.settings.timeout):
+                raise Stuck(f"'{name}' has made no progress for {self.settings.timeout:g} s")
 
     async def close(self, grace: float | None = None) -> None:
         """Accept no more requests and finish those that were accepted; see `Engine.close`."""

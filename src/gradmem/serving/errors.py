@@ -23,6 +23,10 @@ class Closed(GradmemError):
     """The engine accepts no more requests."""
 
 
+class Stuck(GradmemError):
+    """An engine makes no progress."""
+
+
 class NotServed(GradmemError):
     """This server does not serve the checkpoint of the memory."""
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine
 from typing import Any
 from urllib.parse import urlsplit
 
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,6 +14,7 @@ from .api_keys import ApiKeys
 from .body_reader import BodyReader, body_too_large
 from .errors import ClientDisconnected, Closed
 from .http_errors import Refused, error_response, refusal
+from .rates import Rates
 from .settings import Settings, is_loopback
 from .streaming import EVENT_STREAM, server_sent_event
 from .telemetry import Telemetry
@@ -28,6 +25,8 @@ BODIES = 8
 """Bodies of the largest size that may be in memory at the same time."""
 KEY_PATHS = ("/v1/", "/metrics", "/mcp")
 """Paths that need a key begin with these. All others, such as the page and `/healthz`, need none and read no body."""
+CHECKS = ("/healthz", "/readyz")
+"""Paths whose requests are not counted: checks must succeed in a flood of requests too."""
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -58,9 +57,9 @@ class Response:
         await self._send(message)
 
     async def end_stream(self, error: Exception) -> None:
-        """End a stream of events that is not finished. A client learns of a timeout, which nobody else could tell."""
+        """End a stream of events that is not finished. A client learns of what nobody else could tell, as a timeout."""
         if self._streams and not self._ended:
-            told = isinstance(error, TimeoutError)
+            told = isinstance(error, Refused | TimeoutError)
             event = server_sent_event("error", refusal(error).body) if told else ""
             await self({"type": "http.response.body", "body": event.encode(), "more_body": False})
 
@@ -74,14 +73,13 @@ class Guard:
     settings : Settings
     keys : ApiKeys
     telemetry : Telemetry
+    rates : Rates
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, keys: ApiKeys, telemetry: Telemetry) -> None:
-        self.app, self.settings, self.keys, self.telemetry = app, settings, keys, telemetry
+    def __init__(self, app: ASGIApp, settings: Settings, keys: ApiKeys, telemetry: Telemetry, rates: Rates) -> None:
+        self.app, self.settings, self.keys, self.telemetry, self.rates = app, settings, keys, telemetry, rates
         self.active = 0
         self._bodies = BodyReader(settings.max_requests, BODIES * settings.max_body)
-        self._rate = RateLimitItemPerMinute(settings.rate)
-        self._limiter = FixedWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -107,7 +105,7 @@ class Guard:
                     raise
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope.setdefault("state", {})["owner"] = self._admit(scope)
+        scope.setdefault("state", {})["owner"] = await self._admit(scope)
         deadline = asyncio.get_running_loop().time() + self.settings.timeout
         if not scope["path"].startswith(KEY_PATHS):
             await self._run(scope, b"", receive, send, deadline)
@@ -127,7 +125,7 @@ class Guard:
 
     # Keys, origins and rates
 
-    def _admit(self, scope: Scope) -> str | None:
+    async def _admit(self, scope: Scope) -> str | None:
         """Return the owner whose memories are served, or refuse the request."""
         headers = Headers(scope=scope)
         if self.settings.local:
@@ -135,8 +133,8 @@ class Guard:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         owner = self.keys.owner(key) if key else None
-        if scope["path"] != "/healthz":  # health checks must succeed in a flood of requests too
-            self._check_rate(f"key {owner}" if owner else f"address {(scope.get('client') or ('',))[0]}")
+        if scope["path"] not in CHECKS:
+            await self.rates.check(f"key {owner}" if owner else f"address {(scope.get('client') or ('',))[0]}")
         if owner is None and self._needs_key(scope["path"], key):
             raise Refused(401, "a key is needed: send the header `Authorization: Bearer KEY` with one of this server")
         return owner
@@ -156,11 +154,6 @@ class Guard:
         origin = headers.get("origin")
         if (origin is not None and origin != f"http://{host}") or headers.get("sec-fetch-site") == "cross-site":
             raise Refused(403, "pages of other sites may not use this server")
-
-    def _check_rate(self, client: str) -> None:
-        if not self._limiter.hit(self._rate, client):
-            wait = self._limiter.get_window_stats(self._rate, client).reset_time - time.time()
-            raise Refused(429, f"more than {self.settings.rate} requests in a minute", retry_after=wait)
 
     # Timeouts
 

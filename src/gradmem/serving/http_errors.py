@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ..errors import Conflict, GradmemError, Missing, QuotaExceeded, Unavailable
-from .errors import Busy, Closed, NotServed
+from .errors import Busy, Closed, NotServed, Stuck
 
 
 class Refused(Exception):
@@ -97,6 +97,8 @@ def refusal(error: BaseException) -> Refused:
         return Refused(429, str(error), error.retry_after)
     if isinstance(error, Closed | CancelledError):
         return Refused(503, "the server is shutting down", 5)
+    if isinstance(error, Stuck):
+        return Refused(503, str(error), 5)
     if isinstance(error, Unavailable):
         return Refused(503, "the store cannot be used at the moment", 5)
     if isinstance(error, Missing):

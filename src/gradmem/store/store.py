@@ -79,6 +79,11 @@ class Store:
         """Close the connections, also those of `owned_by`."""
         self._session.engine.dispose()
 
+    @property
+    def shared(self) -> Session | None:
+        """The database, if servers on several machines can use it together: PostgreSQL. None for an SQLite file."""
+        return self._session if self._session.engine.dialect.name == "postgresql" else None
+
     def owned_by(self, owner: str | None) -> Store:
         """Return the same store for another owner, over the same connections."""
         view = copy.copy(self)

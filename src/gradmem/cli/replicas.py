@@ -1,0 +1,85 @@
+"""`gradmem serve --ray`: start the replicas, and the front in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from ..errors import GradmemError
+
+NAME = "gradmem"
+"""Name of the application on Ray."""
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+"""No report to Ray's makers, and nothing on standard error that only its developers understand."""
+OWN = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
+"""A cluster that is started here listens on the loopback address only, and its replicas run like any server."""
+OBJECTS = 80 * 2**20
+"""Bytes of the object store of a cluster that is started here: requests and answers are small."""
+
+
+def run_replicas(settings: Any, port: int, **options: Any) -> None:
+    """Serve until the process is told to stop. The options are those of `gradmem.serving.replicas.Options`."""
+    for name, value in (QUIET | ({} if "RAY_ADDRESS" in os.environ else OWN)).items():
+        os.environ.setdefault(name, value)
+    try:
+        from ..serving.replicas import Options, front
+    except ImportError as error:
+        raise GradmemError(f"replicas need more packages ({error.name}): pip install 'gradmem[ray]'") from error
+    from .serving import run
+
+    given = Options(settings=settings, **options)
+    given.open_store().close()  # a wrong option must fail before a cluster starts
+    with _cluster(given) as replicas, suppress(KeyboardInterrupt):  # raised after the front has ended
+        run(front(replicas, given), settings, port)
+
+
+@contextmanager
+def _cluster(options: Any) -> Iterator[Any]:
+    """Start the replicas, on a new cluster unless there is one, and end them."""
+    import ray
+    from ray import serve
+
+    from ..serving.replicas import SILENT, deployment
+    from ..serving.telemetry import LOG, failure
+
+    own = {"address": "local"} | _own_cluster(options) if "RAY_ADDRESS" not in os.environ else {}
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, namespace=NAME, **own)
+
+    def deploy() -> Any:
+        try:
+            return serve.run(deployment(options), name=NAME, route_prefix=None)
+        except RuntimeError as error:
+            raise GradmemError(f"the replicas do not start: {error}") from error
+
+    def replace() -> None:
+        try:
+            deploy()
+        except GradmemError as error:
+            LOG.error("replicas", extra={"fields": failure(error)})
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray would print its own stack
+    try:
+        serve.start(proxy_location="Disabled", logging_config=SILENT)
+        replicas = deploy()
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=replace, daemon=True).start())
+        yield replicas
+        serve.delete(NAME)
+    finally:
+        if own:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _own_cluster(options: Any) -> dict[str, Any]:
+    """Options of a cluster on this machine: as many replicas as are wanted have room, and their replacements too."""
+    return {
+        "num_cpus": 2 * options.max_replicas,
+        "object_store_memory": OBJECTS,
+        "include_dashboard": False,
+    }

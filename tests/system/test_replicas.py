@@ -1,0 +1,215 @@
+"""Several servers on one PostgreSQL, as processes and as replicas on Ray: what is killed or hangs loses nothing."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import clients
+import httpx2
+import psutil
+import pytest
+from clients import Account, User
+from load import compare
+from served import Server
+
+from gradmem.cli.main import main
+from gradmem.store import Store
+
+TEXT = "a7:Qz\nk2:9f"
+REFUSED = (
+    "the replica that had this request has stopped",
+    "no replica is ready",
+    "the store cannot be used",
+    "the request took longer than the server's timeout",
+)
+"""What else a request may be told whose replica or database was killed, or hangs."""
+
+
+@contextmanager
+def serving(folder: Path, store: str, *arguments: str) -> Iterator[Server]:
+    """A server that is ended as a service manager does."""
+    folder.mkdir()
+    server = Server(folder, "kv-16", *arguments, store=store)
+    try:
+        yield server
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            inside = psutil.Process(server.process.pid).children(recursive=True)
+        ended = server.stop()
+        for one in psutil.wait_procs(inside, 30)[1]:
+            one.kill()
+        assert ended in (0, -signal.SIGTERM)
+        assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture
+def two(tmp_path: Path, postgres: str) -> Iterator[list[Server]]:
+    """Two servers as processes."""
+    with serving(tmp_path / "a", postgres) as first, serving(tmp_path / "b", postgres) as second:
+        yield [first, second]
+
+
+@dataclass
+class Used:
+    """What clients did, and what they were told."""
+
+    account: Account
+    users: list[User]
+
+    def wrong(self, store: str) -> list[str]:
+        """What should not have happened, in their account or in the store."""
+        with Store(store) as opened:
+            return self.account.wrong + [line for user in self.users for line in compare(opened, user)]
+
+
+def under_load(urls: list[str], seconds: float, act: Callable[[], None], called: str) -> Used:
+    """Let clients use servers; do something in the middle."""
+    account, over = Account(), threading.Event()
+    users = [User(number, urls[number % len(urls)], account, over, called) for number in range(6)]
+    for user in users:
+        user.start()
+    time.sleep(seconds / 3)
+    act()
+    time.sleep(seconds * 2 / 3)
+    over.set()
+    for user in users:
+        user.join(clients.PATIENCE)
+        if user.is_alive():
+            account.wrong.append(f"{user.prefix} never came back")
+    return Used(account, users)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that also know the errors of replicas and of a database that was killed."""
+    monkeypatch.setattr(clients, "DOWN", (*clients.DOWN, *REFUSED))
+
+
+def test_two_servers_share_rates_and_write_a_text_once(tmp_path: Path, postgres: str) -> None:
+    # The second server's requests count in the first one's minute.
+    rated = ("--rate", "20")
+    with serving(tmp_path / "a", postgres, *rated) as first, serving(tmp_path / "b", postgres, *rated) as second:
+        wanted = {"text": TEXT, "checkpoint": "kv-16", "name": "notes"}
+        with ThreadPoolExecutor(2) as pool:
+            both = [
+                pool.submit(httpx2.post, f"{one.url}/v1/memories", json=wanted, timeout=60) for one in (first, second)
+            ]
+        found = [one.result() for one in both]
+        assert [one.status_code for one in found] == [201, 201]
+        assert found[0].json()["id"] == found[1].json()["id"]
+        answers = [httpx2.get(f"{one.url}/v1/memories", timeout=60) for one in [first, second] * 10]
+        assert [one.status_code for one in answers] == [200] * 18 + [429] * 2
+        assert answers[-1].json()["error"]["message"] == "more than 20 requests in a minute"
+        assert 0 < int(answers[-1].headers["Retry-After"]) <= 60
+        assert [httpx2.get(f"{one.url}/readyz").json() for one in (first, second)] == [{"status": "ready"}] * 2
+    with Store(postgres) as store:
+        assert [entry.name for entry in store.list()] == ["notes"]
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_database_that_is_killed_loses_nothing(
+    two: list[Server], postgres: str, kill: Callable[[], None], start_again: Callable[[], None]
+) -> None:
+    def restart() -> None:
+        kill()
+        told = [httpx2.get(f"{one.url}/readyz", timeout=60) for one in two]
+        assert [one.status_code for one in told] == [503] * 2
+        assert "the store cannot be used" in told[0].json()["error"]["message"]
+        start_again()
+
+    used = under_load([one.url for one in two], 18, restart, "killed")
+    assert used.wrong(postgres) == []
+    assert sum(used.account.failed.values()) > 0
+    assert sum(len(user.kept) for user in used.users) > 0
+    # They go on where they were.
+    assert all(httpx2.get(f"{one.url}/readyz", timeout=60).is_success for one in two)
+
+
+def replicas(server: Server) -> list[psutil.Process]:
+    """The processes of the replicas."""
+    found = []
+    for one in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "SERVE_REPLICA" in " ".join(one.cmdline()):
+                found.append(one)
+    return found
+
+
+def eventually(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether something becomes true."""
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.2)
+    return condition()
+
+
+@pytest.mark.usefixtures("patient")
+def test_replicas_that_are_replaced_killed_or_hang_lose_nothing(tmp_path: Path, postgres: str) -> None:
+    """One cluster for all of it: most of the time goes into its start."""
+    options = ("--ray", "--min_replicas", "2", "--max_replicas", "2", "--timeout", "15")
+    with serving(tmp_path / "ray", postgres, *options) as server:
+        url = [server.url]
+        assert httpx2.get(f"{server.url}/readyz", timeout=60).json() == {"status": "ready"}
+        assert len(first := replicas(server)) == 2
+
+        # An update: not one request fails.
+        def update() -> None:
+            server.process.send_signal(signal.SIGHUP)
+            assert eventually(lambda: not any(one.is_running() for one in first), 90)
+
+        used = under_load(url, 9, update, "updated")
+        assert used.wrong(postgres) == []
+        assert used.account.failed == {}
+        assert sum(len(user.kept) for user in used.users) > 0
+        second = replicas(server)
+        assert len(second) == 2
+
+        used = under_load(url, 9, second[0].kill, "killed")
+        assert used.wrong(postgres) == []
+        assert sum(len(user.kept) for user in used.users) > 0
+        assert eventually(lambda: len(replicas(server)) == 2, 60)
+
+        # One that hangs is replaced; meanwhile its requests end in time.
+        third = replicas(server)[0]
+        used = under_load(url, 9, third.suspend, "hung")
+        assert used.wrong(postgres) == []
+        assert eventually(lambda: third.pid not in [one.pid for one in replicas(server)], 90)
+        assert eventually(lambda: len(replicas(server)) == 2, 60)
+        assert httpx2.get(f"{server.url}/readyz", timeout=60).is_success
+
+
+def test_replicas_need_a_database_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADMEM_STORE", str(tmp_path / "store.db"))
+    assert main(["serve", "kv-16", "--ray"]) == 2
+    assert "several replicas need PostgreSQL" in capsys.readouterr().err
+    assert main(["serve", "kv-16", "--ray", "--min_replicas", "3", "--max_replicas", "2"]) == 2
+    assert "--max_replicas at least as many" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "memory"),
+    [
+        ("/v1/memories/notes/ask", b"{}", "notes"),
+        ("/v1/memories/a%2Fb/append", b"{}", "a/b"),
+        ("/v1/memories/files", b"{}", ""),
+        ("/v1/memories", b'{"text": "x"}', ""),
+        ("/v1/chat/completions", b'{"model": "kv-16:notes"}', "notes"),
+        ("/v1/responses", b'{"model": "kv-16", "memory_id": "notes"}', "notes"),
+        ("/v1/chat/completions", b'{"model": 3}', ""),
+        ("/v1/chat/completions", b"[" * 10_000, ""),
+        ("/", b"", ""),
+    ],
+)
+def test_requests_about_one_memory_have_one_key(path: str, body: bytes, memory: str) -> None:
+    from gradmem.serving.replicas import memory_of
+
+    assert memory_of({"path": path, "method": "POST"}, body) == memory
