@@ -74,6 +74,15 @@ def memory(tiny: MemoryModel) -> Memory:
     return tiny.write(TEXT)
 
 
+def test_an_engine_is_stuck_only_while_one_step_takes_too_long(held: Held) -> None:
+    assert held.engine.stuck(0.0)
+    assert not held.engine.stuck(600.0)
+    held.gate.set()
+    held.written.result(60)
+    held.engine.close()
+    assert not held.engine.stuck(0.0)
+
+
 @pytest.mark.parametrize("case", ALL, ids=lambda pair: f"{pair[0]}-{pair[1]}")
 def test_answers_are_those_of_the_model(case: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every method; memories of different lengths, some asked several times, from several threads."""

