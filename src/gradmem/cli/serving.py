@@ -83,7 +83,7 @@ def serve(
         device=device,
         upstream=upstream and checked_url(upstream),
     )
-    quota = {"max_memories": max_memories, "max_bytes": max_bytes}
+    quota: dict[str, Any] = {"max_memories": max_memories, "max_bytes": max_bytes}
     lines = logging.StreamHandler()
     lines.setFormatter(JsonLines())
     LOG.addHandler(lines)
@@ -92,7 +92,8 @@ def serve(
     if ray:
         from .replicas import run_replicas
 
-        run_replicas(settings, port, min_replicas=min_replicas, max_replicas=max_replicas, **quota)
+        replicas = {"min_replicas": min_replicas, "max_replicas": max_replicas, "preload": bool(checkpoints)}
+        run_replicas(settings, port, **replicas, **quota)
     else:
         run(create_app(Store(**quota), settings), settings, port)
 

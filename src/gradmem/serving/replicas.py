@@ -20,10 +20,10 @@ from urllib.parse import unquote
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 from ray import serve
-from ray.exceptions import RayActorError, TaskCancelledError, WorkerCrashedError
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError, WorkerCrashedError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import LoggingConfig
 from starlette.types import Message, Receive, Scope, Send
 
@@ -60,6 +60,8 @@ class Options(BaseModel, extra="forbid"):
     max_bytes: int = 2**30
     min_replicas: int = 1
     max_replicas: int = 4
+    preload: bool = True
+    """Whether a replica loads its checkpoints before it takes requests."""
 
     def open_store(self) -> Store:
         """Open the store.
@@ -86,8 +88,10 @@ class Replica:
     options : Options
     """
 
-    def __init__(self, options: Options) -> None:
+    async def __init__(self, options: Options) -> None:  # type: ignore[misc]  # as Ray Serve allows
         self.app = unguarded_app(options.open_store(), options.settings, Telemetry())
+        for name in options.settings.checkpoints if options.preload else ():
+            await self.app.state.engines.get(name)
 
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:
         """Serve a request that the front has admitted. Yield what is to be sent, as many messages as there are."""
@@ -161,7 +165,7 @@ class Requests:
         told = {name: scope[name] for name in SCOPE if name in scope} | {"state": {"owner": scope["state"]["owner"]}}
         memory = memory_of(scope, body)
         handle = self._answer.options(session_id=f"{told['state']['owner'] or ''}/{memory}") if memory else self._answer
-        answer = handle.remote(told, body)
+        answer: DeploymentResponseGenerator[list[Message]] = handle.remote(told, body)  # type: ignore[assignment]
         self._waiting.add(answer)
         try:
             async for messages in answer:
@@ -173,10 +177,12 @@ class Requests:
                         scope["route"] = SimpleNamespace(path=path)
                     await send(message)
         except Exception as error:
-            raise self._refusal(error) from error
+            raise self._told(error) from error
+        except asyncio.CancelledError:  # the client has left, or the time is over
+            answer.cancel()
+            raise
         finally:
             self._waiting.discard(answer)
-            answer.cancel()
 
     async def check(self) -> None:
         """Raise an error if no replica is ready."""
@@ -185,7 +191,7 @@ class Requests:
         try:
             await self._ready.remote()
         except Exception as error:
-            raise self._refusal(error) from error
+            raise self._told(error) from error
 
     async def close(self, grace: float | None = None) -> None:
         """Wait until the accepted requests are answered, and give up those that take longer than `grace` seconds."""
@@ -196,17 +202,18 @@ class Requests:
         for answer in self._waiting.copy():
             answer.cancel()
 
-    def _refusal(self, error: Exception) -> Exception:
-        """Say how the error of a call is answered."""
-        if isinstance(error, GradmemError):
-            return error
-        if isinstance(error, TaskCancelledError):
-            return Closed("the server is closed") if self._closed else error
+    def _told(self, error: Exception) -> Exception:
+        """Say what the client is told of the error of a call."""
+        cause = error.cause if isinstance(error, RayTaskError) else None
+        if isinstance(cause, GradmemError | TimeoutError):
+            return cause
+        if self._closed and isinstance(error, TaskCancelledError):
+            return Closed("the server is closed")
         if isinstance(error, LOST):
             return Refused(503, "the replica that had this request has stopped: send it again", retry_after=1)
         if isinstance(error, BackPressureError | DeploymentUnavailableError):
             return Refused(503, "no replica is ready at the moment", retry_after=5)
-        return error
+        return RuntimeError(type(error).__name__)
 
 
 def memory_of(scope: Scope, body: bytes) -> str:
@@ -254,24 +261,24 @@ def deployment(options: Options) -> serve.Application:
     """Describe the replicas: as many as the load needs, replaced one by one by new ones that are ready."""
     on_gpu = options.settings.device.startswith("cuda")
     described = serve.deployment(
-        Replica,  # type: ignore[arg-type]
         name="replica",
         ray_actor_options={"num_cpus": 1, "num_gpus": int(on_gpu)},
-        max_ongoing_requests=options.settings.max_requests,
+        max_ongoing_requests=options.settings.max_queue,
         max_queued_requests=options.settings.max_requests,
+        max_constructor_retry_count=3,
         autoscaling_config=AutoscalingConfig(
             min_replicas=options.min_replicas,
             max_replicas=options.max_replicas,
             target_ongoing_requests=16,  # an engine answers those that wait together in one batch
         ),
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=SHUTDOWN_SECONDS + 5,
         max_surge_percent=1,  # one more than are needed, so that none is missed
         logging_config=SILENT,
     )
-    return described.bind(options)
+    return described(Replica).bind(options)
 
 
 @serve.ingress()
@@ -299,10 +306,9 @@ def app(arguments: dict[str, Any]) -> serve.Application:
     settings = {field.name: given.pop(field.name) for field in fields(Settings) if field.name in given}
     options = Options(settings=settings, **given)  # type: ignore[arg-type]
     described = serve.deployment(
-        Front,
         name="front",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=options.settings.max_requests,
         logging_config=SILENT,
     )
-    return described.bind(options, deployment(options))
+    return described(Front).bind(options, deployment(options))
