@@ -33,7 +33,9 @@ class Server:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], 300)[0], self.log.read_text()
+        if not select.select([self.process.stdout], [], [], 900)[0]:
+            self.process.kill()
+            raise AssertionError(f"the server does not start: {self.log.read_text()}")
         self.url = self.process.stdout.readline().decode().strip()
 
     @staticmethod
