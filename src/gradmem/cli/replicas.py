@@ -22,38 +22,45 @@ OBJECTS = 80 * 2**20
 """Bytes of the object store of a cluster that is started here: requests and answers are small."""
 
 
-def run_replicas(settings: Any, port: int, **options: Any) -> None:
-    """Serve until the process is told to stop. The options are those of `gradmem.serving.replicas.Options`."""
+@contextmanager
+def replicated(settings: Any, **options: Any) -> Iterator[Any]:
+    """Start replicas, on a new cluster unless there is one, and end them after the block.
+
+    Parameters
+    ----------
+    settings : Settings
+    options
+        Those of `gradmem.serving.replicas.Options`.
+
+    Yields
+    ------
+    ASGI application
+        What clients reach; see `gradmem.serving.replicas.front`. SIGHUP replaces the replicas.
+
+    Raises
+    ------
+    GradmemError
+        If the packages are not installed, an option is wrong, or the replicas do not start.
+    """
     for name, value in (QUIET | ({} if "RAY_ADDRESS" in os.environ else OWN)).items():
         os.environ.setdefault(name, value)
     try:
-        from ..serving.replicas import Options, front
+        import ray
+        from ray import serve
+
+        from ..serving.replicas import SILENT, Options, deployment, front
+        from ..serving.telemetry import LOG, failure
     except ImportError as error:
         raise GradmemError(f"replicas need more packages ({error.name}): pip install 'gradmem[ray]'") from error
-    from .serving import run
-
     given = Options(settings=settings, **options)
     given.open_store().close()  # a wrong option must fail before a cluster starts
-    with _cluster(given) as replicas, suppress(KeyboardInterrupt):  # raised after the front has ended
-        run(front(replicas, given), settings, port)
-
-
-@contextmanager
-def _cluster(options: Any) -> Iterator[Any]:
-    """Start the replicas, on a new cluster unless there is one, and end them."""
-    import ray
-    from ray import serve
-
-    from ..serving.replicas import SILENT, deployment
-    from ..serving.telemetry import LOG, failure
-
-    own = {"address": "local"} | _own_cluster(options) if "RAY_ADDRESS" not in os.environ else {}
+    own = {"address": "local"} | _own_cluster(given.max_replicas) if "RAY_ADDRESS" not in os.environ else {}
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     ray.init(logging_level=logging.ERROR, log_to_driver=False, namespace=NAME, **own)
 
     def deploy() -> Any:
         try:
-            return serve.run(deployment(options), name=NAME, route_prefix=None)
+            return serve.run(deployment(given), name=NAME, route_prefix=None)
         except RuntimeError as error:
             raise GradmemError(f"the replicas do not start: {error}") from error
 
@@ -66,9 +73,10 @@ def _cluster(options: Any) -> Iterator[Any]:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray would print its own stack
     try:
         serve.start(proxy_location="Disabled", logging_config=SILENT)
-        replicas = deploy()
+        app = front(deploy(), given)
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=replace, daemon=True).start())
-        yield replicas
+        with suppress(KeyboardInterrupt):  # raised after the front has ended
+            yield app
         serve.delete(NAME)
     finally:
         if own:
@@ -76,10 +84,10 @@ def _cluster(options: Any) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _own_cluster(options: Any) -> dict[str, Any]:
+def _own_cluster(replicas: int) -> dict[str, Any]:
     """Options of a cluster on this machine: as many replicas as are wanted have room, and their replacements too."""
     return {
-        "num_cpus": 2 * options.max_replicas,
+        "num_cpus": 2 * replicas,
         "object_store_memory": OBJECTS,
         "include_dashboard": False,
     }

@@ -90,10 +90,11 @@ def serve(
     LOG.setLevel(logging.INFO)
     logging.getLogger("uvicorn").addHandler(lines)
     if ray:
-        from .replicas import run_replicas
+        from .replicas import replicated
 
         replicas = {"min_replicas": min_replicas, "max_replicas": max_replicas, "preload": bool(checkpoints)}
-        run_replicas(settings, port, **replicas, **quota)
+        with replicated(settings, **replicas, **quota) as app:
+            run(app, settings, port)
     else:
         run(create_app(Store(**quota), settings), settings, port)
 
