@@ -18,8 +18,8 @@ def test_a_server_is_ready_while_its_store_can_be_used(
 ) -> None:
     monkeypatch.setattr(operation, "READY_SECONDS", 0.0)
     assert client.get("/readyz").json() == {"status": "ready"}
+    client.app.state.store.close()  # its connections remember the file
     (tmp_path / "store.db").write_bytes(b"no database" * 1000)
-    client.app.state.store.close()  # its connections would remember the file
     refused(client.get("/readyz"), 503, "the store cannot be used")
     assert client.get("/healthz").json() == {"status": "ok"}
 

@@ -12,9 +12,11 @@ import os
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from clients import CHECKPOINT, PATIENCE, Account, User
 from load import compare, quantiles
 from rich.console import Console
@@ -33,26 +35,38 @@ KINDS = {
 """Number of servers, and their arguments."""
 
 
-def use(urls: list[str], clients: int, seconds: float, called: str) -> dict[str, Any]:
+def processor_seconds(servers: list[Server]) -> float:
+    """Seconds that cores have spent on servers and the processes that they started."""
+    total = 0.0
+    for server in servers:
+        process = psutil.Process(server.process.pid)
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                total += sum(one.cpu_times()[:2])
+    return total
+
+
+def use(servers: list[Server], clients: int, seconds: float, called: str) -> dict[str, Any]:
     """Let clients use servers, and compare the store with what they were told."""
-    account, over = Account(), threading.Event()
+    account, over, urls = Account(), threading.Event(), [one.url for one in servers]
     for number, url in enumerate(urls * 8):  # so that every replica has loaded its checkpoint
         with Client(url) as client:
             client.write(f"a{number % 10}:Qz", CHECKPOINT, name=f"first-{called}-{number}")
     users = [User(number, urls[number % len(urls)], account, over, called) for number in range(clients)]
-    started = time.monotonic()
+    started, spent = time.monotonic(), processor_seconds(servers)
     for user in users:
         user.start()
     time.sleep(seconds)
     over.set()
-    taken = time.monotonic() - started
     for user in users:
         user.join(PATIENCE)
+    taken, spent = time.monotonic() - started, processor_seconds(servers) - spent
     with Store() as store:
         wrong = account.wrong + [line for user in users for line in compare(store, user)]
     every = [one for kind in account.seconds.values() for one in kind]
     return {
         "requests_per_s": len(every) / taken,
+        "processor_ms_per_request": 1000 * spent / max(1, len(every)),
         "failed": sum(account.failed.values()),
         "wrong": wrong,
         "by_kind": {kind: {"answered": len(each), **quantiles(each)} for kind, each in sorted(account.seconds.items())},
@@ -68,7 +82,17 @@ def main() -> None:
     command.add_argument("--json", type=Path, metavar="FILE", help="save the figures")
     options = command.parse_args()
     built = Table(title=f"{options.clients} clients, {options.seconds:g} s each")
-    headings = ("servers", "requests/s", "ask p50, s", "ask p99, s", "write p50, s", "write p99, s", "failed", "wrong")
+    headings = (
+        "servers",
+        "requests/s",
+        "core ms/request",
+        "ask p50, s",
+        "ask p99, s",
+        "write p50, s",
+        "write p99, s",
+        "failed",
+        "wrong",
+    )
     for heading in headings:
         built.add_column(heading, justify="left" if heading == "servers" else "right")
     found: dict[str, Any] = {"load_average": []}
@@ -81,7 +105,7 @@ def main() -> None:
             given = (CHECKPOINT, "--rate", "1000000", *arguments)
             servers = [Server(place, *given, store=os.environ["GRADMEM_STORE"]) for place in places]
             try:
-                row = use([one.url for one in servers], options.clients, options.seconds, kind.replace(" ", ""))
+                row = use(servers, options.clients, options.seconds, kind.replace(" ", ""))
             finally:
                 for one in servers:
                     one.stop()
@@ -89,7 +113,14 @@ def main() -> None:
         found["load_average"].append(os.getloadavg()[0])
         times = [row["by_kind"].get(what, {}) for what in ("ask", "write")]
         numbers = [f"{one.get(what, float('nan')):.2f}" for one in times for what in ("p50_s", "p99_s")]
-        built.add_row(kind, f"{row['requests_per_s']:.1f}", *numbers, str(row["failed"]), str(len(row["wrong"])))
+        built.add_row(
+            kind,
+            f"{row['requests_per_s']:.1f}",
+            f"{row['processor_ms_per_request']:.0f}",
+            *numbers,
+            str(row["failed"]),
+            str(len(row["wrong"])),
+        )
     Console(width=120).print(built, f"load average after each: {found['load_average']}", sep="\n")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))

@@ -192,7 +192,7 @@ def replicas(server: Server) -> list[psutil.Process]:
     found = []
     for one in psutil.Process(server.process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "SERVE_REPLICA" in " ".join(one.cmdline()):
+            if "ServeReplica:gradmem:replica" in " ".join(one.cmdline()):
                 found.append(one)
     return found
 
