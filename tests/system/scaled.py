@@ -105,7 +105,7 @@ def main() -> None:
             given = (CHECKPOINT, "--rate", "1000000", *arguments)
             servers = [Server(place, *given, store=os.environ["GRADMEM_STORE"]) for place in places]
             try:
-                row = use(servers, options.clients, options.seconds, kind.replace(" ", ""))
+                row = use(servers, options.clients, options.seconds, "".join(filter(str.isalnum, kind)))
             finally:
                 for one in servers:
                     one.stop()
@@ -121,7 +121,7 @@ def main() -> None:
             str(row["failed"]),
             str(len(row["wrong"])),
         )
-    Console(width=120).print(built, f"load average after each: {found['load_average']}", sep="\n")
+    Console(width=140).print(built, f"load average after each: {found['load_average']}", sep="\n")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
