@@ -188,11 +188,12 @@ def test_a_server_behind_the_proxy_is_ended_and_started_again_without_a_failed_r
 
 
 def replicas(server: Server) -> list[psutil.Process]:
-    """The processes of the replicas."""
+    """The processes of the replicas that have started."""
     found = []
     for one in psutil.Process(server.process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "ServeReplica:gradmem:replica" in " ".join(one.cmdline()):
+            title = " ".join(one.cmdline())
+            if "ServeReplica:gradmem:replica" in title and "__init__" not in title:
                 found.append(one)
     return found
 
