@@ -1,7 +1,8 @@
 """Rows of the board for presses of kvpress, in an environment of its own; see the package's docstring.
 
 Questions begin after the end of the text, as kvpress counts positions. Presses that hide entries instead of removing
-them (KVzip, AdaKV) are counted by what is left.
+them (KVzip, AdaKV) are counted by what is left. SnapKV keeps the last tokens by whose queries it scores, 64 of them by
+default. Short texts do not have so many, so here these are at most half of what is kept.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ from transformers.utils import logging
 
 from benchmarks.board.common import Ids, Measurement, Reader, parser
 
-PRESSES: dict[str, Callable[[float], Any]] = {
-    "StreamingLLM": lambda ratio: kvpress.StreamingLLMPress(compression_ratio=ratio),
-    "Knorm": lambda ratio: kvpress.KnormPress(compression_ratio=ratio),
-    "KeyDiff": lambda ratio: kvpress.KeyDiffPress(compression_ratio=ratio),
-    "SnapKV": lambda ratio: kvpress.SnapKVPress(compression_ratio=ratio),
-    "ExpectedAttention": lambda ratio: kvpress.ExpectedAttentionPress(compression_ratio=ratio),
-    "AdaKV": lambda ratio: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(compression_ratio=ratio)),
-    "KVzip": lambda ratio: kvpress.KVzipPress(compression_ratio=ratio),
+WINDOW = 64
+"""Most tokens by whose queries SnapKV scores: its default."""
+PRESSES: dict[str, Callable[[float, int], Any]] = {
+    "StreamingLLM": lambda ratio, _: kvpress.StreamingLLMPress(compression_ratio=ratio),
+    "Knorm": lambda ratio, _: kvpress.KnormPress(compression_ratio=ratio),
+    "KeyDiff": lambda ratio, _: kvpress.KeyDiffPress(compression_ratio=ratio),
+    "SnapKV": lambda ratio, length: kvpress.SnapKVPress(
+        compression_ratio=ratio, window_size=max(1, min(WINDOW, int((1 - ratio) * length) // 2))
+    ),
+    "ExpectedAttention": lambda ratio, _: kvpress.ExpectedAttentionPress(compression_ratio=ratio),
+    "AdaKV": lambda ratio, _: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(compression_ratio=ratio)),
+    "KVzip": lambda ratio, _: kvpress.KVzipPress(compression_ratio=ratio),
 }
-"""Presses by name, each from the part of the cache that it removes."""
+"""Presses by name, each from the part of the cache that it removes, and the tokens of the text."""
 
 
 class CacheReader(Reader):
@@ -134,7 +139,7 @@ def main() -> None:
         found.add("none", 0.0, pressed(model, found.said["before"] or text["ids"][:1]), 0.0, text)
         for name in options.presses:
             for budget in options.budgets:
-                press, started = PRESSES[name](1 - budget), time.perf_counter()
+                press, started = PRESSES[name](1 - budget, len(text["ids"])), time.perf_counter()
                 reader = pressed(model, text["ids"], press)
                 found.add(name, budget, reader, time.perf_counter() - started, text)
     found.save()
