@@ -10,6 +10,7 @@ import pytest
 
 from chat_models import save_model
 from gradmem.cli.main import main
+from gradmem.data.made_up import made_up_texts
 from gradmem.evaluation import board as module
 from gradmem.model import MemoryModel
 from gradmem.tasks.document import Document
@@ -62,9 +63,13 @@ def test_a_checkpoint_of_full_context_is_asked_through_its_own_task(model: str) 
 
 
 def test_texts_that_are_made_up_need_no_file(model: str) -> None:
-    given = ["--max_words", "60", "--contexts", "2", "--questions", "1", "--writers", "full", "--json", "rows.json"]
-    assert main(["board", save_model(Path("long"), positions=2048), *given]) == 0
+    """They come in the order in which they are made up, so that fewer of them are the first ones."""
+    given = ["--max_words", "60", "--contexts", "2", "--questions", "1", "--writers", "full", "--seed", "5"]
+    files = ["--json", "rows.json", "--answers", "answers.json"]
+    assert main(["board", save_model(Path("long"), positions=2048), *given, *files]) == 0
     assert {row["questions"] for row in json.loads(Path("rows.json").read_text())} == {2}
+    texts = [text["text"] for text in json.loads(Path("answers.json").read_text())["texts"]]
+    assert texts == [text for text, _ in made_up_texts(3, 60, seed=5)[:2]]
 
 
 @pytest.mark.parametrize(

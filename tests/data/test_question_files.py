@@ -73,6 +73,7 @@ def test_texts_are_chosen_by_length_in_a_random_order() -> None:
     assert {len(asked) for _, asked in chosen} == {3}
     assert choose_texts(texts, 10, 3, max_words=20, seed=1) == chosen != choose_texts(texts, 10, 3, 20, seed=2)
     assert choose_texts(texts, 4, 3, max_words=20, seed=1) == chosen[:4]
+    assert choose_texts(texts, 4, 5, seed=None) == texts[:4]
     with pytest.raises(GradmemError, match="all 20 texts have more than 20 words"):
         choose_texts(texts[20:], 10, 3, max_words=20)
     with pytest.raises(GradmemError, match="contexts must be at least 1, not 0"):

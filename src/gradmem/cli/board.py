@@ -70,8 +70,11 @@ def board(
     from .board_tables import board_table
 
     fractions = [_fraction(text) for text in budgets.split(",")]
-    found = made_up_texts(contexts, max_words, seed) if data == MADE_UP else read_texts(Path(data))
-    texts = choose_texts(found, contexts, questions, max_words, seed)
+    if data == MADE_UP:
+        # As they come: with fewer contexts a stopped run ends with its first texts.
+        texts = choose_texts(made_up_texts(contexts, max_words, seed), contexts, questions, seed=None)
+    else:
+        texts = choose_texts(read_texts(Path(data)), contexts, questions, max_words, seed)
     loaded = gradmem.load(model, {"name": "full_context"}).to(device_named(device))
     about = {"model": Path(model).name, "data": Path(data).name, "max_words": max_words, "seed": seed}
     names = [name.strip() for name in writers.split(",")]

@@ -35,9 +35,9 @@ def read_texts(path: Path) -> list[Window]:
 
 
 def choose_texts(
-    texts: Sequence[Window], count: int, questions: int, max_words: int | None = None, seed: int = 1
+    texts: Sequence[Window], count: int, questions: int, max_words: int | None = None, seed: int | None = 1
 ) -> list[Window]:
-    """Choose texts at random, with the first few questions of each.
+    """Choose texts, with the first few questions of each.
 
     Parameters
     ----------
@@ -48,8 +48,8 @@ def choose_texts(
         Most questions of a text.
     max_words : int, optional
         Most words of a text; longer ones are left out.
-    seed : int
-        Decides the order.
+    seed : int, optional
+        Decides the order; None takes the texts as they come.
 
     Raises
     ------
@@ -61,5 +61,6 @@ def choose_texts(
     short = [one for one in texts if max_words is None or len(one[0].split()) <= max_words]
     if not short:
         raise GradmemError(f"all {len(texts)} texts have more than {max_words} words: raise max_words")
-    random.Random(seed).shuffle(short)
+    if seed is not None:
+        random.Random(seed).shuffle(short)
     return [(context, asked[:questions]) for context, asked in short[:count]]
