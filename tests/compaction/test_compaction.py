@@ -13,7 +13,7 @@ from families import tiny_model
 from gradmem.backbone import Backbone
 from gradmem.batch import Tokens
 from gradmem.compaction import study as study_module
-from gradmem.compaction.budget import entries_of
+from gradmem.compaction.budget import enough, entries_of
 from gradmem.compaction.fidelity import fidelity
 from gradmem.compaction.match import match
 from gradmem.compaction.questions import STOCK, check_language
@@ -23,6 +23,7 @@ from gradmem.errors import GradmemError
 from gradmem.lora import add_lora
 from gradmem.memory import Memory
 from gradmem.methods.compact import Compact
+from stored import made as stored
 
 STEP = 1e-3
 """Of finite differences: Llama's norms compute in float32, whatever the weights are."""
@@ -68,6 +69,32 @@ def test_budgets_are_fractions_entries_or_bytes() -> None:
     for wrong in (0, -1, 0.001, "200", "5 apples", "99B"):
         with pytest.raises(GradmemError, match="budget"):
             entries_of(wrong, 80, 100)
+
+
+def test_a_fraction_of_a_short_text_is_raised() -> None:
+    assert enough(0.1, 80) == 0.1
+    assert enough(0.1, 79) == 8
+    assert enough(0.1, 5) == 5
+    assert enough(1, 5) == 1
+    for exact in (3, 16, "2KB", 1.5):
+        assert enough(exact, 20) == exact
+
+
+@torch.no_grad()
+def test_a_short_text_keeps_enough_and_says_so() -> None:
+    """The two tokens before the text count with it: of 18 entries of each head, a tenth would be two."""
+    method, _ = made(budget=0.1, writers="select")
+    memory = method.write(Tokens.from_lists([TEXT])).memory
+    counts = memory.tensors["counts"]
+    assert int(counts.sum()) == 8 * counts.numel()
+    receipt = replace(stored(1).receipts[0], context_tokens=len(TEXT))
+    (note,) = method.notes(replace(memory, receipts=[receipt]))
+    assert "keeps 8 of the 18 entries" in note
+    assert method.notes(replace(memory, receipts=[replace(receipt, context_tokens=78)])) == []
+    exact, _ = made(budget=4, writers="select")
+    memory = exact.write(Tokens.from_lists([TEXT])).memory
+    assert int(memory.tensors["counts"].sum()) == 4 * counts.numel()
+    assert exact.notes(replace(memory, receipts=[receipt])) == []
 
 
 @torch.no_grad()

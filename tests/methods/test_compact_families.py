@@ -70,7 +70,7 @@ def test_a_part_is_read_as_the_model_reads_the_same_cache(kind: str, fields: dic
     """Every head keeps entries of its own, as many as every other; questions begin after the text or the memory."""
     kept: dict[str, Tensor] = {}
     for positions in ("text", "memory"):
-        method, memory = compacted(kind, fields, budget=0.5, writers="select", shared=False, positions=positions)
+        method, memory = compacted(kind, fields, budget=7, writers="select", shared=False, positions=positions)
         model, tensors = method.backbone.model, memory.tensors
         shape = tensors["counts"].shape[1:]
         keys, values = (tensors[name][0].unflatten(0, (*shape, -1))[:, None] for name in ("keys", "values"))

@@ -139,8 +139,8 @@ def write(
     if output or not entry:
         _print_line(f"saved {write_bytes(output or Path('memory.safetensors'), data)}: {size}")
     _print_missed(receipts, until)
-    if model.method.caution:
-        _print_line(f"note: {model.method.caution}")
+    for note in model.method.notes(memory):
+        _print_line(f"note: {note}")
     if stopped:
         taken = max(receipt.steps for receipt in receipts)
         raise KeyboardInterrupt(f"saved the memory after {taken} write steps")

@@ -7,6 +7,8 @@ import re
 from ..errors import GradmemError
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+LEAST = 8
+"""Entries of a head, on average, that a fraction of a short text keeps at least: with fewer, names come out wrong."""
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?)b", re.IGNORECASE)
 
 
@@ -40,3 +42,19 @@ def entries_of(budget: float | str, length: int, bytes_of_entry: int) -> float:
         least = f"{bytes_of_entry:,} bytes" if isinstance(budget, str) else f"{1 / length:.2g} of this text's cache"
         raise GradmemError(f"a budget of {budget} is less than one entry for each head: give at least {least}")
     return min(entries, float(length))
+
+
+def enough(budget: float | str, length: int) -> float | str:
+    """Raise a fraction of a short text to a number of entries that answers; leave other budgets as they are.
+
+    Parameters
+    ----------
+    budget : float or str
+        As for `entries_of`.
+    length : int
+        Entries of the whole cache, for each head.
+    """
+    least = float(min(LEAST, length))
+    if isinstance(budget, str) or not 0 < budget <= 1 or budget * length >= least:
+        return budget
+    return least

@@ -10,7 +10,7 @@ import torch
 
 from ..backbone import Backbone
 from ..batch import Tokens
-from ..compaction.budget import entries_of
+from ..compaction.budget import LEAST, enough, entries_of
 from ..compaction.fidelity import compared, fidelity
 from ..compaction.match import match
 from ..compaction.select import Score
@@ -31,8 +31,9 @@ class CompactOptions(Options):
     """Options of `compact`."""
 
     budget: float | str = 0.1
-    """How much to keep of the key-value cache. Up to 1: this fraction of its entries. Above 1: this many entries for
-    each head, on average. A text such as 200KB or 2MB: bytes of keys and values in float32."""
+    """How much to keep of the key-value cache. Up to 1: this fraction of its entries, but of a short text at least 8
+    for each head, on average. Above 1: this many entries for each head, on average. A text such as 200KB or 2MB: bytes
+    of keys and values in float32."""
     writers: Literal["select", "select,match", "select,match,study"] = "select,match"
     """Writers, one after the other. select keeps entries as they are. match moves them until questions find in them
     what they find in the whole cache, without a pass through the model. study moves them by gradients through the
@@ -112,19 +113,34 @@ class Compact(EntriesMethod):
         yield self.unwritten, None
         if torch.is_grad_enabled():
             text = read_repeated(self.backbone, self.task, ids)
-            _, memory = next(self.compacted(text, self.options.budget))
+            _, memory = next(self._written(text))
             yield from [(memory, None)] * self.write_steps
             return
         text = self.read_text(ids)
         if not text.held_out.queries:
-            yield from ((memory, None) for _, memory in self.compacted(text, self.options.budget))
+            yield from ((memory, None) for _, memory in self._written(text))
             return
         unwritten = fidelity(self.backbone, self.prefix(self.unwritten), text.held_out)
         start = None
-        for _, memory in self.compacted(text, self.options.budget):
+        for _, memory in self._written(text):
             found = fidelity(self.backbone, self.prefix(memory), text.held_out)
             start = found if start is None else start
             yield memory, compared(unwritten, start, found, text.held_out)
+
+    def _written(self, text: Text) -> Iterator[tuple[str, Memory]]:
+        """Run the writers with the budget of the options, which is raised for a short text."""
+        return self.compacted(text, enough(self.options.budget, text.whole.keys.shape[2]))
+
+    def notes(self, memory: Memory) -> list[str]:
+        """Say if a short text was left more than the budget; see `Method.notes`."""
+        budget, receipts = self.options.budget, memory.receipts
+        length = len(self.before_context) + (receipts[0].context_tokens if receipts else 0)
+        if enough(budget, length) == budget:
+            return []
+        return [
+            f"so short a text keeps {min(LEAST, length)} of the {length} entries of each head, more than --budget "
+            f"{budget:g}; fewer answer badly, but a number of entries (--budget 4) is taken as it is"
+        ]
 
     def read_text(self, ids: list[int]) -> Text:
         """Read a text whole, with what questions look for in it: done once, for memories of any size."""

@@ -180,6 +180,10 @@ class Method(WholeContexts, ABC):
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the tensors of a memory have the names and shapes that this method writes."""
 
+    def notes(self, memory: Memory) -> list[str]:
+        """What to tell whoever has just written a memory: `caution`, if there is one."""
+        return [self.caution] if self.caution else []
+
     @property
     def n_mem(self) -> int:
         """Number of memory vectors; 0 if the memory is not made of vectors."""
