@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from ..corpus.cluster import PRIVATE
 from ..errors import GradmemError
 
 NAME = "gradmem"
 """Name of the application on Ray."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
 """No report to Ray's makers, and no lines of Ray Serve on standard error."""
-OWN = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
-"""A cluster that is started here listens on the loopback address only, and its replicas run like any server."""
 OBJECTS = 80 * 2**20
 """Bytes of the object store of a cluster that is started here: requests and answers are small."""
 
@@ -42,7 +41,7 @@ def replicated(settings: Any, **options: Any) -> Iterator[Any]:
     GradmemError
         If the packages are not installed, an option is wrong, or the replicas do not start.
     """
-    for name, value in (QUIET | ({} if "RAY_ADDRESS" in os.environ else OWN)).items():
+    for name, value in (QUIET | ({} if "RAY_ADDRESS" in os.environ else PRIVATE)).items():
         os.environ.setdefault(name, value)
     try:
         import ray

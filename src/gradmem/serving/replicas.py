@@ -165,7 +165,7 @@ class Requests:
         told = {name: scope[name] for name in SCOPE if name in scope} | {"state": {"owner": scope["state"]["owner"]}}
         memory = memory_of(scope, body)
         handle = self._answer.options(session_id=f"{told['state']['owner'] or ''}/{memory}") if memory else self._answer
-        answer: DeploymentResponseGenerator[list[Message]] = handle.remote(told, body)  # type: ignore[assignment]
+        answer: DeploymentResponseGenerator[list[Message]] = handle.remote(told, body)
         self._waiting.add(answer)
         try:
             async for messages in answer:
@@ -271,7 +271,7 @@ def deployment(options: Options) -> serve.Application:
             max_replicas=options.max_replicas,
             target_ongoing_requests=16,  # an engine answers those that wait together in one batch
         ),
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=SHUTDOWN_SECONDS + 5,
