@@ -90,8 +90,6 @@ class Store:
         view._session = self._session.owned_by(owner)
         return view
 
-    # Storing
-
     def write(
         self,
         model: MemoryModel,
@@ -201,8 +199,6 @@ class Store:
             transaction.check_room(size=1, memories=1)
             return None
 
-    # Reading
-
     def get(self, ref: str) -> Entry:
         """Return the entry of a memory.
 
@@ -264,8 +260,6 @@ class Store:
             page = matching(transaction.connection, self._session.owner, filters, after).limit(limit)
             return transaction.page(transaction.connection.scalars(page).all())
 
-    # Changing
-
     def change(self, ref: str, **changes: Unpack[Changes]) -> Entry:
         """Change the name, the tags and the pin of a memory. If one change is refused, none is made.
 
@@ -325,8 +319,6 @@ class Store:
         with self._session.transaction(writes=True) as transaction:
             matches = matching(transaction.connection, self._session.owner, filters).order_by(None)
             return transaction.delete(db.memories.c.id.in_(matches) & db.memories.c.pinned.is_(False))
-
-    # Versions
 
     def update(
         self, ref: str, memory: Memory, *, precision: Precision | None = None, expected: int | None = None
