@@ -157,7 +157,7 @@ class _There(Accelerator):
 def test_training_looks_at_numbers_once_a_step(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradmem.training.trainer.Accelerator", _There)
+    monkeypatch.setattr("gradmem.training.sharding.Accelerator", _There)
     method = {"name": "gradmem", "n_mem": 2, "write_steps": 2, "inner_lr": 0.3, "chunk_size": 8, "chunk_mode": "joint"}
     stage = Stage(max_steps=3, write_steps=[1, 2], batch_size=4, warmup_steps=1, decay_steps=1)
     recipe = Recipe(
@@ -200,7 +200,7 @@ def test_each_stage_trains_on_its_own_samples(tmp_path: Path, monkeypatch: pytes
     recipe.device = "cpu"
     wanted = losses("here")
     recipe.device = "auto"
-    monkeypatch.setattr("gradmem.training.trainer.Accelerator", _There)
+    monkeypatch.setattr("gradmem.training.sharding.Accelerator", _There)
     with standin.standin():
         assert losses("there") == pytest.approx(wanted, rel=1e-4)
 

@@ -161,7 +161,7 @@ BAD = {
     "export to nowhere": (["store", "export", "notes", "-o", "pairs.txt/m"], "cannot write"),
     "import of text": (["store", "import", "pairs.txt"], "damaged or no memory file"),
     "import of nothing": (["store", "import", "none"], "no memory file at none"),
-    "import under one name": (["store", "import", "a", "b", "--name", "n"], "fits one file, not 2"),
+    "import under one name": (["store", "import", "a", "b", "--name", "n"], "fits one memory file, not 2"),
 }
 EMPTY = ("no command", "no store yet", "neither file nor kept", "too long for a file", "name without store")
 
