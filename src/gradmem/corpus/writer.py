@@ -107,7 +107,15 @@ def attempt(batch: str) -> Iterator[bool]:
             allowed = count.tell() <= ATTEMPTS
     except OSError:  # no room even for a byte: the disk is full, which is no fault of the batch
         allowed = True
-    yield allowed
+    try:
+        yield allowed
+    except Exception:  # the batch has failed, but its process lives
+        _forget(file)
+        raise
+    _forget(file)
+
+
+def _forget(file: Path) -> None:
     with suppress(OSError):
         file.unlink(missing_ok=True)
 
