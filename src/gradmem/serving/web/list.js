@@ -57,7 +57,10 @@ export const upload = (file) =>
 export function start(handlers) {
   ({ onUploaded } = handlers);
   the("more").onclick = () => attempt(() => load(PAGE, next));
-  the("filter").oninput = () => attempt(() => load(PAGE));
+  the("filter").oninput = () => {
+    the("more").hidden = true; // it would go on with the list of the filter from before
+    return attempt(() => load(PAGE));
+  };
   the("memory-file").onchange = async ({ target }) => {
     if (target.files.length) await upload(target.files[0]);
     target.value = "";
