@@ -2,8 +2,8 @@
 
 The adapter starts as the keys and values of the text's first tokens, and its first entry stays as it is. Then Adam
 steps bring the model with the adapter to the model with the whole text: KL divergence along answers that the latter
-gives to the prompts of a short self-study. Everything has to be done in a given number of seconds. PEFT answers, and
-counts positions from the end of the adapter.
+gives to the prompts of a short self-study. Everything has to be done in a given number of CPU seconds, which other
+work on the machine does not take away. PEFT answers, and counts positions from the end of the adapter.
 """
 
 from __future__ import annotations
@@ -85,17 +85,17 @@ class Study:
     @classmethod
     def of(cls, whole: AdapterReader, prompts: Ids, ends: Sequence[int], ids: list[int]) -> Study:
         """Read a text and answer all prompts."""
-        started = time.perf_counter()
+        started = time.process_time()
         cache = whole.model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
         pairs = list(zip(prompts, whole.answers(prompts, ends, STUDIED), strict=True))
         logprobs = [whole.own(*pair) for pair in pairs]
         kept = [(layer.keys, layer.values) for layer in cache.layers]
-        return cls(pairs, logprobs, kept, time.perf_counter() - started)
+        return cls(pairs, logprobs, kept, time.process_time() - started)
 
 
 def trained(base: Any, study: Study, entries: int, seconds: float, rate: float) -> Any:
-    """Train an adapter of so many entries for so many seconds, but at least for one step."""
-    finish = time.perf_counter() + seconds
+    """Train an adapter of so many entries for so many CPU seconds, but at least for one step."""
+    finish = time.process_time() + seconds
     config = peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=entries, num_frozen_tokens=1)
     model = peft.get_peft_model(base, config)
     initialize_kv_prefix_from_past_key_values(model, past_key_values=study.cache)
@@ -109,7 +109,7 @@ def trained(base: Any, study: Study, entries: int, seconds: float, rate: float) 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if time.perf_counter() >= finish:
+            if time.process_time() >= finish:
                 return model.eval()
 
 
@@ -117,7 +117,7 @@ def trained(base: Any, study: Study, entries: int, seconds: float, rate: float) 
 def main() -> None:
     """Command line."""
     command = parser(__doc__)
-    command.add_argument("--seconds", type=float, default=30.0, help="of training an adapter, self-study included")
+    command.add_argument("--seconds", type=float, default=30.0, help="CPU seconds of training an adapter, self-study included")
     command.add_argument("--rate", type=float, default=0.02, help="learning rate of Adam")
     options = command.parse_args()
     try:
@@ -138,9 +138,9 @@ def main() -> None:
         found.add("none", 0.0, AdapterReader(model, before, len(before) * entry), 0.0, text)
         study = Study.of(whole, prompts, ends, ids[len(before) :])
         for budget in options.budgets:
-            entries, started = max(2, round(budget * len(ids))), time.perf_counter()
+            entries, started = max(2, round(budget * len(ids))), time.process_time()
             adapted = trained(model, study, entries, options.seconds - study.seconds, options.rate)
-            seconds = study.seconds + time.perf_counter() - started
+            seconds = study.seconds + time.process_time() - started
             found.add("CARTRIDGE", budget, AdapterReader(adapted, [], entries * entry), seconds, text)
     found.save()
 
