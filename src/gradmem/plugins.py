@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,13 +132,27 @@ def _own(group: str) -> list[str]:
 
 def _installed(group: str) -> dict[str, dict[str, str]]:
     """Entry points of a group by name: for each the packages that offer it, and what they name."""
-    found: dict[str, dict[str, str]] = {}
-    for package in distributions(path=installed(sys.path)):
-        for entry in package.entry_points.select(group=group):
-            found.setdefault(entry.name, {}).setdefault(package.name, entry.value)
+    found = dict(_offered(tuple(_with_time(place) for place in installed(sys.path))).get(group, {}))
     for name in found.keys() & (() if group == "gradmem.recipes" else _own(group)):
         packages = ", ".join(found.pop(name))
         warnings.warn(f"'{name}' of the package {packages} is ignored: gradmem has its own ({group})", stacklevel=2)
+    return found
+
+
+def _with_time(place: str) -> tuple[str, int]:
+    """A directory and when it changed, which installing a package does."""
+    whole = os.path.realpath(place)
+    return whole, os.stat(whole).st_mtime_ns if os.path.exists(whole) else 0
+
+
+@lru_cache(maxsize=4)
+def _offered(places: tuple[tuple[str, int], ...]) -> dict[str, dict[str, dict[str, str]]]:
+    """Entry points of all groups of gradmem. The metadata of all packages is read once until a directory changes."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for package in distributions(path=[place for place, _ in places]):
+        for entry in package.entry_points:
+            if entry.group.startswith("gradmem."):
+                found.setdefault(entry.group, {}).setdefault(entry.name, {}).setdefault(package.name, entry.value)
     return found
 
 
