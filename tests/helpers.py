@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,9 +81,11 @@ def make_gradmem(kind: str = "gpt2", *, config: dict[str, Any] | None = None, **
 
 def make_method(cls: type[M], kind: str = "gpt2", *, config: dict[str, Any] | None = None, **options: Any) -> M:
     """Build a method in float64, always the same; no parameter is zero or the identity."""
+    fields = {"model_type": kind} | COMMON | CONFIGS.get(kind, {}) | (config or {})
+    built, state = _backbone(json.dumps(fields))
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        backbone = Backbone.from_config({"model_type": kind} | COMMON | CONFIGS.get(kind, {}) | (config or {}))
+        torch.set_rng_state(state)
+        backbone = copy.deepcopy(built)
         for module in backbone.modules():
             # Transformers' own is in float32 even in a float64 model.
             if type(module).__name__.endswith("RMSNorm"):
@@ -90,6 +95,14 @@ def make_method(cls: type[M], kind: str = "gpt2", *, config: dict[str, Any] | No
             for parameter in method.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return method.eval()
+
+
+@cache
+def _backbone(fields: str) -> tuple[Backbone, Tensor]:
+    """A backbone and the state of the random numbers after it. To build and try one takes longer than most tests."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Backbone.from_config(json.loads(fields)), torch.get_rng_state()
 
 
 def random_tokens(lengths: list[int], seed: int = 0) -> Tokens:
