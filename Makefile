@@ -11,17 +11,20 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/gradmem serve $(ARGS)
 
+# Plug-ins of pytest that only the system tests use: a second of imports in each process.
+UNUSED := -p no:schemathesis -p no:hypothesispytest
+
 # One process a core and one thread each: threads of several processes wait for one another.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal $(UNUSED) $(ARGS)
 
 # While you edit: the first case of every test that is fast (tests/quick.py).
 quick: $(INSTALLED)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m quick -n 2 --dist worksteal \
-		-p no:schemathesis -p no:hypothesispytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m quick -n 2 --dist worksteal $(UNUSED) $(ARGS)
 
+# Two processes, however many cores there are: most of a test's processes are servers that it starts and waits for.
 test-system: $(INSTALLED)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/system $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup tests/system $(ARGS)
 
 # The site, in site/. Needs no network, and neither do its pages.
 docs: $(INSTALLED)

@@ -28,6 +28,16 @@ WAIT = ("--wait", "--timeout", "300")
 DURABLE = "-c fsync=on -c listen_addresses='' -c max_connections=60"
 
 
+APART = {"test_corpus.py": "ray", "test_docs.py": "ray", "test_replicas.py": "ray"}
+"""Files that start Ray: one after the other, as two clusters are more than two cores hold."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process: they share servers and browsers, which take long to start."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(APART.get(item.path.name, item.path.name)))
+
+
 def account() -> dict[str, Any]:
     """Whom to run PostgreSQL as, which refuses to be root."""
     if os.geteuid() != 0:
