@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-SLOW_FILES = {"test_compiled.py", "test_startup.py", "test_upstream.py", "test_wheel.py"}
+SLOW_FILES = {"test_compiled.py", "test_startup.py", "test_upstream.py"}
 SLOW_TESTS = {
     "test_a_board_of_the_controls",
     "test_a_change_that_is_ended_in_the_middle_has_not_happened",
@@ -132,7 +132,6 @@ SLOW_TESTS = {
     "test_inspect",
     "test_interrupted_run_ends_with_the_same_weights",
     "test_keys_are_as_the_openai_client_sends_them",
-    "test_killed_run_ends_with_the_same_weights",
     "test_learning_rates_cool_down_before_the_minutes_are_over",
     "test_lists_are_limited_and_their_first_mistake_ends_them",
     "test_loading_draws_always_the_same",
@@ -236,7 +235,6 @@ SLOW_TESTS = {
     "test_training_may_ask_everything_and_measuring_does_not",
     "test_training_may_be_crowded_and_measuring_is_not",
     "test_transformers_answers_the_same",
-    "test_two_processes_learn_what_one_with_the_joint_batch_learns",
     "test_until_ends_a_stage",
     "test_until_stops_chunks_one_by_one",
     "test_until_stops_samples_one_by_one",

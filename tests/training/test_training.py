@@ -1,19 +1,15 @@
-"""Training: what it learns, resuming, data parallelism, divergence."""
+"""Training: what it learns, resuming, divergence; `tests/system` kills it and gives it two processes."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 import gradmem
@@ -21,7 +17,7 @@ from gradmem import GradmemError
 from gradmem.cli.training import train
 from gradmem.model import MemoryModel
 from gradmem.tasks.kv import KV
-from gradmem.training import Recipe, Stage
+from gradmem.training import Stage
 from gradmem.training import trainer as loop
 from gradmem.training.optimizers import build_optimizers
 from gradmem.training.state import states
@@ -32,12 +28,6 @@ from recipes import BACKBONE, METHOD, TASK, log, recipe, same
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "checkpoint" / "model.safetensors")
-
-
-def command(recipe: Recipe, folder: Path, *options: str) -> list[str]:
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
-    return [sys.executable, "-m", "gradmem", "train", str(file), *options]
 
 
 def test_log_and_checkpoint(tmp_path: Path) -> None:
@@ -75,39 +65,6 @@ def test_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     train(recipe(), tmp_path / "cut")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
     assert [int(row["step"]) for row in log(tmp_path / "cut")] == list(range(1, 13))
-
-
-def test_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
-    long = recipe(40)
-    train(long, tmp_path / "whole")
-    run = command(long, tmp_path, "--output", str(tmp_path / "cut"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(run, env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not states(tmp_path / "cut" / "states"):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1].decode()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    subprocess.run(run, env=environment, check=True, capture_output=True)
-    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-
-
-def test_two_processes_learn_what_one_with_the_joint_batch_learns(tmp_path: Path) -> None:
-    """Same weights after some steps means the same gradients at each of them."""
-    small = recipe(4, optimizer="adamw", seed=3)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for processes in ("1", "2"):
-        run = command(small, tmp_path, "--output", str(tmp_path / processes), "--processes", processes)
-        subprocess.run(run, env=environment, check=True, capture_output=True)
-    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=2e-5), name
-    fresh = MemoryModel.from_spec(small.task, small.backbone, small.method).method.state_dict()
-    assert any(not torch.allclose(fresh[name], one[name], atol=1e-3) for name in one)
 
 
 def test_bf16_trains_as_fp32_does(tmp_path: Path) -> None:

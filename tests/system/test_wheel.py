@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 QUESTION = """
 import gradmem, pathlib
 assert "site" in gradmem.__file__, gradmem.__file__
