@@ -23,14 +23,31 @@ ROWS = [
 ]
 
 
+GIVEN = ["--data", "questions.jsonl", "--writers", "select", "--budgets", "0.5", "--json", "rows.json"]
+
+
+def prepared(folder: Path, patch: pytest.MonkeyPatch) -> str:
+    """Go to a directory; make a language model of bytes there, beside a file of questions."""
+    patch.setattr(module, "ALONG", 3)
+    patch.setattr(Document.__init__, "__defaults__", (1024, 4))
+    patch.chdir(folder)
+    Path("questions.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return save_model(folder / "lm")
+
+
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A language model of bytes, beside a file of questions."""
-    monkeypatch.setattr(module, "ALONG", 3)
-    monkeypatch.setattr(Document.__init__, "__defaults__", (1024, 4))
-    monkeypatch.chdir(tmp_path)
-    Path("questions.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    return save_model(tmp_path / "lm")
+    return prepared(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of a board that was not stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        assert main(["board", prepared(tmp_path_factory.mktemp("whole"), patch), *GIVEN]) == 0
+        rows: list[dict[str, Any]] = json.loads(Path("rows.json").read_text())
+        return rows
 
 
 def test_a_board_of_the_controls(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,13 +122,13 @@ def test_models_that_keep_no_cache_are_refused(model: str, capsys: pytest.Captur
 
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_an_interrupted_board_goes_on(
-    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: int
+    whole: list[dict[str, Any]],
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    at: int,
 ) -> None:
     """After one text or two, and at the very end; the scores are those of a board that was not stopped."""
-    given = ["--data", "questions.jsonl", "--writers", "select", "--budgets", "0.5", "--json", "rows.json"]
-    assert main(["board", model, *given]) == 0
-    whole = json.loads(Path("rows.json").read_text())
-    Path("rows.json").unlink()
     add, added, last = module.Board.add, list[int](), at
 
     def interrupted(*given: Any) -> None:
@@ -126,19 +143,19 @@ def test_an_interrupted_board_goes_on(
     monkeypatch.setattr(module.Board, "add", counted)
     with monkeypatch.context() as stopped:
         stopped.setattr(module.Board, "swap_first", interrupted)
-        assert main(["board", model, *given]) == 130
+        assert main(["board", model, *GIVEN]) == 130
     told = f"interrupted: kept {at} of 3 texts in rows.json.partial: the same command goes on from there"
     assert told in capsys.readouterr().err
     assert sorted(path.name for path in Path().iterdir()) == ["lm", "questions.jsonl", "rows.json.partial"]
-    assert main(["board", model, *given, "--seed", "2"]) == 2
+    assert main(["board", model, *GIVEN, "--seed", "2"]) == 2
     assert "rows.json.partial is of another board" in capsys.readouterr().err
     if at > 1:
-        assert main(["board", model, *given, "--contexts", "2"]) == 0, "what there is can be shown before the end"
+        assert main(["board", model, *GIVEN, "--contexts", "2"]) == 0, "what there is can be shown before the end"
         assert "on 2 texts of" in capsys.readouterr().out
         assert Path("rows.json.partial").exists() == (at == 3), "what this board did not want is not lost"
         Path("rows.json").unlink()
     added, last = ([] if at == 2 else added), 3
-    assert main(["board", model, *given]) == 0
+    assert main(["board", model, *GIVEN]) == 0
     assert added == [0, 1, 2], "no text was measured twice"
     found = json.loads(Path("rows.json").read_text())
     for row, wanted in zip(found, whole, strict=True):

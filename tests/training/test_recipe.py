@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from gradmem import GradmemError
 from gradmem.model import MemoryModel
+from gradmem.model.build import build_task
 from gradmem.training import Stage
 from gradmem.training.recipe import load_recipe, recipe_names
 from recipes import BACKBONE, METHOD, TASK, recipe
@@ -37,8 +38,10 @@ def test_packaged_recipes_build(name: str, stand_ins: dict[str, str]) -> None:
     for part, option in ((backbone, "pretrained"), (task, "tokenizer")):
         if option in part:
             part[option] = stand_ins[part[option]]
+    model = MemoryModel.from_spec(task, backbone, built.method)  # once, as the trainer does
     for options in (options for stage in built.stages for options in stage.tasks):
-        MemoryModel.from_spec({**task, **options}, backbone, built.method)
+        of_stage = build_task({**task, **options})
+        assert of_stage.tokenizer.get_vocab() == model.task.tokenizer.get_vocab()
 
 
 @pytest.fixture(scope="module")
