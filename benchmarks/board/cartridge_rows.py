@@ -117,7 +117,7 @@ def trained(base: Any, study: Study, entries: int, seconds: float, rate: float) 
 def main() -> None:
     """Command line."""
     command = parser(__doc__)
-    command.add_argument("--seconds", type=float, default=30.0, help="CPU seconds of training an adapter, self-study included")
+    command.add_argument("--seconds", type=float, default=30.0, help="CPU seconds of training, self-study included")
     command.add_argument("--rate", type=float, default=0.02, help="learning rate of Adam")
     options = command.parse_args()
     try:
