@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gradmem.corpus.work import DIED
 from gradmem.store import Store
 
 pytest.importorskip("ray")
@@ -151,6 +152,43 @@ def test_the_driver_is_killed(source: str, tmp_path: Path) -> None:
     check(in_shards(out), report, out / "failed.jsonl")
     assert report["skipped"] > before
     assert report["written"] <= DOCUMENTS - before
+
+
+DEADLY = """
+import os
+import signal
+
+from gradmem.corpus.documents import Source
+
+read = Source.read_plan
+
+
+def read_plan(self, plan):
+    for number, document in read(self, plan):
+        if document.id == "deadly":
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield number, document
+
+
+Source.read_plan = read_plan
+"""
+"""Kills the process that writes one document, as the kernel does when the memory does not suffice."""
+
+
+def test_a_document_that_kills_its_process_is_found(tmp_path: Path) -> None:
+    """It is in the timed sample and in a batch, and it is the smallest one: the others are written without it."""
+    (tmp_path / "sitecustomize.py").write_text(DEADLY)
+    good = dict(list(texts().items())[:4])
+    lines = ({"id": name, "text": text} for name, text in {**good, "deadly": "a7:Qz"}.items())
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = os.pathsep.join([str(tmp_path), *sys.path[1:]])
+    run = Run(tmp_path, str(tmp_path / "docs.jsonl"), str(tmp_path / "out"), PYTHONPATH=paths)
+    report = run.end()
+    assert "no estimate of time" in run.log.read_text()
+    assert in_shards(tmp_path / "out") == sorted(good)
+    assert (report["written"], report["failed"]) == (4, 1)
+    (failed,) = map(json.loads, (tmp_path / "out" / "failed.jsonl").read_text().splitlines())
+    assert (failed["id"], failed["reason"]) == ("deadly", DIED)
 
 
 def test_a_wrong_checkpoint_ends_with_one_line(source: str, tmp_path: Path) -> None:

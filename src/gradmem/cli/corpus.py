@@ -84,11 +84,7 @@ def write_corpus(
         clock.end("read")
         estimate = run.estimate()
         clock.end("sample")
-        console.print(
-            f"{len(run.documents):,} documents, {estimate.documents:,} to write: about {estimate.seconds:,.0f} s with "
-            f"{there.count} {'worker' if there.count == 1 else 'workers'}, {estimate.gigabytes:.3g} GB",
-            soft_wrap=True,
-        )
+        console.print(f"{len(run.documents):,} documents, {_expected(estimate, there.count)}", soft_wrap=True)
         try:
             _write(run)
         except KeyboardInterrupt:
@@ -123,6 +119,17 @@ class Phases:
         """End a part, and begin the next one."""
         last, self._last = self._last, time.monotonic()
         self.phases[name] = round(self._last - last, 3)
+
+
+def _expected(estimate: Any, workers: int) -> str:
+    """What a run will take, in words."""
+    if estimate.seconds is None:
+        return f"{estimate.documents:,} to write: no estimate of time, since the process that timed a sample died"
+    bound = "at least" if estimate.least else "about"
+    return (
+        f"{estimate.documents:,} to write: {bound} {estimate.seconds:,.0f} s with {workers} "
+        f"{'worker' if workers == 1 else 'workers'}, {estimate.gigabytes:.3g} GB"
+    )
 
 
 def _write(run: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,15 +64,18 @@ class Estimate:
     ----------
     documents : int
         Those that are missing; an estimate too if they go into a store.
-    seconds : float
-        Of all workers together working on them.
-    gigabytes : float
-        Of their memories.
+    seconds : float or None
+        Of all workers together working on them. None if the process that timed the sample died.
+    gigabytes : float or None
+        Of their memories; likewise.
+    least : bool
+        Whether only the smallest document was timed, since the process died of the others.
     """
 
     documents: int
-    seconds: float
-    gigabytes: float
+    seconds: float | None
+    gigabytes: float | None
+    least: bool = False
 
 
 def list_group(row: dict[str, Any], source: Source) -> Iterator[dict[str, Any]]:
@@ -156,29 +160,51 @@ class Run:
         GradmemError
             If the model cannot be loaded.
         """
+        with self._probe() as probe:
+            self.destination = self.destination.begin()
+            self.skip_done("skipped")
+            by_size = sorted(self.missing, key=lambda number: self.documents[number].size)
+            if not by_size:
+                return Estimate(0, 0.0, 0.0)
+            measured = self._measure(probe, by_size[:: max(1, len(by_size) // SAMPLE)][:SAMPLE])
+        if least := measured is None:
+            with self._probe() as probe:
+                measured = self._measure(probe, by_size[:1])
+        of_workers = -(-len(by_size) // (BATCHES_OF_WORKER * self.workers.count))
+        if measured is None:
+            self.batch = min(SMALLER, of_workers)
+            return Estimate(len(by_size), None, None)
+        seconds, size, share = measured
+        count = round(share * len(by_size))
+        of_time, of_size = BATCH_SECONDS / max(seconds, 1e-9), BATCH_BYTES / max(size, 1.0)
+        self.batch = max(1, int(min(of_time, of_size, of_workers, BATCH_DOCUMENTS)))
+        return Estimate(count, seconds * count / self.workers.count, size * count / 1e9, least)
+
+    @contextmanager
+    def _probe(self) -> Iterator[Any]:
+        """Start a probe that has loaded the model, and end it after the block."""
         import ray
 
         probe = ray.remote(**self.workers.resources)(Probe).remote(self.options)
         try:
             self.settings = ray.get(probe.settings.remote())
-            self.destination = self.destination.begin()
-            self.skip_done("skipped")
-            missing = self.missing
-            if not missing:
-                return Estimate(0, 0.0, 0.0)
-            by_size = sorted(missing, key=lambda number: self.documents[number].size)
-            chosen = by_size[:: max(1, len(by_size) // SAMPLE)][:SAMPLE]
-            sample = probe.measure.remote(self._plan(chosen), self.source, self.destination)
-            seconds, size, share = ray.get(sample)
+            yield probe
         except ray.exceptions.RayError as error:
             raise _cause(error) from error
         finally:
             ray.kill(probe)
-        count = round(share * len(missing))
-        of_time, of_size = BATCH_SECONDS / max(seconds, 1e-9), BATCH_BYTES / max(size, 1.0)
-        of_workers = -(-len(missing) // (BATCHES_OF_WORKER * self.workers.count))
-        self.batch = max(1, int(min(of_time, of_size, of_workers, BATCH_DOCUMENTS)))
-        return Estimate(count, seconds * count / self.workers.count, size * count / 1e9)
+
+    def _measure(self, probe: Any, sample: list[int]) -> tuple[float, float, float] | None:
+        """What `Probe.measure` says of these documents; None if its process dies."""
+        import ray
+
+        try:
+            measured: tuple[float, float, float] = ray.get(
+                probe.measure.remote(self._plan(sample), self.source, self.destination)
+            )
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):  # not what the probe itself raises
+            return None
+        return measured
 
     def skip_done(self, state: str) -> None:
         """Give this state to the missing documents whose memories are in the destination."""
