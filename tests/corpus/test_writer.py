@@ -144,9 +144,23 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
         folder.done()
 
 
-def test_where_memories_go() -> None:
-    assert destination(None) == InStore(None)
-    for place in ("postgresql://me@host/db", "sqlite:///x", "x.db"):
-        assert destination(place) == InStore(place)
-    for place in ("out", "s3://bucket/out", "/tmp/out.d"):
-        assert destination(place) == Shards(place)
+def test_where_memories_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes on other machines have another directory and another environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADMEM_STORE", "mine")
+    found = {place: destination(place) for place in (None, "x.db", "postgresql://me:word@host/db")}
+    assert all(isinstance(one, InStore) for one in found.values())
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.delenv("GRADMEM_STORE")
+    assert [one.location.partition("://")[2] for one in found.values() if isinstance(one, InStore)] == [
+        f"/{tmp_path}/mine",
+        f"/{tmp_path}/x.db",
+        "me:word@host/db",
+    ]
+    for place, whole in (
+        ("out", f"{tmp_path}/other/out"),
+        ("s3://bucket/out", "s3://bucket/out"),
+        ("/out.d", "/out.d"),
+    ):
+        assert destination(place) == Shards(whole)

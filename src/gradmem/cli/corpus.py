@@ -66,7 +66,7 @@ def write_corpus(
     try:
         from ..corpus.cluster import cluster
         from ..corpus.destination import destination
-        from ..corpus.documents import Source
+        from ..corpus.documents import Source, absolute
         from ..corpus.options import Options
         from ..corpus.work import Run
     except ImportError as error:
@@ -75,7 +75,7 @@ def write_corpus(
     clock = Phases()
     given = ({"name": method} if method else {}) | (options or {})
     how = Options(checkpoint, given or None, chunk_size, steps, precision, "cuda" if gpus_per_worker else "cpu")
-    documents = Source(source)
+    documents = Source(absolute(source))
     documents.groups()  # refuses a wrong source before anything is started
     with cluster(address, workers, gpus_per_worker) as there:
         run = Run(documents, destination(out), how, there)

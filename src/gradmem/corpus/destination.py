@@ -17,6 +17,7 @@ from ..errors import GradmemError, Unavailable, reason
 from ..files import write_bytes
 from ..receipts import Receipt, text_digest
 from ..store import Store
+from ..store.database import locate
 
 T = TypeVar("T")
 RUN = ".run"
@@ -214,11 +215,11 @@ class InStore:
 
     Attributes
     ----------
-    location : str or None
+    location : str
         As `gradmem.store.Store` takes it.
     """
 
-    location: str | None
+    location: str
 
     def begin(self) -> InStore:
         """Create the store if there is none."""
@@ -284,13 +285,15 @@ Destination = Shards | InStore
 
 
 def destination(out: str | None) -> Destination:
-    """The destination that a user names: none for the default store, a store's URL or file, or a folder."""
-    if out is None:
-        return InStore(None)
-    kind = out.partition("://")[0].partition("+")[0] if "://" in out else ""
-    if kind in ("sqlite", "postgresql", "postgres") or (not kind and out.endswith(STORE_SUFFIXES)):
-        return InStore(out)
-    return Shards(out)
+    """The destination that a user names: none for the default store, a store's URL or file, or a folder.
+
+    It holds in every process, whatever its directory and its environment.
+    """
+    from .documents import absolute
+
+    kind = out.partition("://")[0].partition("+")[0] if out and "://" in out else ""
+    in_store = not out or kind in ("sqlite", "postgresql", "postgres") or (not kind and out.endswith(STORE_SUFFIXES))
+    return InStore(locate(out).render_as_string(hide_password=False)) if in_store else Shards(absolute(str(out)))
 
 
 def _shard(keys: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -143,6 +144,11 @@ class Source:
                     found, replace(last, text="", reason=last.reason or "it has gone since the corpus was listed")
                 )
                 yield number, last
+
+
+def absolute(place: str) -> str:
+    """A path as every process finds it, wherever it runs. A URL is one already."""
+    return place if "://" in place or "::" in place else os.path.abspath(os.path.expanduser(place))
 
 
 def opened(url: str) -> tuple[Any, str]:

@@ -286,10 +286,10 @@ class Front:
     """The front as a deployment, for clusters whose proxies take the requests."""
 
     def __init__(self, options: Options, replicas: DeploymentHandle) -> None:
-        self.app = front(replicas, options)
+        self._front = front(replicas, options)  # `app` is a name of the class that Ray Serve makes of this one
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return self.app
+        return self._front
 
 
 def app(arguments: dict[str, Any]) -> serve.Application:
