@@ -5,8 +5,10 @@ from __future__ import annotations
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from sqlalchemy import Select, func, select, text
 from tests.store.helpers import names
 
+from gradmem.errors import GradmemError
 from gradmem.store import Store
 from stored import made
 
@@ -100,3 +102,20 @@ def test_memories_of_one_moment_are_each_listed_once(store: Store, monkeypatch: 
         while page := store.list(limit=2, after=after, **filters):
             found, after = found + [entry.id for entry in page], page[-1].cursor
         assert found == sorted(ids, reverse=True)
+
+
+def test_filters_that_take_too_long_are_stopped(many: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit holds for the queries of a page alone."""
+
+    def count(numbers: str) -> Select[tuple[int]]:
+        return select(func.count()).select_from(text(f"(WITH RECURSIVE n(i) AS ({numbers}) SELECT i FROM n) x"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradmem.store.listing.SECONDS", 0.1)
+        patch.setattr("gradmem.store.store.matching", lambda *_: count("SELECT 1 UNION ALL SELECT i FROM n"))
+        with pytest.raises(GradmemError, match="narrow them down by since and until"):
+            many.list(tags="third", checkpoint="model-c")
+    with many._session.transaction() as transaction:
+        longer = count("SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000")
+        assert transaction.connection.scalar(longer) == 1_000_000
+    assert len(many.list()) == 9

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import fields
@@ -55,7 +56,8 @@ class Options(BaseModel, extra="forbid"):
     """What is served, and by how many replicas."""
 
     settings: Settings = Field(default_factory=Settings)
-    store: str | None = None
+    store: str | None = Field(default_factory=lambda: os.environ.get("GRADMEM_STORE"))
+    """Location, as in `Store`; by default that of this process, and not that of the cluster's."""
     max_memories: int = 10_000
     max_bytes: int = 2**30
     min_replicas: int = 1

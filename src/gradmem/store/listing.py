@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Literal, TypedDict
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, select, tuple_
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, literal, select, text, tuple_
+from sqlalchemy.exc import OperationalError
 
 from ..errors import GradmemError, require
 from .database import Moment, memories, tags, utc
@@ -17,6 +20,11 @@ TAGS = 100
 """Most tags of a memory, and of a filter."""
 FEW = 20_000
 """Most memories of a filter that may all be looked at: the filters are counted up to this number."""
+SECONDS = 10.0
+"""Most seconds of a query for a page. Only several filters that many memories match, but few match together, take more
+than a fraction of one."""
+STEPS = 10_000
+"""How many steps SQLite takes before it looks at the clock again."""
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
@@ -88,6 +96,35 @@ def matching(connection: Connection, owner: str, filters: Filters, after: str | 
         conditions += named.values()
     order = [memories.c.name] if by_name else [table.c.created.desc(), which.desc()]
     return select(which).where(*conditions).order_by(*order)
+
+
+@contextmanager
+def bounded(connection: Connection) -> Iterator[None]:
+    """Stop the queries of the block that take too long. They are those of a transaction that reads.
+
+    Raises
+    ------
+    GradmemError
+        If one did.
+    """
+    raw: Any = None
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SET LOCAL statement_timeout = {1000 * SECONDS:.0f}"))
+    else:
+        raw, until = connection.connection.driver_connection, time.monotonic() + SECONDS
+        raw.set_progress_handler(lambda: time.monotonic() > until, STEPS)
+    try:
+        yield
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != "57014" and str(error.orig) != "interrupted":
+            raise
+        raise GradmemError(
+            f"looking for memories that match all filters took more than {SECONDS:g} s: many match each, and few match "
+            "all; narrow them down by since and until, or give such memories a tag of their own"
+        ) from error
+    finally:
+        if raw is not None:
+            raw.set_progress_handler(None, 0)
 
 
 def _rarest(

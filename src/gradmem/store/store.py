@@ -14,7 +14,7 @@ from ..errors import Conflict, require
 from . import database as db
 from .content import content_hash
 from .entries import Changes, Diff, Entry, Version
-from .listing import Filters, labels, matching
+from .listing import Filters, bounded, labels, matching
 from .payloads import LARGE
 from .rows import check_name, version_of
 from .session import Session
@@ -253,10 +253,11 @@ class Store:
         Raises
         ------
         GradmemError
-            If the limit or the cursor is invalid.
+            If the limit or the cursor is invalid, or several filters take too long: many memories match each, and few
+            match all.
         """
         require("limit", limit, 1 <= limit <= PAGE, f"from 1 to {PAGE}")
-        with self._session.transaction() as transaction:
+        with self._session.transaction() as transaction, bounded(transaction.connection):
             page = matching(transaction.connection, self._session.owner, filters, after).limit(limit)
             return transaction.page(transaction.connection.scalars(page).all())
 
