@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from gradmem.corpus import documents
 from gradmem.corpus.documents import Document, Source
@@ -47,6 +51,35 @@ def test_lines_of_json(tmp_path: Path) -> None:
     assert (eight.id, eight.name, eight.tags, eight.row) == ("eight", "eight", ["x", "y"], 3)
     assert (both.id, both.name, both.text, both.tags) == ("i", "n", "\0", ["long:" + "z" * 95, "p", "q"])
     assert (bare.id, bare.name) == ("docs.jsonl:7", "docs.jsonl:7")
+
+
+class Blocks(MemoryFileSystem):
+    """Reads files as object storage does: by ranges of bytes."""
+
+    protocol = "blocks"
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("blocks://")))
+
+    def _open(self, path: str, mode: str = "rb", **others: Any) -> Any:
+        return AbstractBufferedFile(self, path) if mode == "rb" else super()._open(path, mode, **others)
+
+
+def test_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("blocks", Blocks, clobber=True)
+    monkeypatch.setattr(documents, "LARGEST", 1000)
+    lines = [{"id": "a", "text": "first"}, {"id": "b", "text": "x" * 1000}, {"id": "c", "text": "ü"}]
+    Blocks().pipe_file("/docs/d.jsonl", "\n".join(json.dumps(line) for line in lines).encode())
+    source = Source("blocks://docs")
+    (group,) = source.groups()
+    a, b, c = source.read(*group)
+    assert (a.id, a.text, c.id, c.text) == ("a", "first", "c", "ü")
+    assert "cut it into several" in b.reason
+    (again,) = source.read("d.jsonl", [c.row], [c.start])
+    assert again == c
 
 
 def test_rows_of_parquet(tmp_path: Path) -> None:

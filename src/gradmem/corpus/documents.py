@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -116,8 +117,9 @@ class Source:
         whole = root if system.isfile(root) else f"{root.rstrip('/')}/{path}"
         try:
             if path.endswith(JSON_LINES):
-                with system.open(whole, "rb") as file:
-                    yield from _lines(file, path, rows, starts)
+                # Files of object storage read no lines of limited length.
+                with system.open(whole, "rb") as file, io.BufferedReader(file) as buffered:
+                    yield from _lines(buffered, path, rows, starts)
             elif path.endswith(PARQUET):
                 with system.open(whole, "rb") as file:
                     yield from _rows(file, path, rows)
