@@ -28,7 +28,7 @@ WAIT = ("--wait", "--timeout", "300")
 DURABLE = "-c fsync=on -c listen_addresses='' -c max_connections=60"
 
 
-APART = {"test_corpus.py": "ray", "test_docs.py": "ray", "test_replicas.py": "ray"}
+APART = {"test_cluster.py": "ray", "test_corpus.py": "ray", "test_docs.py": "ray", "test_replicas.py": "ray"}
 """Files that start Ray: one after the other, as two clusters are more than two cores hold."""
 
 
