@@ -148,7 +148,7 @@ def test_answers_come_closer_to_those_of_the_whole_context() -> None:
         ({"start": "learned", "budget": 0.1}, "budget must be a fraction above 0 and up to 1, with `start: select`"),
         ({"start": "learned", "write_objective": "attention"}, "write_objective must be reconstruction or energy"),
         ({"start": "learned", "shared": True}, "shared is used with `start: select` or `match`: leave it out"),
-        ({"start": "best"}, "start must be learned, select or match"),
+        ({"start": "best"}, "start must be learned, pooled, select or match"),
     ],
     ids=str,
 )

@@ -55,7 +55,9 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     sizes = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = {
         "openai-community/gpt2": GPT2LMHeadModel(GPT2Config(**sizes)),
-        "smollm2-135m": LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=16)),
+        "smollm2-135m": LlamaForCausalLM(
+            LlamaConfig(**sizes | {"num_hidden_layers": 13}, intermediate_size=16)  # english-pooled enters at layer 12
+        ),
     }
     places = {name: str(tmp_path_factory.mktemp("stand-in")) for name in small}
     for name, place in places.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..compaction.entries import TENSORS
 from ..errors import GradmemError
 from ..memory import Memory
+from ..methods.base.head_prefix import HeadPrefix
 from ..methods.base.state_prefix import StatePrefix
 from ..model import BoundMemory
 from ..prefix import Prefix
@@ -81,6 +82,8 @@ def _of_compact(memory: Memory) -> KeysValues:
 def _of_prefix(prefix: Prefix) -> KeysValues:
     if isinstance(prefix, StatePrefix):
         raise GradmemError("the memory is a state of its method, which no other program has: write it with another one")
+    if isinstance(prefix, HeadPrefix) and bool(prefix.hidden.any()):
+        raise GradmemError("some layers do not see the memory, and no other program can be told so: it stays here")
     _check_start(prefix.end, prefix.length)
     layers = prefix.cut(torch.tensor([0], device=prefix.last.device)).cache.layers
     if len({(layer.keys.shape, layer.values.shape) for layer in layers}) > 1:

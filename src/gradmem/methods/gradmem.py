@@ -28,8 +28,12 @@ from .base.energy import Energy
 from .base.gradmem_options import GradMemOptions
 from .base.inner_loop import InnerLoop
 from .base.options import keywords_of
+from .base.pooled_gradmem import PooledGradMem
 from .base.prefix_method import Phase
 from .base.started_gradmem import StartedGradMem
+
+VARIANTS: dict[str, type[Method]] = {"pooled": PooledGradMem, "select": StartedGradMem, "match": StartedGradMem}
+"""Classes that serve a start that is made from the context."""
 
 
 class GradMem(InnerLoop, ChunkedMethod):
@@ -51,8 +55,8 @@ class GradMem(InnerLoop, ChunkedMethod):
 
     @classmethod
     def variant(cls, options: dict[str, Any]) -> type[Method]:
-        """With a start that is made from the context, `StartedGradMem`; see `Method.variant`."""
-        return StartedGradMem if options.get("start") in ("select", "match") else cls
+        """With a start that is made from the context, the class that makes it; see `Method.variant`."""
+        return VARIANTS.get(str(options.get("start")), cls)
 
     @keywords_of(GradMemOptions)
     def __init__(self, backbone: Backbone, **options: Any) -> None:

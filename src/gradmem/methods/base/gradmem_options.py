@@ -15,8 +15,11 @@ from .low_rank import LowRank, Placement
 
 STARTED_OBJECTIVES = ("reconstruction", "attention", "answers")
 """What WRITE can descend with a start that is made from the context; see `write_objectives`."""
+STARTS = {"vectors": ("learned", "pooled"), "keys_values": ("learned", "select", "match"), "lora": ("learned",)}
+"""What each form of a memory can start with."""
 NOT_STARTED = (
-    "begin", "chunk_size", "chunk_mode", "gauss_newton_after", "projection", "read_lora", "write_head", "write_lora",
+    "begin", "chunk_size", "chunk_mode", "gauss_newton_after", "n_ctrl", "projection", "read_lora", "write_head",
+    "write_lora",
 )  # fmt: skip
 """Options that need a learned start."""
 
@@ -30,10 +33,14 @@ class GradMemOptions(ChunkedOptions):
     the model's weights by matrices of low rank."""
     n_mem: int = 8
     """Number of memory vectors, m; with keys_values, of slots in every layer. Not used with lora."""
-    start: Literal["learned", "select", "match"] = "learned"
-    """What WRITE begins with: learned, the same for all contexts; or, with keys_values, the entries of the context's
-    own key-value cache that count most (select), also moved until attention finds in them what it finds in the whole
-    cache (match). The model reads the context."""
+    start: Literal["learned", "pooled", "select", "match"] = "learned"
+    """What WRITE begins with: learned, the same for all contexts; or something of the context, which the model reads.
+    With vectors that is pooled, hidden states of an inner layer, one vector for each run of neighbours. With
+    keys_values it is the entries of the context's own key-value cache that count most (select), also moved until
+    attention finds in them what it finds in the whole cache (match)."""
+    layer: int = 12
+    """With `start: pooled`: the layer whose input is pooled, and which reads the vectors first. Layers are counted from
+    0, and those below see no memory."""
     budget: float | None = None
     """With a start from the context: the fraction of its cache that is kept. By default n_mem entries for each head."""
     shared: bool = False
@@ -128,12 +135,12 @@ class GradMemOptions(ChunkedOptions):
         return self.write_objective.split(",")
 
     def _check_objective(self) -> None:
-        known = ("reconstruction", "energy") if self.start == "learned" else STARTED_OBJECTIVES
-        found = self.objectives
-        good = (
-            set(found) <= set(known) and len(set(found)) == len(found) and (self.start != "learned" or len(found) == 1)
+        known = {"learned": ("reconstruction", "energy"), "pooled": ("reconstruction",)}.get(
+            self.start, STARTED_OBJECTIVES
         )
-        wanted = " or ".join(known) + ("" if self.start == "learned" else ", or several with commas between them")
+        found, several = self.objectives, known == STARTED_OBJECTIVES
+        good = set(found) <= set(known) and len(set(found)) == len(found) and (several or len(found) == 1)
+        wanted = " or ".join(known) + (", or several with commas between them" if several else "")
         require("write_objective", self.write_objective, good, wanted)
         good = found == ["reconstruction"] or (not self.reconstruction and self.gauss_newton_after is None)
         wanted = "reconstruction with the options reconstruction and gauss_newton_after"
@@ -147,7 +154,7 @@ class GradMemOptions(ChunkedOptions):
             "keys_values": ["n_ctrl", *(name for name in every if name.startswith("lora_"))],
             "lora": ["n_mem", "n_ctrl", "projection"],
         }[self.memory]
-        if self.memory != "keys_values":
+        if self.start not in STARTS[self.memory]:
             unused = [*unused, "start"]
         for field in fields(self):
             default = getattr(self, field.name) == field.default
@@ -155,10 +162,12 @@ class GradMemOptions(ChunkedOptions):
                 raise GradmemError(f"{field.name} is not used with `memory: {self.memory}`: leave it out")
             if field.name in NOT_STARTED and self.start != "learned" and not default:
                 raise GradmemError(f"{field.name} is not used with `start: {self.start}`: leave it out")
-        if self.shared and self.start == "learned":
+        cached = self.start in ("select", "match")
+        if self.shared and not cached:
             raise GradmemError("shared is used with `start: select` or `match`: leave it out")
+        require("layer", self.layer, self.layer >= 0, "at least 0")
         if self.budget is not None:
-            fits = 0 < self.budget <= 1 and self.start != "learned"
+            fits = 0 < self.budget <= 1 and cached
             require(
                 "budget", self.budget, fits, "a fraction above 0 and up to 1, with `start: select` or `start: match`"
             )

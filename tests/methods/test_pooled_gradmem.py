@@ -1,0 +1,196 @@
+"""GradMem that starts from pooled hidden states, against a loop over tokens and against the whole context."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gradmem
+from gradmem import GradmemError, MemoryModel
+from gradmem.batch import Batch
+from gradmem.evaluation import evaluate
+from gradmem.exports.keys_values import keys_values
+from gradmem.inner import Strategy
+from gradmem.memory import Memory
+from gradmem.methods import FullContext
+from gradmem.methods.base.head_prefix import HeadPrefix
+from gradmem.methods.base.pooled_gradmem import PooledGradMem, Pooling
+from gradmem.model.build import build_method
+from gradmem.ops.layer_input import layer_input
+from helpers import TINY_LLAMA, check_slopes, distance, make_later_batch, make_method, random_tokens
+
+ROTATION = 2e-5
+"""Of what depends on rotary angles, which Transformers computes in float32 whatever the weights are."""
+POOLED: dict[str, Any] = {"start": "pooled", "layer": 1, "n_mem": 4}
+LEARNED: dict[str, Any] = {"learn_inner_lr": True, "write_steps": 2, "inner_lr": 0.3}
+
+
+class Numbers:
+    """What the method needs of a task, without a tokenizer."""
+
+    before_context, pad_id, end_id = list[int](), 0, 2
+
+    def encode_query(self, text: str) -> list[int]:
+        return [7, *(1 + ord(character) % 20 for character in text[:2])]
+
+
+def build(kind: str = "llama", **options: Any) -> PooledGradMem:
+    method = make_method(PooledGradMem, kind, config={"max_position_embeddings": 256}, **POOLED | options)
+    method.task = Numbers()
+    return method
+
+
+def read_loss(method: PooledGradMem, batch: Batch) -> Tensor:
+    memory = method.write(batch.context).memory
+    logits = method.read(memory, batch.queries, batch.rows)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+
+
+def pour(pooling: Pooling, states: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """Pool the states of one text (length, d) as a loop: pour weight into vectors of one unit each until all is out."""
+    scores = [float(F.layer_norm(state, state.shape) @ pooling.score) for state in states[1:]]
+    parts = min(count - 1, len(scores))
+    weights = [parts * math.exp(score) / sum(map(math.exp, scores)) for score in scores]
+    vectors, places, vector, place, room = [states[0]], [0], torch.zeros_like(states[0]), 0.0, 1.0
+    for token, weight in enumerate(weights, 1):
+        while weight > 1e-12:
+            share = min(weight, room)
+            vector, place = vector + share * states[token], place + share * token
+            weight, room = weight - share, room - share
+            if room < 1e-12:
+                vectors.append(vector)
+                places.append(round(place))
+                vector, place, room = torch.zeros_like(states[0]), 0.0, 1.0
+    rest = count - len(vectors)
+    return torch.stack([*vectors, *[torch.zeros_like(states[0])] * rest]), [*places, *[0] * rest]
+
+
+@torch.no_grad()
+def test_pooling_equals_pouring_weight_into_vectors() -> None:
+    """Rows of many, few and one token; the pads of a row are no part of it."""
+    pooling = build().pooling
+    states = torch.randn(4, 11, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    lengths = [11, 6, 3, 1]
+    mask = torch.arange(11) < torch.tensor(lengths)[:, None]
+    vectors, positions = pooling(states, mask, 4)
+    for row, length in enumerate(lengths):
+        wanted, places = pour(pooling, states[row, :length], 4)
+        assert distance(vectors[row], wanted) < 1e-9
+        assert positions[row].tolist() == places
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_with_a_vector_for_each_token_it_reads_the_whole_context(kind: str, layer: int) -> None:
+    """From its layer on; the layers below see nothing of the context."""
+    method, batch = build(kind, n_mem=8, layer=layer, write_steps=0), make_later_batch()
+    method.pooling.score.zero_()
+    memory = method.write(batch.context).memory
+    full = FullContext(method.backbone)
+    cached = full.write(batch.context).memory
+    for row in range(len(batch.context)):
+        asked = batch.queries[(batch.rows == row).nonzero()[:, 0]]
+        rows = torch.full((len(asked),), row)
+        prefix = full.prefix(cached[row])
+        hidden = torch.zeros(1, 2, prefix.cache.layers[0].keys.shape[1], prefix.length, dtype=torch.bool)
+        hidden[:, :layer] = True
+        wanted = full.read_hidden(HeadPrefix(prefix, method.backbone, hidden).select(0 * rows), asked)
+        got = method.read_hidden(method.prefix(memory).select(rows), asked)
+        assert distance(got[:, 1:], wanted[:, 1:]) < ROTATION
+
+
+@torch.no_grad()
+def test_layers_below_see_no_memory() -> None:
+    method, batch = build(), make_later_batch()
+    prefix, block = method.prefix(method.write(batch.context).memory).select(batch.rows), method.backbone.blocks[1]
+    beyond = layer_input(block, lambda: method.read_hidden(prefix, batch.queries))
+    embeds, positions = method.backbone.embed(batch.queries.ids), prefix.continued(batch.queries.ids.shape[1])
+    alone = layer_input(block, lambda: method.backbone.hidden(embeds, positions=positions["positions"]))
+    assert distance(beyond, alone) < ROTATION
+
+
+@pytest.mark.parametrize("strategy", ["unroll", "recompute"])
+def test_the_meta_gradient_is_the_derivative(strategy: Strategy) -> None:
+    """Through reading, pooling, steps and questions, by finite differences; positions are whole numbers and stay."""
+    method, batch = build(**LEARNED), make_later_batch()
+    method.strategy = strategy
+    names = {"log_inner_lr", "pooling.score", "backbone.model.model.layers.0.self_attn.v_proj.weight"}
+    check_slopes(method, lambda: read_loss(method, batch), names | {"backbone.model.model.layers.1.mlp.up_proj.weight"})
+
+
+@torch.no_grad()
+def test_a_context_is_written_alike_beside_others() -> None:
+    method, context = build(**LEARNED), random_tokens([9, 2, 1, 5])
+    together = method.write(context)
+    for row in range(len(context)):
+        alone = method.write(context[torch.tensor([row])])
+        assert torch.allclose(alone.losses[:, 0], together.losses[:, row])
+        assert all(torch.allclose(together.memory[row].tensors[k], t) for k, t in alone.memory.tensors.items())
+
+
+@torch.no_grad()
+def test_steps_lower_the_loss_of_repeating_the_context() -> None:
+    losses = build(**LEARNED | {"inner_lr": 0.05}).write(make_later_batch().context, 4).losses
+    assert bool((losses[1:] < losses[:-1]).all())
+
+
+@torch.no_grad()
+def test_the_memory_of_no_text_is_none() -> None:
+    method, batch = build(), make_later_batch()
+    got = method.read(method.without_text(1), batch.queries, torch.zeros(5, dtype=torch.long))
+    wanted = method.backbone.head(method.backbone.hidden(method.backbone.embed(batch.queries.ids)))
+    assert distance(got[:, 1:], wanted) < ROTATION
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"memory": "keys_values"}, "start is not used with `memory: keys_values`: leave it out"),
+        ({"n_ctrl": 1}, "n_ctrl is not used with `start: pooled`: leave it out"),
+        ({"layer": 2}, "layer must be at most 1, the last layer of this model"),
+        ({"layer": -1}, "layer must be at least 0"),
+        ({"budget": 0.1}, "budget must be a fraction above 0 and up to 1, with `start: select`"),
+        ({"write_objective": "attention"}, "write_objective must be reconstruction"),
+    ],
+    ids=str,
+)
+def test_bad_options_get_one_line(options: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(GradmemError) as refused:
+        build_method({"name": "gradmem", **POOLED, **options}, build().backbone)
+    assert wanted in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_saved_model_writes_saves_answers_and_is_measured(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spec = {"name": "gradmem", **POOLED, "layer": 1, "learn_inner_lr": True, "write_steps": 2}
+    model = MemoryModel.from_spec({"name": "kv", "pairs": 3}, TINY_LLAMA | {"num_hidden_layers": 2}, spec)
+    model.save_pretrained(tmp_path / "model")
+    model = gradmem.load(tmp_path / "model")
+    memory = model.write(["a7:Qz\nk2:9f\nzz:aa", "b1:xy\nc2:zz\nd3:aa"])
+    assert len(memory.receipts[0].losses) == 3
+    memory.save(tmp_path / "memory")
+    again = gradmem.open(tmp_path / "memory")
+    assert again.ask([["a7"], ["b1"]]) == memory.ask([["a7"], ["b1"]])
+    (result,) = evaluate(model, samples=4)
+    assert 0 <= result.unwritten <= 1
+    with pytest.raises(GradmemError, match="some layers do not see the memory"):
+        keys_values(again[0])
+
+
+def test_a_memory_with_impossible_numbers_is_refused() -> None:
+    method = build()
+    tensors = method.without_text(2).tensors
+    for name in ("positions", "start"):
+        for value in (-1, 10**6):
+            with pytest.raises(GradmemError, match=f"it has {name} that are no numbers of tokens from 0 to"):
+                method.check(Memory(tensors | {name: torch.full_like(tensors[name], value)}), "it")
+    with pytest.raises(GradmemError, match="but this method writes"):
+        method.check(Memory({"memory": tensors["memory"]}), "it")
