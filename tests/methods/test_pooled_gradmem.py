@@ -13,12 +13,13 @@ from torch import Tensor
 
 import gradmem
 from gradmem import GradmemError, MemoryModel
-from gradmem.batch import Batch
+from gradmem.batch import Batch, Tokens
 from gradmem.evaluation import evaluate
 from gradmem.exports.keys_values import keys_values
 from gradmem.inner import Strategy
 from gradmem.memory import Memory
 from gradmem.methods import FullContext
+from gradmem.methods.base import pooled_gradmem
 from gradmem.methods.base.head_prefix import HeadPrefix
 from gradmem.methods.base.pooled_gradmem import PooledGradMem, Pooling
 from gradmem.model.build import build_method
@@ -139,6 +140,27 @@ def test_a_context_is_written_alike_beside_others() -> None:
 def test_steps_lower_the_loss_of_repeating_the_context() -> None:
     losses = build(**LEARNED | {"inner_lr": 0.05}).write(make_later_batch().context, 4).losses
     assert bool((losses[1:] < losses[:-1]).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("room", [True, False])
+def test_chunks_are_read_as_one_text(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a vector for each token of two chunks. Where the model has no positions for both, each begins at 0."""
+    method = build(n_mem=8, layer=0, write_steps=0)
+    monkeypatch.setattr(pooled_gradmem, "QUESTION_ROOM", 200 if room else 250)
+    method.pooling.score.zero_()
+    text, queries = random_tokens([9]), random_tokens([4], 3)
+    chunks = Tokens(
+        torch.cat([text.ids[:, :6], F.pad(text.ids[:, 6:], (0, 3))]), torch.arange(6) < torch.tensor([[6], [3]])
+    )
+    memory = method.together(method.write(chunks).memory)
+    positions = [0, 1, 2, 3, 4, 5, *([7, 8, 9] if room else [1, 2, 6])]
+    assert memory.tensors["positions"].tolist() == [positions[:-1]]
+    ids = torch.cat([text.ids[:, :6], text.ids[:, 7:]], 1)
+    embeds = torch.cat([method.backbone.embed(ids), method.backbone.embed(queries.ids)], 1)
+    places = torch.tensor([[*positions, *(positions[-1] + number for number in (1, 2, 3))]])
+    wanted = method.backbone.head(method.backbone.hidden(embeds, positions=places))[:, 8:]
+    assert distance(method.read(memory, queries)[:, 1:], wanted) < ROTATION
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from ...memory import Memory
 from ...ops.dtypes import no_autocast, wide
 from ...ops.layer_input import layer_input, replaced_input
 from ...prefix import Prefix
+from .entries_method import QUESTION_ROOM
 from .gradmem_options import GradMemOptions
 from .head_prefix import HeadPrefix
 from .inner_loop import InnerLoop
@@ -40,8 +41,9 @@ class PooledGradMem(InnerLoop, Repeating):
     The meta-gradient passes through the steps, the pooling and the reading of the context.
 
     A memory holds `memory`, shape (batch, m, d), and two of int64: `positions`, shape (batch, m), and `start`, shape
-    (batch,), the tokens of the context. A context of fewer tokens than vectors leaves the last ones zero, and nothing
-    reads them.
+    (batch,), the tokens of the context. A context of fewer tokens than vectors leaves the last ones zero, at
+    position 0, and nothing reads them. A row is a chunk of a document, and a question reads all of them, one after the
+    other.
 
     Parameters
     ----------
@@ -56,6 +58,7 @@ class PooledGradMem(InnerLoop, Repeating):
     """
 
     questions = None
+    reads_together = True
 
     @keywords_of(GradMemOptions)
     def __init__(self, backbone: Backbone, **options: Any) -> None:
@@ -112,7 +115,8 @@ class PooledGradMem(InnerLoop, Repeating):
         """Run the vectors from their layer on, once for each row."""
         vectors, model = memory.tensors["memory"].to(self.backbone.model.dtype), self.backbone.model
         positions, start = (memory.tensors[name].to(vectors.device) for name in ("positions", "start"))
-        cache, unused = self.backbone.new_cache(), torch.arange(self.n_mem, device=start.device) >= start[:, None]
+        cache, unused = self.backbone.new_cache(), positions == 0  # but the first vector stands there
+        unused[:, 0] = start == 0
         with replaced_input(self.backbone.blocks[self.options.layer], vectors):
             self.backbone.hidden(torch.zeros_like(vectors), cache, positions=positions)
         last = vectors.new_zeros(len(vectors), self.backbone.width, dtype=model.dtype)
@@ -120,6 +124,23 @@ class PooledGradMem(InnerLoop, Repeating):
         hidden = unused[:, None, None].repeat(1, len(heads), max(heads), 1)
         hidden[:, : self.options.layer] = True
         return HeadPrefix(Prefix(last, cache, start=start), self.backbone, hidden)
+
+    def together(self, memory: Memory) -> Memory:
+        """Put the vectors of all rows into one row; see `WholeContexts.together`.
+
+        The texts stand one after the other, if the model has positions for all. If not, all begin at position 0. Only
+        the first text keeps the state of its first token.
+        """
+        start = memory.tensors["start"]
+        fits = int(start.sum()) + QUESTION_ROOM <= self.backbone.max_full_attention
+        before = start.cumsum(0) - start if fits else torch.zeros_like(start)
+        vectors, positions = [], []
+        for row, length in enumerate(start.tolist()):
+            own = slice(min(row, 1), min(length, self.n_mem))
+            vectors.append(memory.tensors["memory"][row, own])
+            positions.append(memory.tensors["positions"][row, own] + before[row])
+        end = (before + start).max()[None]
+        return _memory({"memory": torch.cat(vectors)[None]}, torch.cat(positions)[None], end)
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
