@@ -14,6 +14,7 @@ from torch import Tensor
 import gradmem
 from gradmem import GradmemError, MemoryModel
 from gradmem.batch import Batch, Tokens
+from gradmem.cli.evaluation_tables import results_table
 from gradmem.evaluation import evaluate
 from gradmem.exports.keys_values import keys_values
 from gradmem.inner import Strategy
@@ -201,8 +202,11 @@ def test_a_saved_model_writes_saves_answers_and_is_measured(tmp_path: Path) -> N
     memory.save(tmp_path / "memory")
     again = gradmem.open(tmp_path / "memory")
     assert again.ask([["a7"], ["b1"]]) == memory.ask([["a7"], ["b1"]])
-    (result,) = evaluate(model, samples=4)
-    assert 0 <= result.unwritten <= 1
+    start, result = evaluate(model, [0, 2], samples=4)
+    assert start.from_context
+    assert start.unwritten == result.unwritten
+    rows = [[str(cell) for cell in column.cells] for column in results_table([start, result]).columns]
+    assert rows[0] == ["start", "written", "control: unwritten", "control: swapped"]
     with pytest.raises(GradmemError, match="some layers do not see the memory"):
         keys_values(again[0])
 

@@ -40,7 +40,7 @@ def results_table(results: Sequence[Result]) -> Table:
         for result in group:
             built.add_row(
                 *label,
-                "written" if result.steps else "unwritten",
+                "written" if result.steps else "start" if result.from_context else "unwritten",
                 str(result.steps),
                 f"{100 * result.exact_match:.2f}",
                 percent_interval(result.ci95),

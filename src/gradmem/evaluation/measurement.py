@@ -115,12 +115,15 @@ class Measurement:
             method=dict(self.model.overrides),
             metrics=means,
             intervals=intervals,
+            from_context=_starts(statistics),
         )
 
     def _with_controls(self, step: int, statistics: Statistics) -> dict[str, tuple[float, tuple[float, float]]]:
         """Mean and interval of each metric after a step, and of its controls."""
-        starts = any(kind == "unwritten" for _, kind, _ in statistics)  # the start itself is made from the context
-        controls = {"unwritten": (0, "unwritten" if starts else "own"), "swapped": (self.swapped_steps, "swapped")}
+        controls = {
+            "unwritten": (0, "unwritten" if _starts(statistics) else "own"),
+            "swapped": (self.swapped_steps, "swapped"),
+        }
         found = {}
         for name in dict.fromkeys(name for name, _, _ in statistics):
             found[name] = statistics[name, "own", step]
@@ -207,6 +210,11 @@ def evaluate(
                     f"{steps[-1]} steps were asked for; the method of '{model.name}' takes at most {step}"
                 )
     return measurement.results(split, seed)
+
+
+def _starts(statistics: Statistics) -> bool:
+    """Whether the start itself is made from the context, so that the memory of no text is a control of its own."""
+    return any(kind == "unwritten" for _, kind, _ in statistics)
 
 
 def _split(samples: int, most: int) -> list[int]:

@@ -39,6 +39,9 @@ class Result:
         The task's other metrics, averaged as exact match is; their controls are `unwritten_NAME`, `swapped_NAME`.
     intervals : dict of tuple
         95 % intervals, as `ci95`, of the controls `unwritten` and `swapped` and of all `metrics`.
+    from_context : bool
+        Whether WRITE begins with something of the context. The memory before any step is then no control, and
+        `unwritten` is the memory of no text.
     """
 
     checkpoint: str
@@ -63,6 +66,7 @@ class Result:
     method: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    from_context: bool = False
 
     @property
     def bits_per_vector(self) -> float | None:
