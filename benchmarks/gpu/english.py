@@ -1,10 +1,14 @@
 """Meta-train SmolLM2-135M to answer from 32 vectors in a few minutes of one GPU, and measure it.
 
+The recipe is `english-pooled`, from the pretrained weights: where there are contexts enough, the first stage teaches to
+answer with a few words too.
+
     python -m benchmarks.gpu.english --model DIR --data DIR --minutes 4 --out DIR
 
 DATA holds `samples.xz` and `dev.jsonl` of `benchmarks.gpu.samples`, or all the texts of the recipe. OUT gets the
-difference to the pretrained weights in four bits (`delta-*`), `results.json`, `curve.csv` and `answers.json`. The whole
-weights go to --state as soon as training ends, however it ends; --resume takes them from there and only measures.
+difference to the pretrained weights (`delta-*`; by the rank of LoRA, or in four bits), `results.json`, `curve.csv` and
+`answers.json`. The whole weights go to --state as soon as training ends, however it ends; --resume takes them from
+there and only measures.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from gradmem.batch import Batch
+from gradmem.lora import merged
 from gradmem.model import MemoryModel
 from gradmem.model.build import build_task
 from gradmem.model.delta import base_weights, rounded, save_delta
@@ -61,7 +66,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--name", default="smollm2-135m", help="what those who load the result call that model")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recipe", default="english-vectors")
+    parser.add_argument("--recipe", default="english-pooled")
     parser.add_argument(
         "--minutes", type=float, default=4.0, help="of training, shared by the stages as their steps are"
     )
@@ -69,7 +74,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--exact", action="store_true", help="no tf32")
     parser.add_argument("--lr", type=float, default=1.0, help="factor on the learning rates")
-    parser.add_argument("--batch", type=int, default=0, help="contexts of a step, in place of the recipe's")
+    parser.add_argument("--batch", type=int, default=64, help="contexts of a step; 0 for the recipe's")
     parser.add_argument("--micro", type=int, default=0, help="contexts of a pass; halved where memory does not suffice")
     parser.add_argument(
         "--max-steps", type=int, default=0, help="end after so many steps, whatever the time: a dry run"
@@ -277,12 +282,12 @@ def build(given: argparse.Namespace) -> tuple[MemoryModel, Recipe, list[QA]]:
     assert isinstance(test, QA)
     tasks[-1]._loaded["test"] = test.samples("test")
     torch.manual_seed(recipe.seed)
-    model = MemoryModel.from_spec(spec, {"pretrained": given.model}, recipe.method)
+    model = MemoryModel.from_spec(spec, recipe.backbone | {"pretrained": given.model}, recipe.method)
     return model.to(given.device), recipe, tasks
 
 
-def report(model: MemoryModel, task: QA, given: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Measure; what is known is written at once."""
+def report(model: MemoryModel, task: QA, given: argparse.Namespace, results: dict[str, Any], rounds: bool) -> None:
+    """Measure; what is known is written at once. Weights that travel in four bits are first rounded to these."""
     end = time.perf_counter() + given.eval_seconds
     model.method.eval()
 
@@ -295,10 +300,11 @@ def report(model: MemoryModel, task: QA, given: argparse.Namespace, results: dic
     keep("valid", plain.table())
     best = max(range(1, 6), key=lambda k: statistics.fmean(plain.scores.get(f"K={k} exact_match", [0.0])))
     keep("chosen K", best)
-    keep("rounding moves the weights by", round_weights(model, given.model))
-    keep("valid, four bits", measure(model, task, "valid", given.valid, [best], False, end).table())
+    if rounds:
+        keep("rounding moves the weights by", round_weights(model, given.model))
+        keep("valid, four bits", measure(model, task, "valid", given.valid, [best], False, end).table())
     dev = measure(model, task, "test", given.test, [best], True, end)
-    keep("dev, four bits", dev.table())
+    keep("dev", dev.table())
     (given.out / "answers.json").write_text(json.dumps({"rows": dev.rows, **dev.answers}))
     keep("inner rates", sorted(model.method.inner_lrs()))
 
@@ -338,14 +344,16 @@ def main() -> None:
             del training
     if given.device == "cuda":
         torch.cuda.empty_cache()
-    files = save_delta(model, given.model, given.out, given.name)
-    results["bytes"] = {file.name: file.stat().st_size for file in files}
-    say("saved", json.dumps(results["bytes"]))
-    try:
-        report(model, tasks[-1], given, results)
-    except BaseException:
-        traceback.print_exc()
-        results["measuring failed"] = traceback.format_exc()
+    with merged(model.method):
+        rank = recipe.backbone.get("lora")
+        files = save_delta(model, given.model, given.out, given.name, rank)
+        results["bytes"] = {file.name: file.stat().st_size for file in files}
+        say("saved", json.dumps(results["bytes"]))
+        try:
+            report(model, tasks[-1], given, results, rank is None)
+        except BaseException:
+            traceback.print_exc()
+            results["measuring failed"] = traceback.format_exc()
     (given.out / "results.json").write_text(json.dumps(results, indent=1))
     say(f"done after {time.perf_counter() - started:.0f} s")
 

@@ -69,7 +69,10 @@ def measure(
 
 
 def _memories(method: Any, batch: Batch, steps: Sequence[int], controls: bool) -> Iterator[tuple[str, Any]]:
+    nothing = method.without_text(len(batch.context)) if controls else None
+    if nothing is not None:
+        yield "unwritten", nothing
     for step, written in method.at_steps(batch.context, [0, *steps] if controls else list(steps)):
-        yield (f"K={step}" if step else "unwritten"), written.memory
+        yield (f"K={step}" if step or nothing is not None else "unwritten"), written.memory
         if controls and step == max(steps):
             yield "swapped", written.memory.select(torch.arange(len(batch.context)).roll(1).to(batch.rows.device))

@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--recipe", default="english-vectors")
+    parser.add_argument("--recipe", default="english-pooled")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     tasks = tasks_of(load_recipe(given.recipe), given.model, given.data)
