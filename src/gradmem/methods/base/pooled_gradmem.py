@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...backbone import Backbone
 from ...batch import Tokens
 from ...errors import GradmemError, require
+from ...inner.meta_gradient import Strategy
 from ...inner.objective import sample_losses
 from ...inner.optimizers import Tensors
 from ...memory import Memory
@@ -141,6 +142,11 @@ class PooledGradMem(InnerLoop, Repeating):
             positions.append(memory.tensors["positions"][row, own] + before[row])
         end = (before + start).max()[None]
         return _memory({"memory": torch.cat(vectors)[None]}, torch.cat(positions)[None], end)
+
+    @property
+    def _strategy(self) -> Strategy:
+        """The loss replaces what a layer is given, so it cannot be compiled."""
+        return "unroll" if self.strategy == "compile" else self.strategy
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""
