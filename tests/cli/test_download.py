@@ -155,7 +155,7 @@ def test_nothing_is_left_when_the_disk_is_full(elsewhere: Path, source: Path, mo
     [
         (
             "kv-64-k",
-            "unknown checkpoint 'kv-64-k': did you mean 'kv-64-k1'? known: babi, english, kv-128, kv-16",
+            "unknown checkpoint 'kv-64-k': did you mean 'kv-64-k1'? known: babi, english, english-pooled, kv-128",
         ),
         ("../kv-64", "unknown checkpoint '../kv-64'"),
         ("kv-64 --source nowhere/at/all", "there is no directory nowhere/at/all"),
