@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import gradmem
 import standin  # noqa: F401 - makes its device known before anything is differentiated
 from gradmem.backbone import Backbone
 from gradmem.batch import Batch, Tokens
+from gradmem.errors import GradmemError
 from gradmem.memory import Memory
 from gradmem.methods import GradMem, Method
-from gradmem.model import MemoryModel
+from gradmem.model import BoundMemory, MemoryModel
 from naive import Naive, rms_norm
 
 torch.set_num_threads(1)
@@ -103,6 +106,50 @@ def _backbone(fields: str) -> tuple[Backbone, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Backbone.from_config(json.loads(fields)), torch.get_rng_state()
+
+
+class Numbers:
+    """What methods need of a task, without a tokenizer."""
+
+    pad_id, end_id = 0, 2
+
+    def __init__(self, before_context: list[int] | None = None) -> None:
+        self.before_context = before_context or []
+
+    def encode_query(self, text: str) -> list[int]:
+        return [7, *(1 + ord(character) % 20 for character in text[:2])]
+
+    def greedy_options(self) -> dict[str, Any]:
+        return {"do_sample": False, "eos_token_id": [self.end_id]}
+
+
+def read_loss(method: Method, batch: Batch) -> Tensor:
+    """Write the contexts of a batch, and read its labels."""
+    memory = method.write(batch.context).memory
+    logits = method.read(memory, batch.queries, batch.rows)[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+
+
+@contextmanager
+def refused_in_one_line(wanted: str) -> Iterator[None]:
+    """Expect a `GradmemError` of one line that says what is wanted."""
+    with pytest.raises(GradmemError) as refused:
+        yield
+    assert wanted in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def saved_and_opened(method: dict[str, Any], directory: Path, layers: int = 1) -> tuple[MemoryModel, BoundMemory]:
+    """Save a small model and memories of two texts, and open both; the memories answer as before."""
+    torch.manual_seed(0)
+    backbone = TINY_LLAMA | {"num_hidden_layers": layers}
+    MemoryModel.from_spec({"name": "kv", "pairs": 3}, backbone, method).save_pretrained(directory / "model")
+    model = gradmem.load(directory / "model")
+    memory = model.write(["a7:Qz\nk2:9f\nzz:aa", "b1:xy\nc2:zz\nd3:aa"])
+    memory.save(directory / "memory")
+    again = gradmem.open(directory / "memory")
+    assert again.ask([["a7"], ["b1"]]) == memory.ask([["a7"], ["b1"]])
+    return model, again
 
 
 def random_tokens(lengths: list[int], seed: int = 0) -> Tokens:

@@ -83,7 +83,7 @@ def _of_prefix(prefix: Prefix) -> KeysValues:
     if isinstance(prefix, StatePrefix):
         raise GradmemError("the memory is a state of its method, which no other program has: write it with another one")
     if isinstance(prefix, HeadPrefix) and bool(prefix.hidden.any()):
-        raise GradmemError("some layers do not see the memory, and no other program can be told so: it stays here")
+        raise GradmemError("some layers or heads see a part of the memory only, which no other program can be told")
     _check_start(prefix.end, prefix.length)
     layers = prefix.cut(torch.tensor([0], device=prefix.last.device)).cache.layers
     if len({(layer.keys.shape, layer.values.shape) for layer in layers}) > 1:

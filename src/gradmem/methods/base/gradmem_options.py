@@ -42,10 +42,10 @@ class GradMemOptions(ChunkedOptions):
     """With `start: pooled`: the layer whose input is pooled, and which reads the vectors first. Layers are counted from
     0, and those below see no memory."""
     budget: float | None = None
-    """With a start from the context: the fraction of its cache that is kept. By default n_mem entries for each head."""
+    """With `start: select` or `match`: the fraction of the cache that is kept. Default: n_mem entries for each head."""
     shared: bool = False
-    """With a start from the context: whether all heads of all layers share one budget. If so, a query begins after the
-    end of the context; if not, right after the memory."""
+    """With `start: select` or `match`: whether all heads of all layers share one budget. If so, a query begins after
+    the end of the context; if not, right after the memory."""
     lora_rank: int = 8
     """Rank of the matrices of a lora memory."""
     lora_alpha: float = 16.0
@@ -64,13 +64,13 @@ class GradMemOptions(ChunkedOptions):
     """Default number of write steps K, taken on each chunk."""
     write_objective: str = "reconstruction"
     """What WRITE descends: reconstruction, the loss of reconstructing the context; or energy, a learned one, the mean
-    over its tokens of a function of their last hidden states (no recipe uses it; the published code has it). With a
-    start from the context: reconstruction; attention, what attention over the memory misses of that over the whole
+    over its tokens of a function of their last hidden states (no recipe uses it; the published code has it). With
+    `start: select` or `match`: reconstruction; attention, what attention over the memory misses of that over the whole
     cache, layer by layer and without a pass through the model; answers, the KL divergence to the model with the whole
     context on its own answers to questions that fit any text; or several with commas between them, which are summed."""
     inner_lr: float = 1.0
-    """Inner learning rate, on the mean token loss. Learned keys and values need larger ones; 10 is published. With a
-    start from the context, keys and values are measured by their size, the root mean square of a head's."""
+    """Inner learning rate, on the mean token loss. Learned keys and values need larger ones; 10 is published. With
+    `start: select` or `match`, keys and values are measured by their size, the root mean square of a head's."""
     learn_inner_lr: bool = False
     """Meta-learn inner learning rates that start from `inner_lr`: one for each memory vector, each head's keys and
     values in each layer, or each matrix."""
@@ -165,6 +165,8 @@ class GradMemOptions(ChunkedOptions):
         cached = self.start in ("select", "match")
         if self.shared and not cached:
             raise GradmemError("shared is used with `start: select` or `match`: leave it out")
+        if self.start != "pooled" and self.layer != type(self).layer:
+            raise GradmemError("layer is used with `start: pooled`: leave it out")
         require("layer", self.layer, self.layer >= 0, "at least 0")
         if self.budget is not None:
             fits = 0 < self.budget <= 1 and cached

@@ -23,6 +23,8 @@ class InnerLoop(Method):
     """Base of GradMem methods: the write steps, for whatever tensors and whatever loss."""
 
     options: GradMemOptions
+    compiles: bool = True
+    """Whether the loss of WRITE can be compiled: it depends on its arguments alone and changes nothing in the model."""
     log_inner_lr: nn.Parameter | nn.ParameterDict | None
     """Logarithms of learned inner learning rates; with momentum, for each step."""
     momentum: nn.Parameter | None
@@ -88,7 +90,7 @@ class InnerLoop(Method):
 
     @property
     def _strategy(self) -> Strategy:
-        return self.strategy
+        return "unroll" if self.strategy == "compile" and not self.compiles else self.strategy
 
     def _forward_context(self) -> Callable[[], AbstractContextManager[None]]:
         """Choose how the backbone computes the write loss, by whether its gradient is differentiated again."""

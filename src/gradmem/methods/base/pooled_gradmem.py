@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ...backbone import Backbone
 from ...batch import Tokens
 from ...errors import GradmemError, require
-from ...inner.meta_gradient import Strategy
 from ...inner.objective import sample_losses
 from ...inner.optimizers import Tensors
 from ...memory import Memory
@@ -58,6 +57,7 @@ class PooledGradMem(InnerLoop, Repeating):
         If the model has fewer layers, does not obey attention masks, or accepts no positions.
     """
 
+    compiles = False
     questions = None
     reads_together = True
 
@@ -114,13 +114,13 @@ class PooledGradMem(InnerLoop, Repeating):
 
     def prefix(self, memory: Memory) -> Prefix:
         """Run the vectors from their layer on, once for each row."""
-        vectors, model = memory.tensors["memory"].to(self.backbone.model.dtype), self.backbone.model
+        vectors = memory.tensors["memory"].to(self.backbone.model.dtype)
         positions, start = (memory.tensors[name].to(vectors.device) for name in ("positions", "start"))
         cache, unused = self.backbone.new_cache(), positions == 0  # but the first vector stands there
         unused[:, 0] = start == 0
         with replaced_input(self.backbone.blocks[self.options.layer], vectors):
             self.backbone.hidden(torch.zeros_like(vectors), cache, positions=positions)
-        last = vectors.new_zeros(len(vectors), self.backbone.width, dtype=model.dtype)
+        last = vectors.new_zeros(len(vectors), self.backbone.width)
         heads = [layer.keys.shape[1] for layer in cache.layers]
         hidden = unused[:, None, None].repeat(1, len(heads), max(heads), 1)
         hidden[:, : self.options.layer] = True
@@ -142,11 +142,6 @@ class PooledGradMem(InnerLoop, Repeating):
             positions.append(memory.tensors["positions"][row, own] + before[row])
         end = (before + start).max()[None]
         return _memory({"memory": torch.cat(vectors)[None]}, torch.cat(positions)[None], end)
-
-    @property
-    def _strategy(self) -> Strategy:
-        """The loss replaces what a layer is given, so it cannot be compiled."""
-        return "unroll" if self.strategy == "compile" else self.strategy
 
     def check(self, memory: Memory, what: str) -> None:
         """Raise `GradmemError` unless the memory has the tensors and shapes that this method writes."""

@@ -16,7 +16,6 @@ from ...batch import Tokens
 from ...compaction.entries import Entries
 from ...compaction.match import match, sizes_of
 from ...compaction.text import Asked, References, Text, read_repeated, stock_questions
-from ...inner.meta_gradient import Strategy
 from ...inner.optimizers import Tensors
 from ...memory import Memory
 from ...ops.dtypes import wide
@@ -53,6 +52,7 @@ class StartedGradMem(InnerLoop, EntriesMethod):
         The fields of `GradMemOptions`.
     """
 
+    compiles = False
     runtime_options = ("read_chunks",)
 
     @keywords_of(GradMemOptions)
@@ -110,11 +110,6 @@ class StartedGradMem(InnerLoop, EntriesMethod):
     def without_text(self, rows: int) -> Memory:
         """Memories of no text; see `Method.without_text`."""
         return self.unwritten.select([0] * rows)
-
-    @property
-    def _strategy(self) -> Strategy:
-        """What the loss reads besides its arguments changes with the contexts, so it cannot be compiled."""
-        return "unroll" if self.strategy == "compile" else self.strategy
 
     def _given(
         self, context: Tokens, texts: list[Text], starts: tuple[Entries, ...], references: tuple[References, ...]
