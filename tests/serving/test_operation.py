@@ -43,3 +43,16 @@ def test_checks_succeed_in_a_flood_and_need_no_key(served: str, keys: ApiKeys, t
     with client_of(served, keys, tmp_path, host="0.0.0.0", rate=1) as client:
         answers = [client.get(path).status_code for path in ("/readyz", "/healthz", "/docs", "/docs", "/readyz")]
     assert answers == [200, 200, 200, 429, 200]
+
+
+def test_a_server_that_is_watched_says_so_before_it_ends(client: TestClient, served: str) -> None:
+    written(client, served)
+    readiness = client.app.state.readiness
+    assert not readiness.watched
+    assert client.get("/readyz").is_success
+    assert readiness.watched
+    readiness.leaving = True
+    refused(client.get("/readyz"), 503, "the server is shutting down")
+    # Everything else is still served.
+    assert client.get("/v1/memories").is_success
+    assert client.get("/healthz").json() == {"status": "ok"}

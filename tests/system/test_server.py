@@ -87,6 +87,15 @@ def test_what_was_accepted_is_finished_when_the_server_ends(server: Server) -> N
     assert "Qz" not in server.log.read_text()
 
 
+def test_a_server_that_a_proxy_watches_serves_until_the_proxy_knows(server: Server) -> None:
+    """A connection that is made when a server stops listening is lost, so nobody may be making one then."""
+    assert httpx2.get(f"{server.url}/readyz").is_success
+    server.process.send_signal(signal.SIGTERM)
+    assert eventually(lambda: httpx2.get(f"{server.url}/readyz").status_code == 503)
+    assert Client(server.url).write(TEXT, "kv-16").current.number == 1
+    assert server.process.wait(60) in (0, -signal.SIGTERM)
+
+
 def test_who_still_waits_at_the_end_is_told_and_nothing_is_half_done(tmp_path: Path) -> None:
     server = Server(tmp_path, "kv-16", before=SHORT_GRACE)
     client = Client(server.url)

@@ -18,7 +18,7 @@ from .api_keys import ApiKeys
 from .async_store import AsyncStore, StoreThreads
 from .engine_pool import EnginePool
 from .guard import Guard
-from .operation import BEARER, operation
+from .operation import BEARER, Readiness, operation
 from .rates import Rates
 from .routes import ROUTERS
 from .settings import Settings
@@ -79,7 +79,8 @@ def unguarded_app(store: Store, settings: Settings, telemetry: Telemetry) -> Fas
     for router in ROUTERS:
         app.include_router(router, dependencies=[BEARER], responses=http_errors.ERROR_RESPONSES)
     app.state.ready = partial(check_ready, app)
-    app.include_router(operation(telemetry, app.state.ready))
+    app.state.readiness = Readiness(app.state.ready)
+    app.include_router(operation(telemetry, app.state.readiness))
     app.router.default = Page(directory=WEB, html=True)  # a mount would also answer for unknown paths of the API
     return app
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import h11
@@ -13,8 +14,10 @@ from .http_errors import Refused, error_response
 
 IDLE_SECONDS = 10.0
 """Seconds in which a connection must bring the whole head of a request, and accept some bytes of a response."""
+LEAVING_SECONDS = 4.0
+"""Seconds after SIGTERM in which a proxy that checks the server can learn that it is about to end."""
 SHUTDOWN_SECONDS = 25.0
-"""Seconds after SIGTERM in which accepted requests may finish. Those that still wait then get an error."""
+"""Seconds after that in which accepted requests may finish. Those that still wait then get an error."""
 TOO_MANY = Refused(503, "the server has too many connections", retry_after=1)
 NOT_HTTP = Refused(400, "this is not an HTTP/1.1 request, or its head is too long")
 
@@ -103,9 +106,18 @@ class Server(uvicorn.Server):
     """A server that answers waiting requests with an error when it shuts down."""
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Finish accepted requests within `SHUTDOWN_SECONDS`."""
-        engines = self.config.app.state.engines  # type: ignore[union-attr]
-        closing = asyncio.ensure_future(engines.close(SHUTDOWN_SECONDS))
+        """Let proxies send requests elsewhere first, then finish the accepted ones within `SHUTDOWN_SECONDS`.
+
+        A connection that is made when the listening socket closes is lost. So whoever checks `/readyz` is told before,
+        for `LEAVING_SECONDS`, and until then everything is served.
+        """
+        state = self.config.app.state  # type: ignore[union-attr]
+        if state.readiness.watched:
+            state.readiness.leaving = True
+            until = time.monotonic() + LEAVING_SECONDS
+            while time.monotonic() < until and not self.force_exit:
+                await asyncio.sleep(0.1)
+        closing = asyncio.ensure_future(state.engines.close(SHUTDOWN_SECONDS))
         await super().shutdown(sockets)
         await closing
 

@@ -37,7 +37,7 @@ from .connections import SHUTDOWN_SECONDS
 from .errors import Closed
 from .guard import Guard, Response
 from .http_errors import Refused, error_response
-from .operation import operation
+from .operation import Readiness, operation
 from .rates import Rates
 from .settings import Settings
 from .telemetry import LOG, Telemetry, failure
@@ -254,7 +254,8 @@ def front(replicas: DeploymentHandle, options: Options, keys: ApiKeys | None = N
         Guard, settings=settings, keys=keys, telemetry=telemetry, rates=Rates(settings.rate, options.open_store())
     )
     http_errors.install(app)
-    app.include_router(operation(telemetry, requests.check))
+    app.state.readiness = Readiness(requests.check)
+    app.include_router(operation(telemetry, app.state.readiness))
     app.router.default = requests
     return app
 
