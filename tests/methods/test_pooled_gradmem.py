@@ -50,7 +50,7 @@ def build(kind: str = "llama", **options: Any) -> PooledGradMem:
 
 def pour(pooling: Pooling, states: Tensor, count: int) -> tuple[Tensor, list[int]]:
     """Pool the states of one text (length, d) as a loop: pour weight into vectors of one unit each until all is out."""
-    scores = [float(F.layer_norm(state, state.shape) @ pooling.score) for state in states[1:]]
+    scores = [float(F.layer_norm(state, state.shape) @ pooling.weights.score) for state in states[1:]]
     parts = min(count - 1, len(scores))
     weights = [parts * math.exp(score) / sum(map(math.exp, scores)) for score in scores]
     vectors, places, vector, place, room = [states[0]], [0], torch.zeros_like(states[0]), 0.0, 1.0
@@ -87,7 +87,7 @@ def test_pooling_equals_pouring_weight_into_vectors() -> None:
 def test_with_a_vector_for_each_token_it_reads_the_whole_context(kind: str, layer: int) -> None:
     """From its layer on; the layers below see nothing of the context."""
     method, batch = build(kind, n_mem=8, layer=layer, write_steps=0), make_later_batch()
-    method.pooling.score.zero_()
+    method.pooling.weights.score.zero_()
     memory = method.write(batch.context).memory
     full = FullContext(method.backbone)
     cached = full.write(batch.context).memory
@@ -117,8 +117,30 @@ def test_the_meta_gradient_is_the_derivative(strategy: Strategy) -> None:
     """Through reading, pooling, steps and questions, by finite differences; positions are whole numbers and stay."""
     method, batch = build(**LEARNED), make_later_batch()
     method.strategy = strategy
-    names = {"log_inner_lr", "pooling.score", "backbone.model.model.layers.0.self_attn.v_proj.weight"}
+    names = {"log_inner_lr", "log_coordinate_lr", "pooling.weights.score", "loss_weights.score"}
+    names |= {"backbone.model.model.layers.0.self_attn.v_proj.weight"}
     check_slopes(method, lambda: read_loss(method, batch), names | {"backbone.model.model.layers.1.mlp.up_proj.weight"})
+
+
+def test_a_step_follows_weighted_tokens_at_the_rates_of_vector_and_coordinate() -> None:
+    method, context = build(**LEARNED), make_later_batch().context
+    start = method.write(context, 0).memory
+    with torch.no_grad():
+        embeds = method.backbone.embed(context.ids)
+        states = layer_input(method.backbone.blocks[1], lambda: method.backbone.hidden(embeds))
+    for row, length in enumerate(context.lengths.tolist()):
+        own, text = start[row], context[row : row + 1]
+        scores = [float(F.layer_norm(state, state.shape) @ method.loss_weights.score.detach()) for state in states[row, :length]]
+        weights = [length * math.exp(score) / sum(map(math.exp, scores)) for score in scores]
+        vectors = own.tensors["memory"].detach().requires_grad_()
+        losses = method.token_losses(Memory(own.tensors | {"memory": vectors}), text)[0, :length]
+        loss = sum(weight * one for weight, one in zip(weights, losses, strict=True)) / length
+        (slope,) = torch.autograd.grad(loss, vectors)
+        rates = method.log_inner_lr.exp() * method.log_coordinate_lr.exp()
+        written = method.write(context, 1)
+        assert abs(float(written.losses[0, row] - loss)) < ROTATION
+        assert distance(written.memory[row].tensors["memory"], vectors - rates * slope) < ROTATION
+        assert len(set(weights)) == length > 1
 
 
 @torch.no_grad()
@@ -143,7 +165,7 @@ def test_chunks_are_read_as_one_text(room: bool, monkeypatch: pytest.MonkeyPatch
     """With a vector for each token of two chunks. Where the model has no positions for both, each begins at 0."""
     method = build(n_mem=8, layer=0, write_steps=0)
     monkeypatch.setattr(pooled_gradmem, "QUESTION_ROOM", 200 if room else 250)
-    method.pooling.score.zero_()
+    method.pooling.weights.score.zero_()
     text, queries = random_tokens([9]), random_tokens([4], 3)
     chunks = Tokens(
         torch.cat([text.ids[:, :6], F.pad(text.ids[:, 6:], (0, 3))]), torch.arange(6) < torch.tensor([[6], [3]])

@@ -240,6 +240,10 @@ def test_replicas_that_are_replaced_killed_or_hang_lose_nothing(tmp_path: Path, 
         assert eventually(lambda: len(replicas(server)) == 2, 300)
         assert eventually(lambda: answers(f"{server.url}/readyz"), 300)
 
+        # It is ended in the middle of an update, and ends both.
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(1)
+
 
 def test_replicas_need_a_database_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,8 @@ from ..ray_cluster import prepare, ray_cluster
 
 NAME = "gradmem"
 """Name of the application on Ray."""
+UPDATE_SECONDS = 30.0
+"""Seconds for which the end waits for replicas that are just being replaced."""
 
 
 @contextmanager
@@ -56,11 +58,16 @@ def replicated(settings: Any, **options: Any) -> Iterator[Any]:
         except RuntimeError as error:
             raise GradmemError(f"the replicas do not start: {error}") from error
 
+    turn, ended = threading.Lock(), threading.Event()
+
     def replace() -> None:
-        try:
-            deploy()
-        except GradmemError as error:
-            LOG.error("replicas", extra={"fields": failure(error)})
+        with turn:
+            if ended.is_set():
+                return
+            try:
+                deploy()
+            except GradmemError as error:
+                LOG.error("replicas", extra={"fields": failure(error)})
 
     # As many replicas as are wanted have room, and their replacements too.
     with ray_cluster(address, cpus=2 * given.max_replicas):
@@ -71,6 +78,8 @@ def replicated(settings: Any, **options: Any) -> Iterator[Any]:
             signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=replace, daemon=True).start())
             with suppress(KeyboardInterrupt):  # raised after the front has ended
                 yield app
+            ended.set()
+            turn.acquire(timeout=UPDATE_SECONDS)  # whoever deploys after the end would start another Ray
             serve.delete(NAME)
         finally:
             if not address:

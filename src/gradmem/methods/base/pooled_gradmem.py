@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ...backbone import Backbone
 from ...batch import Tokens
 from ...errors import GradmemError, require
 from ...inner.objective import sample_losses
-from ...inner.optimizers import Tensors
+from ...inner.optimizers import Rates, Tensors
 from ...memory import Memory
 from ...ops.dtypes import no_autocast, wide
 from ...ops.layer_input import layer_input, replaced_input
@@ -38,7 +38,10 @@ class PooledGradMem(InnerLoop, Repeating):
     vectors before the question at layer `layer`, each at the mean position of its tokens, and questions begin after the
     end of the context. The layers below see no memory.
 
-    The meta-gradient passes through the steps, the pooling and the reading of the context.
+    A token's loss counts by a second learned score, and a learned inner rate is that of its vector times that of its
+    coordinate: so the steps go to what answers need. Before training both are the same everywhere.
+
+    The meta-gradient passes through the steps, the pooling, the scores and the reading of the context.
 
     A memory holds `memory`, shape (batch, m, d), and two of int64: `positions`, shape (batch, m), and `start`, shape
     (batch,), the tokens of the context. A context of fewer tokens than vectors leaves the last ones zero, at
@@ -72,7 +75,10 @@ class PooledGradMem(InnerLoop, Repeating):
             raise GradmemError(f"`start: pooled` needs a model that obeys masks and positions, and '{kind}' does not")
         self.write_steps = own.write_steps
         self.pooling = Pooling(backbone)
+        self.loss_weights = TokenWeights(backbone)
         self._prepare_descent(own, (own.n_mem, 1))
+        like = torch.zeros(backbone.width, dtype=torch.float32, device=self.device)
+        self.log_coordinate_lr = nn.Parameter(like) if own.learn_inner_lr else None
 
     @property
     def n_mem(self) -> int:
@@ -95,17 +101,29 @@ class PooledGradMem(InnerLoop, Repeating):
             embeds = self.backbone.embed(context.ids)
             states = layer_input(self.backbone.blocks[self.options.layer], lambda: self.backbone.hidden(embeds))
             start, positions = self.pooling(states, context.mask, self.n_mem)
+            weight = self.loss_weights(states, context.mask)
+            weight = weight * (context.lengths[:, None] / weight.sum(1, keepdim=True).clamp_min(1e-30))
         forward_context = self._forward_context()
 
-        def loss(tensors: Tensors, ids: Tensor, mask: Tensor, *fixed: Tensor) -> Tensor:
+        def loss(tensors: Tensors, ids: Tensor, mask: Tensor, weight: Tensor, *fixed: Tensor) -> Tensor:
             with forward_context(), self.backbone.without_dropout():
                 prefix = self.prefix(_memory(tensors, *fixed))
-                return sample_losses(self.repeat_losses(prefix, Tokens(ids, mask)), mask)
+                return sample_losses(self.repeat_losses(prefix, Tokens(ids, mask)) * weight, mask)
 
         fixed = positions, context.lengths
-        for step in self._states(loss, {"memory": start}, steps, [context.ids, context.mask, *fixed], until):
+        given = [context.ids, context.mask, weight, *fixed]
+        for step in self._states(loss, {"memory": start}, steps, given, until):
             losses = torch.stack(step.losses) if step.losses else states.new_zeros(0, len(context))
             yield Written(_memory(step.tensors, *fixed), losses, step.taken)
+
+    def inner_parameters(self) -> list[nn.Parameter]:
+        """Return the learned inner learning rates and momentum; see `Method.inner_parameters`."""
+        own = self.log_coordinate_lr
+        return super().inner_parameters() + ([] if own is None else [own])
+
+    def _rates(self, step: int, names: Iterable[str]) -> Rates:
+        rates, own = super()._rates(step, names), self.log_coordinate_lr
+        return rates if own is None else {name: rate * own.exp().to(rate) for name, rate in rates.items()}
 
     def without_text(self, rows: int) -> Memory:
         """Memories of no text; see `Method.without_text`."""
@@ -156,13 +174,8 @@ def _memory(tensors: Tensors, positions: Tensor, start: Tensor) -> Memory:
     return Memory(tensors | {"positions": positions, "start": start})
 
 
-class Pooling(nn.Module):
-    """Pool hidden states into fewer vectors, each a weighted mean of neighbours.
-
-    A learned score of each token's state, after a layer norm, gives its weight. The text is cut into parts of equal
-    weight, one for each vector, so that tokens that matter share a vector with few others; a token at a cut belongs to
-    both parts. This is continuous integrate-and-fire (arXiv 1905.11235) with a given number of vectors. Before training
-    all tokens weigh the same.
+class TokenWeights(nn.Module):
+    """Weigh the tokens of a text by their hidden states, after a layer norm. Before training all weigh the same.
 
     Parameters
     ----------
@@ -173,6 +186,39 @@ class Pooling(nn.Module):
         super().__init__()
         like = backbone.model.get_input_embeddings().weight
         self.score = nn.Parameter(torch.zeros(backbone.width, dtype=like.dtype, device=like.device))
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Return positive weights at the tokens of a mask, and 0 elsewhere.
+
+        Parameters
+        ----------
+        states : Tensor, shape (batch, length, d)
+        mask : Tensor, bool, shape (batch, length)
+
+        Returns
+        -------
+        Tensor, at least float32, shape (batch, length)
+        """
+        with no_autocast(states):
+            given = wide(states)
+            score = F.layer_norm(given, given.shape[-1:]) @ self.score.to(given.dtype)
+            return score.clamp(-LARGEST, LARGEST).exp() * mask
+
+
+class Pooling(nn.Module):
+    """Pool hidden states into fewer vectors, each a weighted mean of neighbours.
+
+    The text is cut into parts of equal learned weight, one for each vector, so that tokens that matter share a vector
+    with few others; a token at a cut belongs to both parts. This is continuous integrate-and-fire (arXiv 1905.11235) with a given number of vectors.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.weights = TokenWeights(backbone)
 
     def forward(self, states: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Pool the states of each row but its first, which stays as it is.
@@ -194,9 +240,7 @@ class Pooling(nn.Module):
         later = mask.clone()
         later[:, 0] = False
         with no_autocast(states):
-            given = wide(states)
-            score = F.layer_norm(given, given.shape[-1:]) @ self.score.to(given.dtype)
-            weight = score.clamp(-LARGEST, LARGEST).exp() * later
+            given, weight = wide(states), self.weights(states, later)
             parts = later.sum(1, keepdim=True).clamp_max(count - 1)
             weight = parts * weight / weight.sum(1, keepdim=True).clamp_min(1e-30)
             end, part = weight.cumsum(1)[..., None], torch.arange(count - 1, device=states.device)
