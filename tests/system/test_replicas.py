@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import clients
@@ -21,6 +22,7 @@ from clients import Account, User
 from load import compare
 from served import Server
 
+from gradmem.cli import replicas as cli_replicas
 from gradmem.cli.main import main
 from gradmem.store import Store
 
@@ -240,9 +242,45 @@ def test_replicas_that_are_replaced_killed_or_hang_lose_nothing(tmp_path: Path, 
         assert eventually(lambda: len(replicas(server)) == 2, 300)
         assert eventually(lambda: answers(f"{server.url}/readyz"), 300)
 
-        # It is ended in the middle of an update, and ends both.
-        server.process.send_signal(signal.SIGHUP)
-        time.sleep(1)
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Handlers of signals, put back after a test."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGTERM)}
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_who_ends_in_the_middle_of_an_update_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas that are put on a cluster that has ended would start another one."""
+    serve, done, begun = pytest.importorskip("ray.serve"), [], threading.Event()
+    from gradmem.serving import replicas as application
+    from gradmem.serving.settings import Settings
+
+    def run(*_: object, **__: object) -> None:
+        begun.set()
+        time.sleep(0.5)
+        done.append("replicas")
+
+    for name in ("start", "delete", "shutdown"):
+        monkeypatch.setattr(serve, name, lambda *_, name=name, **__: done.append(name))
+    monkeypatch.setattr(serve, "run", run)
+    for name in ("front", "deployment"):
+        monkeypatch.setattr(application, name, lambda *_: "application")
+    monkeypatch.setattr(application.Options, "open_store", lambda _: StringIO())
+    monkeypatch.setattr(cli_replicas, "prepare", lambda _: None)
+    monkeypatch.setattr(cli_replicas, "ray_cluster", lambda *_, **__: nullcontext())
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with cli_replicas.replicated(Settings(), min_replicas=1, max_replicas=1, preload=False):
+        begun.clear()
+        signal.raise_signal(signal.SIGHUP)
+        assert begun.wait(10)
+    assert done == ["start", "replicas", "replicas", "delete", "shutdown"]
+    signal.raise_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert done[-1] == "shutdown"
 
 
 def test_replicas_need_a_database_server(
