@@ -130,7 +130,8 @@ def test_a_step_follows_weighted_tokens_at_the_rates_of_vector_and_coordinate() 
         states = layer_input(method.backbone.blocks[1], lambda: method.backbone.hidden(embeds))
     for row, length in enumerate(context.lengths.tolist()):
         own, text = start[row], context[row : row + 1]
-        scores = [float(F.layer_norm(state, state.shape) @ method.loss_weights.score.detach()) for state in states[row, :length]]
+        score = method.loss_weights.score.detach()
+        scores = [float(F.layer_norm(state, state.shape) @ score) for state in states[row, :length]]
         weights = [length * math.exp(score) / sum(map(math.exp, scores)) for score in scores]
         vectors = own.tensors["memory"].detach().requires_grad_()
         losses = method.token_losses(Memory(own.tensors | {"memory": vectors}), text)[0, :length]

@@ -38,10 +38,10 @@ class PooledGradMem(InnerLoop, Repeating):
     vectors before the question at layer `layer`, each at the mean position of its tokens, and questions begin after the
     end of the context. The layers below see no memory.
 
-    A token's loss counts by a second learned score, and a learned inner rate is that of its vector times that of its
-    coordinate: so the steps go to what answers need. Before training both are the same everywhere.
+    In the loss a token counts by a second learned weight. A learned inner rate is that of a vector times that of a
+    coordinate. Before training both are the same everywhere.
 
-    The meta-gradient passes through the steps, the pooling, the scores and the reading of the context.
+    The meta-gradient passes through the steps, the weights, the pooling and the reading of the context.
 
     A memory holds `memory`, shape (batch, m, d), and two of int64: `positions`, shape (batch, m), and `start`, shape
     (batch,), the tokens of the context. A context of fewer tokens than vectors leaves the last ones zero, at
@@ -123,7 +123,10 @@ class PooledGradMem(InnerLoop, Repeating):
 
     def _rates(self, step: int, names: Iterable[str]) -> Rates:
         rates, own = super()._rates(step, names), self.log_coordinate_lr
-        return rates if own is None else {name: rate * own.exp().to(rate) for name, rate in rates.items()}
+        if own is None:
+            return rates
+        factor = own.exp().to(self.backbone.model.get_input_embeddings().weight.dtype)
+        return {name: rate * factor for name, rate in rates.items()}
 
     def without_text(self, rows: int) -> Memory:
         """Memories of no text; see `Method.without_text`."""
@@ -209,7 +212,8 @@ class Pooling(nn.Module):
     """Pool hidden states into fewer vectors, each a weighted mean of neighbours.
 
     The text is cut into parts of equal learned weight, one for each vector, so that tokens that matter share a vector
-    with few others; a token at a cut belongs to both parts. This is continuous integrate-and-fire (arXiv 1905.11235) with a given number of vectors.
+    with few others; a token at a cut belongs to both parts. This is continuous integrate-and-fire (arXiv 1905.11235)
+    with a given number of vectors.
 
     Parameters
     ----------
