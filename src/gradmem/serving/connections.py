@@ -112,8 +112,9 @@ class Server(uvicorn.Server):
         for `LEAVING_SECONDS`, and until then everything is served.
         """
         state = self.config.app.state  # type: ignore[union-attr]
-        if state.readiness.watched:
-            state.readiness.leaving = True
+        readiness = getattr(state, "readiness", None)  # MCP's server has no `/readyz`
+        if readiness is not None and readiness.watched:
+            readiness.leaving = True
             until = time.monotonic() + LEAVING_SECONDS
             while time.monotonic() < until and not self.force_exit:
                 await asyncio.sleep(0.1)
