@@ -91,7 +91,8 @@ def test_a_fit_finds_the_rule_that_made_the_data() -> None:
     margins = np.array([answer.margin for answer in answers])
     rule = 1 / (1 + np.exp(-(2 * margins - 2 + 1.5 * states[:, 3].numpy())))
     written = draw.random(len(answers)) < rule
-    fitted = Abstain.fit(answers[1000:], states[1000:], written[1000:], "abc", (1, 9), {})
+    fitted = Abstain.fit(answers[1000:], states[1000:], written[1000:], np.arange(7_000) // 8, "abc", (1, 9), {})
+    assert fitted.fitted == {"hidden_states": True}
     judged = fitted.judge(answers[:1000], states[:1000])
     odds = (~written).sum() / written.sum()
     wanted = rule[:1000] * odds / (rule[:1000] * odds + 1 - rule[:1000])
@@ -104,9 +105,37 @@ def test_a_fit_finds_the_rule_that_made_the_data() -> None:
 def test_a_fit_of_what_can_be_told_apart_entirely_is_finite() -> None:
     answers = [Answer("", -1e-9, -1e-9, 9.0, 1.0)] * 50 + [Answer("", -3.0, -5.0, 0.1, 2.0)] * 50
     states = torch.zeros(100, 4)
-    fitted = Abstain.fit(answers, states, np.arange(100) < 50, "abc", (1, 9), {})
+    fitted = Abstain.fit(answers, states, np.arange(100) < 50, np.arange(100), "abc", (1, 9), {})
     assert all(bool(tensor.isfinite().all()) for tensor in fitted.weights.values())
     assert [one.abstained for one in fitted.judge(answers, states)] == [False] * 50 + [True] * 50
+
+
+def test_few_contexts_are_judged_by_the_features_alone() -> None:
+    """A thousand numbers of noise tell the answers of a few contexts apart by heart, and no others."""
+    answers, draw = random_answers(2_400), np.random.default_rng(1)
+    states = torch.randn(len(answers), 1_000, generator=torch.Generator().manual_seed(2))
+    margins = np.array([answer.margin for answer in answers])
+    written = draw.random(len(answers)) < 1 / (1 + np.exp(2 - 2 * margins))
+    fitted = Abstain.fit(answers[:400], states[:400], written[:400], np.arange(400) // 8, "abc", (1, 9), {})
+    assert fitted.fitted == {"hidden_states": False}
+    found, other = (
+        np.array([one.written for one in fitted.judge(answers[400:], own[400:])]) for own in (states, -states)
+    )
+    assert np.array_equal(found, other)
+    best = _auroc(margins[400:][written[400:]], margins[400:][~written[400:]])
+    assert _auroc(found[written[400:]], found[~written[400:]]) > best - 0.02
+
+
+def test_whether_hidden_states_help_is_tried_on_contexts_that_are_left_out() -> None:
+    """States that know no more than which context is asked tell the answers apart, but not those of other contexts."""
+    answers, draw = random_answers(800), np.random.default_rng(1)
+    contexts = np.arange(800) // 8
+    written = np.repeat(draw.random(100) < 0.5, 8)
+    states = torch.randn(100, 64, generator=torch.Generator().manual_seed(2))[contexts]
+    fitted = Abstain.fit(answers, states, written, contexts, "abc", (1, 9), {})
+    assert fitted.fitted == {"hidden_states": False}
+    alike = Abstain.fit(answers, states, written, np.arange(800), "abc", (1, 9), {})
+    assert alike.fitted == {"hidden_states": True}
 
 
 def test_auroc_counts_pairs() -> None:

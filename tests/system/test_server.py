@@ -96,6 +96,22 @@ def test_a_server_that_a_proxy_watches_serves_until_the_proxy_knows(server: Serv
     assert server.process.wait(60) in (0, -signal.SIGTERM)
 
 
+def test_ctrl_c_waits_for_no_proxy(server: Server) -> None:
+    answers = [httpx2.get(f"{server.url}/readyz").text]
+    server.process.send_signal(signal.SIGINT)
+
+    def gone() -> bool:
+        try:
+            answers.append(httpx2.get(f"{server.url}/readyz").text)
+        except httpx2.TransportError:
+            return True
+        return False
+
+    assert eventually(gone)
+    assert not [answer for answer in answers if "about to end" in answer]
+    server.process.wait(60)
+
+
 def test_who_still_waits_at_the_end_is_told_and_nothing_is_half_done(tmp_path: Path) -> None:
     server = Server(tmp_path, "kv-16", before=SHORT_GRACE)
     client = Client(server.url)

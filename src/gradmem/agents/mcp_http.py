@@ -53,6 +53,7 @@ def http_app(server: MemoryServer, settings: Settings, keys: ApiKeys | None = No
     )
     app.router.routes.insert(0, Route(PATH, _no_stream, methods=["GET", "DELETE"]))
     app.state.engines = server.workspace  # the process closes them when it ends
+    app.state.readiness = None  # no proxy asks it
     app.add_middleware(JsonGuard)
     rates = Rates(settings.rate, server.workspace.store.store)
     # The last one is the outermost.

@@ -187,10 +187,11 @@ def calibrate(
             f"{written.sum()} of {len(written)} answers are right: calibration needs both right and wrong answers"
         )
     states = torch.cat([states for kind in found.states.values() for states in kind])
+    contexts = np.array([context for kind in found.contexts.values() for context in kind])
     told = {key: value for key, value in spec.items() if key != "data"}  # a place on this machine alone
     about = {"task": told, "split": "valid", "samples": samples, "seed": seed, "kinds": list(found.answers)}
     lengths = min(found.lengths), max(found.lengths)
-    model.abstain = Abstain.fit(answers, states, written, model.fingerprints["checkpoint"], lengths, about)
+    model.abstain = Abstain.fit(answers, states, written, contexts, model.fingerprints["checkpoint"], lengths, about)
     fresh = _examine(model, task, "test", max(2, samples // 4), seed, progress)
     judged = {
         kind: model.abstain.judge(own, torch.cat(fresh.states[kind])) for kind, own in fresh.answers.items() if own
@@ -202,10 +203,11 @@ def calibrate(
 
 @dataclass
 class _Examined:
-    """Answers and hidden states by kind, and the lengths of the contexts in tokens."""
+    """Answers, hidden states and numbers of their contexts by kind, and the lengths of the contexts in tokens."""
 
     answers: dict[str, list[Answer]]
     states: dict[str, list[torch.Tensor]]
+    contexts: dict[str, list[int]]
     lengths: list[int]
 
 
@@ -218,7 +220,7 @@ def _examine(model: MemoryModel, task: Task, split: Split, samples: int, seed: i
     # A batch needs two contexts: each is asked the queries of another one.
     length = task.calibration(split, 0, min(samples, MOST_AT_ONCE), seed)[WRITTEN].context.ids.shape[1]
     size = min(samples, MOST_AT_ONCE, max(2, model.method.backbone.contexts_at_once(length)))
-    found = _Examined({RIGHT: [], WRONG: []}, {RIGHT: [], WRONG: []}, [])
+    found = _Examined(*({RIGHT: [], WRONG: []} for _ in range(3)), [])
     for start in progress(list(range(0, samples // size * size, size)), f"{task.label}, {split}"):
         batches = task.calibration(split, start, size, seed)
         context = batches[WRITTEN].context.to(model.device)
@@ -229,18 +231,21 @@ def _examine(model: MemoryModel, task: Task, split: Split, samples: int, seed: i
         for kind, asked in batches.items():
             if len(asked.rows):
                 given = model.method, model.task, memory, prefix, asked.rows.tolist(), asked.prompts()
-                _sort(task, kind, asked, *reading.answer(*given, {}), found)
+                _sort(task, kind, asked, start, *reading.answer(*given, {}), found)
     return found
 
 
-def _sort(task: Task, kind: str, asked: Batch, answers: list[Answer], states: torch.Tensor, found: _Examined) -> None:
-    """Sort the answers to queries of one kind by whether they are right."""
-    references = asked.references or [[] for _ in answers]
-    for answer, own, labels, all_right in zip(answers, states.cpu(), asked.labels, references, strict=True):
+def _sort(
+    task: Task, kind: str, asked: Batch, start: int, answers: list[Answer], states: torch.Tensor, found: _Examined
+) -> None:
+    """Sort the answers to queries of one kind by whether they are right; `start` is the batch's first context."""
+    references, rows = asked.references or [[] for _ in answers], asked.rows.tolist()
+    for answer, own, row, labels, all_right in zip(answers, states.cpu(), rows, asked.labels, references, strict=True):
         right = task.right(answer.text, task.decode(labels[labels >= 0].tolist()), all_right)
         name = kind if kind != WRITTEN else RIGHT if right else WRONG
         found.answers.setdefault(name, []).append(answer)
         found.states.setdefault(name, []).append(own[None])
+        found.contexts.setdefault(name, []).append(start + row)
 
 
 def _evidence(answer: Answer) -> dict[str, float]:

@@ -27,6 +27,10 @@ FORMAT = 2
 HIDDEN = 64
 """Width of the network."""
 EPOCHS, FIT_BATCH = 20, 256
+FEWEST_STEPS = 400
+"""Fewest optimizer steps of a fit, however few the answers are."""
+FOLDS = 4
+"""Parts of the contexts; each is predicted by fits on the others."""
 CERTAIN = 1e-6
 """Loss in nats below which a token counts as certain: float32 cannot tell such probabilities apart."""
 
@@ -56,7 +60,8 @@ class Abstain:
 
     The network reads the `features` of an answer and the hidden states that predict its first and its last token. A
     model that was never trained to say "I do not know" answers every query, often with a likely answer; its hidden
-    states still differ if nothing in the memory answers the query.
+    states still differ if nothing in the memory answers the query. A few hundred contexts say too little about so many
+    numbers, so a fit reads the hidden states only if they help on contexts that are left out of it.
 
     Attributes
     ----------
@@ -84,6 +89,7 @@ class Abstain:
         answers: Sequence[Answer],
         states: Tensor,
         written: np.ndarray,
+        contexts: np.ndarray,
         checkpoint: str,
         context_tokens: tuple[int, int],
         fitted: dict[str, Any],
@@ -97,26 +103,28 @@ class Abstain:
             From `reading.answer`.
         written : array, bool, shape (answers,)
             Whether the answer was written.
+        contexts : array, int64, shape (answers,)
+            Number of the context whose memory was asked.
         """
         x, y = _inputs(answers, states), torch.tensor(written, dtype=torch.float)
         weight = torch.tensor(balanced(written), dtype=torch.float) * len(written)
         mean, scale = x.mean(0), x.std(0, correction=0).clamp_min(CERTAIN)
-        draw = torch.Generator().manual_seed(0)
-        shapes = {"first": (HIDDEN, x.shape[1]), "first_bias": (HIDDEN,), "second": (HIDDEN,), "second_bias": ()}
-        layers = {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
-        with torch.enable_grad():
-            for name in ("first", "second"):
-                layers[name].data.normal_(0, layers[name].shape[-1] ** -0.5, generator=draw)
-            optimizer = torch.optim.AdamW(layers.values(), lr=1e-3, weight_decay=1e-2)
-            for _ in range(EPOCHS):
-                for some in torch.randperm(len(x), generator=draw).split(FIT_BATCH):
-                    score = _score(layers, (x[some] - mean) / scale)
-                    loss = F.binary_cross_entropy_with_logits(score, y[some], weight[some])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-        weights = {"mean": mean, "scale": scale, **{name: tensor.detach() for name, tensor in layers.items()}}
-        return cls(weights, checkpoint, context_tokens, fitted=fitted)
+        x, fold = (x - mean) / scale, torch.tensor(contexts) % FOLDS
+
+        def held_out_loss(width: int) -> float:
+            total = 0.0
+            for one in range(FOLDS):
+                rest, own = fold != one, fold == one
+                score = _score(_layers(x[rest, :width], y[rest], weight[rest]), x[own, :width])
+                total += float(F.binary_cross_entropy_with_logits(score, y[own], weight[own], reduction="sum"))
+            return total
+
+        # The features alone come first in a tie, as where all states are alike.
+        width = min((len(features(NOTHING)), x.shape[1]), key=held_out_loss)
+        layers = _layers(x[:, :width], y, weight)
+        layers["first"] = F.pad(layers["first"], (0, x.shape[1] - width))
+        about = {**fitted, "hidden_states": width == x.shape[1]}
+        return cls({"mean": mean, "scale": scale, **layers}, checkpoint, context_tokens, fitted=about)
 
     def holds(self, receipt: Receipt) -> bool:
         """Whether it is valid for a memory: its context is as long as those of the fit, and nothing was appended."""
@@ -177,6 +185,24 @@ def _inputs(answers: Sequence[Answer], states: Tensor) -> Tensor:
     """Inputs of the network, shape (answers, features + 2 d)."""
     numbers = torch.tensor([list(features(answer).values()) for answer in answers])
     return torch.cat([numbers, states.cpu().float()], 1)
+
+
+def _layers(x: Tensor, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Fit the two layers to inputs of shape (answers, width)."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"first": (HIDDEN, x.shape[1]), "first_bias": (HIDDEN,), "second": (HIDDEN,), "second_bias": ()}
+    layers = {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
+    with torch.enable_grad():
+        for name in ("first", "second"):
+            layers[name].data.normal_(0, layers[name].shape[-1] ** -0.5, generator=draw)
+        optimizer = torch.optim.AdamW(layers.values(), lr=1e-3, weight_decay=1e-2)
+        for _ in range(max(EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(len(x) / FIT_BATCH)))):
+            for some in torch.randperm(len(x), generator=draw).split(FIT_BATCH):
+                loss = F.binary_cross_entropy_with_logits(_score(layers, x[some]), y[some], weight[some])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return {name: tensor.detach() for name, tensor in layers.items()}
 
 
 def _score(layers: dict[str, Tensor], x: Tensor) -> Tensor:

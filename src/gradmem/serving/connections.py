@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from typing import Any
 
@@ -109,11 +110,11 @@ class Server(uvicorn.Server):
         """Let proxies send requests elsewhere first, then finish the accepted ones within `SHUTDOWN_SECONDS`.
 
         A connection that is made when the listening socket closes is lost. So whoever checks `/readyz` is told before,
-        for `LEAVING_SECONDS`, and until then everything is served.
+        for `LEAVING_SECONDS`, and until then everything is served. After Ctrl-C nobody is waited for.
         """
         state = self.config.app.state  # type: ignore[union-attr]
-        readiness = getattr(state, "readiness", None)  # MCP's server has no `/readyz`
-        if readiness is not None and readiness.watched:
+        readiness = state.readiness
+        if readiness is not None and readiness.watched and signal.SIGINT not in self._captured_signals:
             readiness.leaving = True
             until = time.monotonic() + LEAVING_SECONDS
             while time.monotonic() < until and not self.force_exit:

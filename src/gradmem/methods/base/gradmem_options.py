@@ -73,7 +73,8 @@ class GradMemOptions(ChunkedOptions):
     `start: select` or `match`, keys and values are measured by their size, the root mean square of a head's."""
     learn_inner_lr: bool = False
     """Meta-learn inner learning rates that start from `inner_lr`: one for each memory vector, each head's keys and
-    values in each layer, or each matrix."""
+    values in each layer, or each matrix. With `start: pooled` the rate of a vector is multiplied by one that is learned
+    for each coordinate."""
     learn_momentum: bool = False
     """Descend with momentum. Momentum and inner learning rates are meta-learned for each of the `write_steps`; momentum
     starts from zero. Needs `learn_inner_lr` and `inner_optimizer: sgd`."""

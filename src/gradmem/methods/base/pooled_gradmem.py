@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ...backbone import Backbone
 from ...batch import Tokens
 from ...errors import GradmemError, require
-from ...inner.objective import sample_losses
 from ...inner.optimizers import Rates, Tensors
 from ...memory import Memory
 from ...ops.dtypes import no_autocast, wide
@@ -102,13 +101,13 @@ class PooledGradMem(InnerLoop, Repeating):
             states = layer_input(self.backbone.blocks[self.options.layer], lambda: self.backbone.hidden(embeds))
             start, positions = self.pooling(states, context.mask, self.n_mem)
             weight = self.loss_weights(states, context.mask)
-            weight = weight * (context.lengths[:, None] / weight.sum(1, keepdim=True).clamp_min(1e-30))
+            weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-30)
         forward_context = self._forward_context()
 
         def loss(tensors: Tensors, ids: Tensor, mask: Tensor, weight: Tensor, *fixed: Tensor) -> Tensor:
             with forward_context(), self.backbone.without_dropout():
                 prefix = self.prefix(_memory(tensors, *fixed))
-                return sample_losses(self.repeat_losses(prefix, Tokens(ids, mask)) * weight, mask)
+                return (self.repeat_losses(prefix, Tokens(ids, mask)) * weight).sum(1)
 
         fixed = positions, context.lengths
         given = [context.ids, context.mask, weight, *fixed]
