@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
 import signal
@@ -214,6 +215,31 @@ def test_learning_rates_cool_down_before_the_minutes_are_over(tmp_path: Path, mo
     rates = [float(row["lr_scale"]) for row in log(tmp_path)]
     assert rates[2:18] == [1.0] * 16
     assert rates[18:] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_a_run_is_validated_on_the_way_and_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six seconds a step: every half minute after five steps. A run that is cut and resumed has the same curve."""
+
+    def run(name: str, **changes: object) -> list[dict[str, str]]:
+        ticks = itertools.count(0, 6)
+        monkeypatch.setattr("gradmem.training.trainer.clock", lambda: next(ticks))
+        train(recipe(**({"steps": 24, "valid_samples": 4} | changes)), tmp_path / name)
+        with (tmp_path / name / "valid.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    plain, rows = run("plain"), run("validated", valid_minutes=0.5)
+    # The second stage, which begins after step 12, reads after one step and after two.
+    assert [(int(row["step"]), row["write_steps"]) for row in plain] == [(12, "1"), (24, "1"), (24, "2")]
+    steps = [5, 10, 12, 15, 15, 20, 20, 24, 24]
+    assert [int(row["step"]) for row in rows] == steps
+    assert [float(row["seconds"]) for row in rows] == [6.0 * step for step in steps]
+    assert [row for row in rows if row["step"] in ("12", "24")] == plain
+    assert all(float(row["low"]) <= float(row["exact_match"]) <= float(row["high"]) for row in rows)
+    assert same(weights(tmp_path / "validated"), weights(tmp_path / "plain"))
+    run("cut", valid_minutes=0.5, max_minutes=6 * 16 / 60, cooldown=1e-9)
+    assert run("cut", valid_minutes=0.5)[-4:] == rows[-4:]
+    with pytest.raises(GradmemError, match="valid_minutes must be above 0"):
+        recipe(valid_minutes=0.0)
 
 
 def test_one_process_keeps_the_time_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

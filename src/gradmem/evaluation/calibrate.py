@@ -220,7 +220,7 @@ def _examine(model: MemoryModel, task: Task, split: Split, samples: int, seed: i
     # A batch needs two contexts: each is asked the queries of another one.
     length = task.calibration(split, 0, min(samples, MOST_AT_ONCE), seed)[WRITTEN].context.ids.shape[1]
     size = min(samples, MOST_AT_ONCE, max(2, model.method.backbone.contexts_at_once(length)))
-    found = _Examined(*({RIGHT: [], WRONG: []} for _ in range(3)), [])
+    found = _Examined({RIGHT: [], WRONG: []}, {RIGHT: [], WRONG: []}, {RIGHT: [], WRONG: []}, [])
     for start in progress(list(range(0, samples // size * size, size)), f"{task.label}, {split}"):
         batches = task.calibration(split, start, size, seed)
         context = batches[WRITTEN].context.to(model.device)

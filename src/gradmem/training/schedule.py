@@ -23,6 +23,13 @@ def time_is_over(recipe: Recipe, state: RunState) -> bool:
     return recipe.max_minutes is not None and state.seconds >= 60 * recipe.max_minutes
 
 
+def validation_is_due(recipe: Recipe, before: float, now: float) -> bool:
+    """Whether another `valid_minutes` of a run ended between two times, in seconds of the run."""
+    if recipe.valid_minutes is None:
+        return False
+    return before // (60 * recipe.valid_minutes) < now // (60 * recipe.valid_minutes)
+
+
 def lr_scale(recipe: Recipe, stage: Stage, state: RunState) -> float:
     """Factor on all learning rates at this step: warm-up, decay, and the cooldown before `max_minutes` are over."""
     scale = stage.lr_scale * min(1.0, (state.stage_step + 1) / max(stage.warmup_steps, 1))

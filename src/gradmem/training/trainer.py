@@ -8,7 +8,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +22,7 @@ from ..batch import Batch
 from ..device import device_named
 from ..errors import GradmemError
 from ..evaluation.measurement import evaluate
+from ..evaluation.result import Result
 from ..files import atomic_directory, write_bytes
 from ..interruption import Interruptible
 from ..model import MemoryModel
@@ -33,17 +34,14 @@ from .plan import Plan, gigabytes, plan_stage, stage_precision
 from .precision import matmul_precision
 from .progress import Report
 from .recipe import Recipe, Stage
-from .run_log import open_log
-from .schedule import WINDOW, finished, lr_scale, time_is_over
+from .run_log import RunLog
+from .schedule import WINDOW, finished, lr_scale, time_is_over, validation_is_due
 from .sharding import gather, new_accelerator, on_device, prepare, trained_copy, whole
 from .state import RunState, load_state, save_state, states, take_weights
 from .step import MetaStep, outer_loss
 
 SHOWN = 3
 """Names of weights that a note shows."""
-
-Log = Callable[[dict[str, Any]], None]
-"""Writes a row of the log."""
 
 
 class Draw(NamedTuple):
@@ -164,7 +162,7 @@ class Trainer:
             )
         return new
 
-    def _run_stage(self, stage: Stage, log: Log) -> None:
+    def _run_stage(self, stage: Stage, log: RunLog | None) -> None:
         state, specs = self.state, [{**self.recipe.task, **options} for options in stage.tasks]
         tasks = [build_task(spec) for spec in specs]
         self.report.begin(state.stage, stage)
@@ -175,11 +173,11 @@ class Trainer:
         with matmul_precision(state.precision, self.accelerator.device):
             self._train_stage(stage, tasks, specs, log)
 
-    def _train_stage(self, stage: Stage, tasks: list[Task], specs: list[dict[str, Any]], log: Log) -> None:
+    def _train_stage(self, stage: Stage, tasks: list[Task], specs: list[dict[str, Any]], log: RunLog | None) -> None:
         state = self.state
         self._plan(stage, tasks)
         while not (done := finished(stage, state)) and not time_is_over(self.recipe, state) and not self.stop:
-            started = clock()
+            started, before = clock(), state.seconds
             try:
                 row = self._step(stage, tasks)
             except (MemoryError, RuntimeError) as error:
@@ -191,10 +189,15 @@ class Trainer:
                 "samples": state.samples,
                 "seconds": state.seconds,
             }
-            log(row)
+            if log is not None:
+                log.step(row)
             self.report.show(row, state)
             if state.step % self.recipe.save_every == 0:
                 self._save()
+            over = finished(stage, state) or time_is_over(self.recipe, state)
+            if validation_is_due(self.recipe, before, state.seconds) and not over:
+                gather(self.meta_step.method, self.model.method)
+                self._validate(stage, tasks[0], specs[0], log)
         if self.stop and not done:
             self._save()
             raise KeyboardInterrupt
@@ -205,7 +208,10 @@ class Trainer:
             self.model.task, self.model.spec["task"] = tasks[0], specs[0]
             with atomic_directory(self.output / "checkpoint") as directory:
                 self.model.save_pretrained(directory)
-            self._validate(stage)
+        results = self._validate(stage, tasks[0], specs[0], log)
+        rows = json.dumps([result.to_dict() for result in results], indent=1)
+        if self.main:
+            write_bytes(self.output / f"valid-{state.stage + 1}.json", rows.encode())
         if done:
             state.next_stage()
         self._save()
@@ -275,17 +281,24 @@ class Trainer:
             f"the last good state is kept in {self.output / 'states'}"
         )
 
-    def _validate(self, stage: Stage) -> None:
-        """Measure the model on validation contexts, with control rows."""
-        method, steps = self.model.method.eval(), sorted(set(stage.write_steps))
+    def _validate(self, stage: Stage, task: Task, spec: dict[str, Any], log: RunLog | None) -> list[Result]:
+        """Measure the model on validation contexts, with control rows; only the main process does."""
+        if log is None:
+            return []
+        state, method, steps = self.state, self.model.method.eval(), sorted(set(stage.write_steps))
+        self.model.task, self.model.spec["task"] = task, spec
         with on_device(self.accelerator, method):
             results = evaluate(self.model, steps, self.recipe.valid_samples, self.recipe.seed, split="valid")
         method.train()
-        rows = json.dumps([result.to_dict() for result in results], indent=1)
-        write_bytes(self.output / f"valid-{self.state.stage + 1}.json", rows.encode())
+        now = {"step": state.step, "stage": state.stage, "samples": state.samples, "seconds": state.seconds}
+        for r in results:
+            low, high = r.ci95
+            own = {"write_steps": r.steps, "exact_match": r.exact_match, "low": low, "high": high}
+            log.validation(now | own | {name: getattr(r, name) for name in ("write_loss", "unwritten", "swapped")})
         shown = ", ".join(f"{r.exact_match:.2%} after {r.steps} steps" for r in results)
         last = results[-1]
         self.report.say(f"validation EM {shown}; unwritten {last.unwritten:.2%}, swapped {last.swapped:.2%}")
+        return results
 
     def _add_elapsed(self, started: float) -> None:
         """Add the time since `started`; all processes use one clock, since learning rates depend on it."""
@@ -368,10 +381,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _log(self) -> Iterator[Callable[[dict[str, Any]], None]]:
+    def _log(self) -> Iterator[RunLog | None]:
         """Open the log; only the main process writes one."""
         if self.main:
-            with open_log(self.output, self.state.step) as log:
+            with contextlib.closing(RunLog(self.output, self.state.step)) as log:
                 yield log
         else:
-            yield lambda row: None
+            yield None
