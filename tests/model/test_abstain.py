@@ -108,6 +108,8 @@ def test_a_fit_of_what_can_be_told_apart_entirely_is_finite() -> None:
     fitted = Abstain.fit(answers, states, np.arange(100) < 50, np.arange(100), "abc", (1, 9), {})
     assert all(bool(tensor.isfinite().all()) for tensor in fitted.weights.values())
     assert [one.abstained for one in fitted.judge(answers, states)] == [False] * 50 + [True] * 50
+    alone = Abstain.fit(answers, states, np.arange(100) < 50, np.full(100, 7), "abc", (1, 9), {})  # one context
+    assert alone.fitted == {"hidden_states": False}
 
 
 def test_few_contexts_are_judged_by_the_features_alone() -> None:

@@ -109,11 +109,11 @@ class Abstain:
         x, y = _inputs(answers, states), torch.tensor(written, dtype=torch.float)
         weight = torch.tensor(balanced(written), dtype=torch.float) * len(written)
         mean, scale = x.mean(0), x.std(0, correction=0).clamp_min(CERTAIN)
-        x, fold = (x - mean) / scale, torch.tensor(contexts) % FOLDS
+        x, fold = (x - mean) / scale, torch.tensor(np.unique(contexts, return_inverse=True)[1]) % FOLDS
 
         def held_out_loss(width: int) -> float:
             total = 0.0
-            for one in range(FOLDS):
+            for one in fold.unique().tolist() if len(fold.unique()) > 1 else []:
                 rest, own = fold != one, fold == one
                 score = _score(_layers(x[rest, :width], y[rest], weight[rest]), x[own, :width])
                 total += float(F.binary_cross_entropy_with_logits(score, y[own], weight[own], reduction="sum"))
