@@ -42,6 +42,31 @@ def test_near_loss_of_the_text_task_is_of_the_answer_alone() -> None:
     assert len(model.encoder.context_ids("[BEGIN]")) == 7
 
 
+@pytest.mark.parametrize("chunks", [[14], [8, 6]])
+def test_a_text_is_read_back_by_the_query_that_training_asks(chunks: list[int]) -> None:
+    """The reconstruction and the losses of the receipt, against READ token by token; each chunk has its own memory."""
+    torch.manual_seed(0)
+    model = MemoryModel.from_spec({"name": "text", "chunk_size": 16}, TINY_LLAMA, TINY_GRADMEM)
+    if len(chunks) > 1:
+        model.configure({"chunk_size": 8, "chunk_mode": "independent"})
+    memory, text = model.write("the north road"), model.task.encode("the north road")
+    found: list[int] = []
+    losses: list[float] = []
+    parts = model.method.split_chunks(memory)
+    for row, length in enumerate(chunks):
+        part = parts.select([row])
+        begin, own = model.task.encode_query("whatever"), list[int]()
+        with torch.no_grad():
+            for _ in range(length):
+                own.append(int(model.method.read(part, Tokens.from_lists([[*begin, *own]]))[0, -1].argmax()))
+            true = text[len(found) : len(found) + length]
+            logits = model.method.read(part, Tokens.from_lists([[*begin, *true[:-1]]]))[0, 1:]
+        losses += F.cross_entropy(logits, torch.tensor(true), reduction="none").tolist()
+        found += own
+    assert memory.reconstruct() == [found]
+    assert memory.receipts[0].token_losses == pytest.approx(losses, abs=1e-3)
+
+
 def test_every_byte_is_a_token_where_no_tokenizer_is_named(tmp_path: Path) -> None:
     task, text = Text(), "Ünïcode \u201cquoted\u201d  two spaces\n\ttab [PAD] [END] 漢字"
     assert len(task.encode(text)) == len(text.encode())

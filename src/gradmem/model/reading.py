@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..batch import Tokens
 from ..errors import GradmemError
@@ -195,6 +196,28 @@ def assess(text: str, ids: list[int], logprobs: Tensor, near_loss: float) -> Ans
     return Answer(text, float(taken.mean()), float(taken.min()), first - second, near_loss)
 
 
+def text_losses(method: Method, memory: Memory, context: Tokens) -> Tensor:
+    """Loss of each token of texts as `read_back` reads them: shape (batch, length), nats.
+
+    Parameters
+    ----------
+    method : Method
+    memory : Memory
+    context : Tokens, shape (batch, length)
+        The texts that were written, one for each text of the memory.
+    """
+    query = method.task.whole_query if method.task else []
+    parts, cuts = method.split_chunks(memory), method.chunk_lengths(context)
+    cuts = [own or [int(length)] for own, length in zip(cuts, context.lengths, strict=True)]
+    if not query or len(parts) != sum(map(len, cuts)):
+        return method.token_losses(memory, context)
+    chunks = [chunk for row, own in zip(context.ids, cuts, strict=True) for chunk in row[: sum(own)].split(own)]
+    tokens = Tokens.from_lists([chunk.tolist() for chunk in chunks], method.task.pad_id).to(method.device)
+    rows = iter(method.repeat_losses(method.prefix(parts), tokens, query))
+    whole = [torch.cat([next(rows)[:length] for length in own]) for own in cuts]
+    return pad_sequence(whole, batch_first=True)
+
+
 def read_back(method: Method, memory: Memory, progress: Progress = silent) -> list[list[int]]:
     """Token ids that a memory gives back, as many as were written; see `Method.reconstruct`.
 
@@ -228,12 +251,14 @@ def read_back(method: Method, memory: Memory, progress: Progress = silent) -> li
             f"the memory has {len(lengths)} chunks in the vectors of {len(parts)}, which cannot be told apart: "
             "ask it, or write with `chunk_mode: independent` to read texts back"
         )
+    query = method.task.whole_query if method.task else []
     size = method.backbone.contexts_at_once(max(lengths))
     starts = range(0, len(lengths), size)
     found: list[list[int]] = []
     for first in progress(starts, title="reading back", total=len(starts)):
         rows = range(first, min(first + size, len(lengths)))
-        found += method.reconstruct(parts.select(rows), [lengths[row] for row in rows])
+        some, own = parts.select(rows), [lengths[row] for row in rows]
+        found += method.repeat(some, own, query) if query else method.reconstruct(some, own)
     pieces = iter(found)
     return [[token for _ in own for token in next(pieces)] for own in cuts]
 

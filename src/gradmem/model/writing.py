@@ -15,7 +15,7 @@ from ..methods.base import Method, Written, last_state
 from ..progress import Progress
 from ..receipts import Author, Receipt, questions_digest, text_digest, written_texts
 from ..tasks.base import Task
-from .reading import read_answers
+from .reading import read_answers, text_losses
 
 MOST_STEPS = 30
 """Most write steps of `until` if nothing else is said."""
@@ -99,7 +99,7 @@ def _write_batch(
         else:
             states = method.extend(onto, context, steps, until=until)
         written = last_state(progress(states, turns))
-        losses = method.token_losses(written.memory, context)
+        losses = text_losses(method, written.memory, context)
     memory = written.memory if onto is None else method.merge(onto, written.memory)
     answers = answer_losses(method, task, memory, texts)
     receipts = [
@@ -162,7 +162,7 @@ def token_losses(method: Method, memory: Memory, ids: list[int]) -> list[float]:
     """Loss of each context token when the context is read back from a memory of one row, nats."""
     context = Tokens.from_lists([ids]).to(method.device)
     with torch.no_grad():
-        losses: list[float] = method.token_losses(memory, context)[0].tolist()
+        losses: list[float] = text_losses(method, memory, context)[0].tolist()
     return losses
 
 

@@ -64,6 +64,14 @@ class Task(ABC):
         return int(self.tokenizer.pad_token_id)
 
     @property
+    def whole_query(self) -> list[int]:
+        """Token ids of the query that is answered with the whole text.
+
+        Empty if there is none: a text is then read back as WRITE reads it.
+        """
+        return []
+
+    @property
     def end_id(self) -> int:
         """Id of the token that ends an answer."""
         return int(self.tokenizer.eos_token_id)

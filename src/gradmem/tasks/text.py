@@ -63,9 +63,14 @@ class Text(FileTask):
         """The name of the data."""
         return str(self.data)
 
+    @property
+    def whole_query(self) -> list[int]:
+        """The begin token."""
+        return [self._begin_id]
+
     def encode_query(self, text: str) -> list[int]:
         """Return the begin token, whatever the query is."""
-        return [self._begin_id]
+        return self.whole_query
 
     def target(self, query: str, answer: str) -> tuple[list[int], list[int]]:
         """The begin token, and the text after it, without an end token."""

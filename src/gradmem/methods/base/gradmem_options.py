@@ -95,8 +95,7 @@ class GradMemOptions(ChunkedOptions):
     """How the meta-gradient passes through the write steps: second differentiates the inner gradients, first treats
     them as constants, none stops at each step."""
     last_k: int | None = None
-    """With `order: second`: only the last k steps on a chunk are of second order, the earlier ones of first order. No
-    recipe uses it; the published code has it."""
+    """With `order: second`: only the last k steps on a chunk are of second order, the earlier ones of first order."""
     projection: Literal["none", "proj", "per_sample"] = "none"
     """Linear map of the memory before it enters the model: none; proj, one that all samples share (with keys_values,
     one for the keys and one for the values of each layer); or per_sample, only with vectors, one that WRITE updates for

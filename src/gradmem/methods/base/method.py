@@ -332,6 +332,34 @@ class Method(WholeContexts, ABC):
             ids = torch.cat([ids, self.backbone.head(hidden[:, -1:]).argmax(-1)], dim=1)
         return [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
 
+    def repeat_losses(self, prefix: Prefix, context: Tokens, query: list[int]) -> Tensor:
+        """Compute the loss of each token of a text as the answer to a query, after the prefix of its memory.
+
+        Parameters
+        ----------
+        prefix : Prefix
+        context : Tokens, shape (batch, length)
+        query : list of int
+            Token ids that ask for the text.
+
+        Returns
+        -------
+        Tensor, shape (batch, length), nats
+        """
+        asked = torch.tensor(query, dtype=torch.long, device=context.ids.device).expand(len(context), -1)
+        ids = torch.cat([asked, context.ids[:, :-1]], 1)
+        mask = torch.cat([torch.ones_like(asked, dtype=torch.bool), context.mask[:, :-1]], 1)
+        hidden = self.read_hidden(prefix, Tokens(ids, mask))[:, len(query) :]
+        return token_losses(hidden, self.backbone.head, context.ids, context.mask)
+
+    def repeat(self, memory: Memory, lengths: Sequence[int], query: list[int]) -> list[list[int]]:
+        """Let the model answer a query with so many tokens of each row, by greedy decoding."""
+        found: list[list[int]] = []
+        for row, length in enumerate(lengths):
+            options: dict[str, Any] = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+            found += self.generate(memory[row], [query], pad_id=self.task.pad_id, **options)
+        return found
+
     def _check_write(self, context: Tokens, steps: int) -> None:
         """Raise `GradmemError` if steps are negative or a context is empty or too long."""
         if steps < 0:

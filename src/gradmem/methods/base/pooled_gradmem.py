@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...backbone import Backbone
 from ...batch import Tokens
+from ...compaction.text import repeat_query
 from ...errors import GradmemError, require
 from ...inner.optimizers import Rates, Tensors
 from ...memory import Memory
@@ -102,12 +103,12 @@ class PooledGradMem(InnerLoop, Repeating):
             start, positions = self.pooling(states, context.mask, self.n_mem)
             weight = self.loss_weights(states, context.mask)
             weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-30)
-        forward_context = self._forward_context()
+        forward_context, query = self._forward_context(), repeat_query(self.task)
 
         def loss(tensors: Tensors, ids: Tensor, mask: Tensor, weight: Tensor, *fixed: Tensor) -> Tensor:
             with forward_context(), self.backbone.without_dropout():
                 prefix = self.prefix(_memory(tensors, *fixed))
-                return (self.repeat_losses(prefix, Tokens(ids, mask)) * weight).sum(1)
+                return (self.repeat_losses(prefix, Tokens(ids, mask), query) * weight).sum(1)
 
         fixed = positions, context.lengths
         given = [context.ids, context.mask, weight, *fixed]

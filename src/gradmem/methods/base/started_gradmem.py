@@ -15,7 +15,7 @@ from ...backbone import Backbone
 from ...batch import Tokens
 from ...compaction.entries import Entries
 from ...compaction.match import match, sizes_of
-from ...compaction.text import Asked, References, Text, read_repeated, stock_questions
+from ...compaction.text import Asked, References, Text, read_repeated, repeat_query, stock_questions
 from ...inner.optimizers import Tensors
 from ...memory import Memory
 from ...ops.dtypes import wide
@@ -129,7 +129,7 @@ class StartedGradMem(InnerLoop, EntriesMethod):
             list(references),
             [text.study for text in texts],
             self.metric,
-            self.repeat_losses,
+            partial(self.repeat_losses, query=repeat_query(self.task)),
             partial(self._prefix_of, used, begins),
             (keys, values),
         )
