@@ -17,7 +17,7 @@ from gradmem.model.packaged import DOWNLOADABLE
 from helpers import ROOT
 
 CLONE = ROOT / "checkpoints"
-KEPT = ["babi", "kv-16", "kv-32"]
+KEPT = ["babi", "kv-16", "kv-32", "text"]
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def test_wheel_answers_a_query(wheel: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", QUESTION], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["Qz", "['babi', 'kv-16', 'kv-32']"]
+    assert done.stdout.splitlines() == ["Qz", "['babi', 'kv-16', 'kv-32', 'text']"]
 
 
 def test_wheel_is_small(wheel: Path) -> None:

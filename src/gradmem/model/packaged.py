@@ -14,7 +14,7 @@ DELTA = "delta.json"
 """Config of a checkpoint that is the difference to a pretrained model."""
 DOWNLOADABLE = {
     "english": "c775402689d3ef983566095ba3cdfbdf07ddc4f0195dbedfc66686021b53a65c",
-    "english-pooled": "24b650a7f72dc3dd0add0a8d0f57fc87bba4d0ca5563487c0fd13ff90dfe617f",
+    "english-pooled": "8ed23753fcdbb9f2a22be70cfb78a28314a19ff65d5d5244835745d811edc81c",
     "kv-128": "e667713e4fd24d0e20344d4f2effc1b699a3fc7ebb5a91fc9128f28ce45110c8",
     "kv-64": "8586f7270843c233493866fe59f5537ff24f101e59d40f739e1db7def96d2497",
     "kv-64-k1": "a28252a011edc16af154aa3013ad40e0784c1310cc459b40d789147ea61e3f40",
