@@ -185,7 +185,7 @@ def statement_losses(method: Method, memory: Memory, statements: list[list[int]]
     counts = memory.tensors[LENGTHS].tolist() if len(parts) > len(memory) else [1] * len(memory)
     every = [statement for statement, count in zip(statements, counts, strict=True) for _ in range(count)]
     tokens = Tokens.from_lists(every).to(method.device)
-    losses = method.token_losses(parts, tokens).detach().float().sum(1) / tokens.lengths
+    losses = _losses(method, parts, tokens).detach().float().sum(1) / tokens.lengths
     return [float(own.min()) for own in losses.split(counts)]
 
 
@@ -206,16 +206,25 @@ def text_losses(method: Method, memory: Memory, context: Tokens) -> Tensor:
     context : Tokens, shape (batch, length)
         The texts that were written, one for each text of the memory.
     """
-    query = method.task.whole_query if method.task else []
     parts, cuts = method.split_chunks(memory), method.chunk_lengths(context)
     cuts = [own or [int(length)] for own, length in zip(cuts, context.lengths, strict=True)]
-    if not query or len(parts) != sum(map(len, cuts)):
+    if not _whole_query(method) or len(parts) != sum(map(len, cuts)):
         return method.token_losses(memory, context)
     chunks = [chunk for row, own in zip(context.ids, cuts, strict=True) for chunk in row[: sum(own)].split(own)]
     tokens = Tokens.from_lists([chunk.tolist() for chunk in chunks], method.task.pad_id).to(method.device)
-    rows = iter(method.repeat_losses(method.prefix(parts), tokens, query))
+    rows = iter(_losses(method, parts, tokens))
     whole = [torch.cat([next(rows)[:length] for length in own]) for own in cuts]
     return pad_sequence(whole, batch_first=True)
+
+
+def _losses(method: Method, memory: Memory, texts: Tokens) -> Tensor:
+    """Loss of each token of a text under each row: as READ answers the query for the whole text, or as WRITE reads."""
+    query = _whole_query(method)
+    return method.repeat_losses(method.prefix(memory), texts, query) if query else method.token_losses(memory, texts)
+
+
+def _whole_query(method: Method) -> list[int]:
+    return method.task.whole_query if method.task else []
 
 
 def read_back(method: Method, memory: Memory, progress: Progress = silent) -> list[list[int]]:
@@ -251,7 +260,7 @@ def read_back(method: Method, memory: Memory, progress: Progress = silent) -> li
             f"the memory has {len(lengths)} chunks in the vectors of {len(parts)}, which cannot be told apart: "
             "ask it, or write with `chunk_mode: independent` to read texts back"
         )
-    query = method.task.whole_query if method.task else []
+    query = _whole_query(method)
     size = method.backbone.contexts_at_once(max(lengths))
     starts = range(0, len(lengths), size)
     found: list[list[int]] = []
