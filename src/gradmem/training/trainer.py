@@ -194,8 +194,8 @@ class Trainer:
             self.report.show(row, state)
             if state.step % self.recipe.save_every == 0:
                 self._save()
-            over = finished(stage, state) or time_is_over(self.recipe, state)
-            if validation_is_due(self.recipe, before, state.seconds) and not over:
+            due = validation_is_due(self.recipe, before, state.seconds)
+            if due and not (finished(stage, state) or time_is_over(self.recipe, state)):
                 gather(self.meta_step.method, self.model.method)
                 self._validate(stage, tasks[0], specs[0], log)
         if self.stop and not done:
