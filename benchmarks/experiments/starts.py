@@ -29,12 +29,13 @@ from gradmem.model.build import build_method, build_task
 from gradmem.tasks.base import Task
 
 SCALES: dict[str, list[float]] = {
-    "reconstruction": [1.0, 3.0, 10.0],
+    "reconstruction": [0.3, 1.0, 3.0],
     "adam attention": [0.003, 0.01],
-    "answers": [1.0, 3.0, 10.0],
+    "answers": [0.3, 1.0, 3.0],
     "adam reconstruction": [0.003, 0.01, 0.03],
+    "reconstruction+answers": [0.3, 1.0, 3.0],
 }
-"""Inner learning rates that are searched for each case: an objective, after the inner optimizer if it is not sgd."""
+"""Inner learning rates that are searched for each case: objectives, after the inner optimizer if it is not sgd."""
 STEPS = (1, 2, 5)
 """Numbers of write steps, besides none."""
 BATCH = 4
@@ -77,9 +78,9 @@ def contexts(task: Task, first: int, count: int, longest: int) -> Iterator[Batch
 
 def started(model: MemoryModel, case: str, **options: Any) -> StartedGradMem:
     """The method on the checkpoint's backbone; texts are read once for all cases."""
-    *optimizer, objective = case.split()
+    *optimizer, objectives = case.split()
     spec = {"name": "gradmem", "memory": "keys_values", "start": "select", "budget": 0.1, "shared": True}
-    spec |= {"write_objective": objective, "inner_optimizer": optimizer[0] if optimizer else "sgd"}
+    spec |= {"write_objective": objectives.replace("+", ","), "inner_optimizer": optimizer[0] if optimizer else "sgd"}
     spec |= {"freeze_backbone": True}
     made = build_method({**spec, "write_steps": max(STEPS), **options}, model.method.backbone).eval()
     assert isinstance(made, StartedGradMem)
