@@ -199,7 +199,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.abstain = None
     model.save_pretrained(folder / "checkpoint")
     gradmem.load(folder / "checkpoint").write(TEXT).save(folder / "m.safetensors")
-    arguments = ["--samples", "24", "--pairs", "4", "--json", f"{folder}/c.json", "--figure", f"{folder}/c.png"]
+    arguments = ["--samples", "27", "--pairs", "4", "--json", f"{folder}/c.json", "--figure", f"{folder}/c.png"]
     assert main(["calibrate", f"{folder}/checkpoint", *arguments]) == 0
     return folder
 
@@ -214,6 +214,7 @@ def test_calibrate(calibrated: Path) -> None:
     assert model.abstain is not None
     assert model.abstain.context_tokens == (8, 29)  # 1, 2 and 4 pairs
     assert model.abstain.fitted["task"]["pairs"] == 4
+    assert model.abstain.fitted["samples"] == 24  # of the 27 that were asked for: whole batches of eight
 
 
 def test_a_model_that_answers_nothing_right_cannot_be_calibrated(tiny: MemoryModel) -> None:

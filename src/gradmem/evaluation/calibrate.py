@@ -189,7 +189,7 @@ def calibrate(
     states = torch.cat([states for kind in found.states.values() for states in kind])
     contexts = np.array([context for kind in found.contexts.values() for context in kind])
     told = {key: value for key, value in spec.items() if key != "data"}  # a place on this machine alone
-    about = {"task": told, "split": "valid", "samples": samples, "seed": seed, "kinds": list(found.answers)}
+    about = {"task": told, "split": "valid", "samples": len(found.lengths), "seed": seed, "kinds": list(found.answers)}
     lengths = min(found.lengths), max(found.lengths)
     model.abstain = Abstain.fit(answers, states, written, contexts, model.fingerprints["checkpoint"], lengths, about)
     fresh = _examine(model, task, "test", max(2, samples // 4), seed, progress)
