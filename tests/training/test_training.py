@@ -173,6 +173,11 @@ def test_a_run_that_is_told_to_stop_saves_a_state(
     assert signal.getsignal(signal_) is before
     assert len(log(tmp_path / "cut")) == at + 1
     assert not (tmp_path / "cut" / "checkpoint").exists()
+    for _ in range(2):  # with no time left, the stopped stage still gets its checkpoint and validation, once
+        train(recipe(max_minutes=1e-6), tmp_path / "cut")
+        assert len(log(tmp_path / "cut")) == at + 1
+        assert (tmp_path / "cut" / "checkpoint").is_dir()
+        assert len((tmp_path / "cut" / "valid.csv").read_text().splitlines()) == 2
     train(recipe(), tmp_path / "cut")
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 

@@ -137,7 +137,7 @@ class Trainer:
         if self.main:
             (self.output / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False))
         with self._log() as log, self.report, self.stopped:
-            while self.state.stage < len(self.recipe.stages) and not time_is_over(self.recipe, self.state):
+            while self._something_to_do():
                 self._run_stage(self.recipe.stages[self.state.stage], log)
         return self.model
 
@@ -145,6 +145,12 @@ class Trainer:
     def main(self) -> bool:
         """Whether this is the process that writes files and reports."""
         return bool(self.accelerator.is_main_process)
+
+    def _something_to_do(self) -> bool:
+        """Whether a stage is left. One that was stopped, and has no time left, still has its checkpoint to save."""
+        state = self.state
+        over = time_is_over(self.recipe, state) and state.ended == state.step
+        return state.stage < len(self.recipe.stages) and not over
 
     def _start_from(self, name: str) -> list[str]:
         """Take over the weights of a checkpoint; return the names of those that it does not have."""
@@ -212,6 +218,7 @@ class Trainer:
         rows = json.dumps([result.to_dict() for result in results], indent=1)
         if self.main:
             write_bytes(self.output / f"valid-{state.stage + 1}.json", rows.encode())
+        state.ended = state.step
         if done:
             state.next_stage()
         self._save()
