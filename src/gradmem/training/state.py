@@ -50,7 +50,7 @@ class RunState:
     device: str = ""
     """Kind of device for which strategy, micro-batch size and precision were chosen."""
     ended: int = -1
-    """Step at which a stage last ended, by itself or for lack of time, with its checkpoint and validation; -1 before."""
+    """Step at which a stage last ended, done or out of time, with its checkpoint and validation; -1 before."""
 
     @classmethod
     def of(cls, path: Path, progress: dict[str, Any]) -> RunState:
