@@ -20,7 +20,7 @@ Curve = list[dict[str, str]]
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    """Points of each curve: columns curve, contexts, exact_match, low, high, target and paper, the last five in %."""
+    """Points of each curve: columns curve, contexts, exact_match, low, high, target and paper (or nothing), in %."""
     curves: dict[str, Curve] = {}
     with file.open(newline="") as lines:
         for row in csv.DictReader(lines):
@@ -52,8 +52,9 @@ def extrapolated(name: str, curve: Curve, last: int) -> Row:
     seen = float(curve[-1]["contexts"])
     row: Row = {"curve": name, "contexts": int(seen), "EM %": float(curve[-1]["exact_match"])}
     for what in ("target", "paper"):
-        goal = float(curve[-1][what])
-        row |= {f"{what} %": goal, f"times the contexts ({what})": round(contexts_at(goal, slope, offset) / seen, 1)}
+        if curve[-1][what]:
+            goal = float(curve[-1][what])
+            row |= {f"{what} %": goal, f"times for {what}": round(contexts_at(goal, slope, offset) / seen, 1)}
     return row
 
 
@@ -65,15 +66,16 @@ def draw(curves: dict[str, Curve], last: int, path: Path) -> None:
             found, low, high = (
                 np.array([float(point[key]) for point in curve]) for key in ("exact_match", "low", "high")
             )
-            paper, color = float(curve[-1]["paper"]), f"C{number}"
+            paper, color = curve[-1]["paper"], f"C{number}"
             axis.errorbar(contexts, found, [found - low, high - found], fmt="o", color=color, label=name, markersize=4)
             slope, offset = fitted(curve, last)
-            reach = min(contexts_at(paper, slope, offset), 100 * contexts[-1])
+            reach = min(contexts_at(float(curve[-1]["target"]), slope, offset), 100 * contexts[-1])
             along = np.geomspace(contexts[-last:][0], reach, 50)
             axis.plot(along, 100 / (1 + np.exp(-slope * np.log(along) - offset)), "--", color=color, linewidth=1)
-            axis.axhline(paper, color=color, linewidth=0.8, linestyle=":")
+            if paper:
+                axis.axhline(float(paper), color=color, linewidth=0.8, linestyle=":")
         axis.set(xscale="log", xlabel="contexts of training", ylabel="exact match, %", ylim=(0, 100))
-        axis.legend(fontsize=8, title="dotted: the paper; dashed: extrapolated", title_fontsize=8)
+        axis.legend(fontsize=8, title="dashed: extrapolated to the target; dotted: the paper", title_fontsize=8)
 
 
 def main() -> None:
