@@ -72,6 +72,23 @@ def test_warm_start_takes_over_equal_weights(tmp_path: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine if name not in kept)
 
 
+@pytest.mark.parametrize("memory", ["vectors", "keys_values"])
+def test_warm_start_for_fewer_steps_takes_the_rates_of_the_first(memory: str) -> None:
+    method = {**METHOD, "learn_momentum": True, "memory": memory}
+    three, two = (MemoryModel.from_spec(TASK, BACKBONE, {**method, "write_steps": k}) for k in (3, 2))
+    with torch.no_grad():
+        for weight in three.method.inner_parameters():
+            weight.normal_(0, 0.1)
+    assert take_weights(two.method, three.method) == []
+    context = make_batch().context
+    with torch.no_grad():
+        mine, theirs = (some.method.write(context, 2).memory.tensors for some in (two, three))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    more = take_weights(three.method, two.method)  # nothing to take for the third step
+    assert more
+    assert all(name.startswith(("log_inner_lr", "momentum")) for name in more)
+
+
 def test_warm_start_takes_over_weights_of_layers_that_have_adapters_now(tmp_path: Path) -> None:
     train(recipe(), tmp_path / "one")
     one = gradmem.load(tmp_path / "one" / "checkpoint")

@@ -17,7 +17,7 @@ DOWNLOADABLE = {
     "english-pooled": "8ed23753fcdbb9f2a22be70cfb78a28314a19ff65d5d5244835745d811edc81c",
     "kv-128": "e667713e4fd24d0e20344d4f2effc1b699a3fc7ebb5a91fc9128f28ce45110c8",
     "kv-64": "8586f7270843c233493866fe59f5537ff24f101e59d40f739e1db7def96d2497",
-    "kv-64-k1": "21915c4361671b19ded960f951830be50180c33b04e59dbac352f416945bb151",
+    "kv-64-k1": "1d2014816dc3f9f7f957f688f86949bed8b400de9cf5f71eb6f35b946d817e2e",
     "kv-96": "e968dcbdb9a4ec5f05108e0eab7fa8a7bdb08a87b9eb2069f9869da7c5d9182f",
 }
 """Checkpoints that are not in the package, and their fingerprints: SHA-256 of weights, settings and tokenizer."""

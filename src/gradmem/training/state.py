@@ -125,6 +125,7 @@ def load_state(path: Path, module: nn.Module, optimizers: list[torch.optim.Optim
 def take_weights(module: nn.Module, other: nn.Module) -> list[str]:
     """Copy the weights of another module that have the same name and shape.
 
+    Of learned rates and momentum for each write step, those of the first steps are copied if the other has more steps.
     Only one of the two modules may have LoRA adapters: the weights of adapted layers are copied too, and adapters that
     only the other module has are ignored.
 
@@ -138,6 +139,8 @@ def take_weights(module: nn.Module, other: nn.Module) -> list[str]:
     with torch.no_grad():
         for name, weight in module.state_dict().items():
             start = theirs.get(_unadapted(name))
+            if start is not None and "momentum" in theirs and name.startswith(("log_inner_lr", "momentum")):
+                start = start[: len(weight)]
             if start is not None and start.shape == weight.shape:
                 weight.copy_(start)
             else:
