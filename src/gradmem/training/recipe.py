@@ -72,7 +72,8 @@ class Recipe:
     stages: list[Stage]
     """The curriculum, one stage after the other."""
     init_from: str | None = None
-    """Checkpoint to start from: name, directory or hub name. Weights of the same name and shape are copied."""
+    """Checkpoint to start from: name, directory or hub name. Weights of the same name and shape are copied, and the
+    rates and momentum of the first write steps if it has more of them."""
     seed: int = 0
     """Seed of random weights, of samples, and of the tasks and K of each step."""
     precision: Precision = "auto"
