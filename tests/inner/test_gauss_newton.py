@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,23 @@ from gradmem.cli.evaluation_tables import results_table
 from gradmem.errors import GradmemError
 from gradmem.evaluation.measurement import evaluate
 from gradmem.inner import descend, gauss_newton
-from gradmem.inner.gauss_newton import DAMPING, ITERATIONS, STEP_FRACTION
+from gradmem.inner.gauss_newton import DAMPING, ITERATIONS, STEP_FRACTION, conjugate_gradients
 from gradmem.memory import Memory
 from gradmem.methods import GradMem
 from gradmem.model import MemoryModel
 from gradmem.store import content_hash
-from helpers import assert_same_gradients, distance, gradients, make_batch, make_gradmem, naive, random_tokens, real
+from helpers import (
+    assert_same_gradients,
+    check_slopes,
+    distance,
+    gradients,
+    make_batch,
+    make_gradmem,
+    naive,
+    outer_loss,
+    random_tokens,
+    real,
+)
 
 CHUNK = 3
 TEXT = "a7:Qz\nk2:9f"
@@ -132,9 +144,47 @@ def test_until_stops_samples_one_by_one() -> None:
         assert len(set(written.taken.tolist())) > 1
 
 
+SECOND: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "one step": ("gpt2", 1, {"gauss_newton_after": 0}),
+    "a plain one before it": ("llama", 2, {"gauss_newton_after": 1, "learn_inner_lr": True}),
+    "two steps": ("llama", 2, {"gauss_newton_after": 0}),
+    "joint chunks": ("llama", 1, {"gauss_newton_after": 0, **OPTIONS["joint chunks"]}),
+}
+KINDS = ("memory", "lr", "wte.weight", "embed_tokens.weight", "0.ln_1.weight", "attn.c_attn.weight",
+         "0.mlp.c_fc.weight", "q_proj.weight", "gate_proj.weight", "layernorm.weight", "lm_head.weight")  # fmt: skip
+"""Endings of the names of the parameters to try: one of each kind."""
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_the_meta_gradient_is_that_of_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of reading and of the loss before the last step, where conjugate gradients are taken to the exact solution."""
+    kind, steps, options = SECOND[name]
+    method, batch = make_gradmem(kind, n_mem=1, write_steps=steps, **options), make_batch(1)
+    iterations = method.initial_memory.numel() + 4
+    monkeypatch.setattr(sys.modules[conjugate_gradients.__module__], "ITERATIONS", iterations)
+    names = {name for name, _ in method.named_parameters() if name.endswith(KINDS)}
+    assert len(names) > 5
+    check_slopes(method, lambda: outer_loss(method, batch, 0.5)[0], names)
+
+
+@pytest.mark.parametrize("name", ["plain", "joint chunks"])
+def test_parts_have_the_same_meta_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, batch = make_gradmem("llama", gauss_newton_after=0, write_steps=1, **OPTIONS[name]), make_batch()
+    wanted = gradients(outer_loss(method, batch, 0.5)[0], method)
+    monkeypatch.setattr(Backbone, "tokens_at_once", CHUNK if "chunk_size" in OPTIONS[name] else 8)
+    assert_same_gradients(gradients(outer_loss(method, batch, 0.5)[0], method), wanted)
+
+
+def test_a_large_vocabulary_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, batch = make_gradmem(gauss_newton_after=0, write_steps=1), make_batch()
+    monkeypatch.setattr("gradmem.ops.cross_entropy.CHUNK", 64)
+    with pytest.raises(GradmemError, match=r"method\.order: first"):
+        gradients(outer_loss(method, batch)[0], method)
+
+
 @pytest.mark.parametrize("options", [{}, {"projection": "per_sample", "learn_inner_lr": True}], ids=str)
-def test_the_meta_gradient_takes_them_as_constants(options: dict[str, Any]) -> None:
-    method, batch = make_gradmem(gauss_newton_after=1, write_steps=3, **options), make_batch()
+def test_first_order_takes_them_as_constants(options: dict[str, Any]) -> None:
+    method, batch = make_gradmem(gauss_newton_after=1, write_steps=3, order="first", **options), make_batch()
 
     def read_loss(memory: Memory) -> Tensor:
         logits = method.read(memory, batch.queries, batch.rows)[:, :-1]

@@ -3,12 +3,17 @@
 The loss is a convex function of outputs, which are a function of the tensors with Jacobian J. A step solves
 (J' B J + damping) s = g, where B is the second derivative of the loss with respect to the outputs. J' B J is never
 formed: conjugate gradients only need its products with vectors, each of which costs about two gradients (Martens, Deep
-learning via Hessian-free optimization, ICML 2010). A meta-gradient treats the steps as constants.
+learning via Hessian-free optimization, ICML 2010).
+
+A meta-gradient passes through s by the implicit function theorem: at a constant s the residual g - (J' B J + damping) s
+has some derivative, and that of s is (J' B J + damping)^-1 times it. So a cotangent of s takes one more solution, and
+no graph of the iterations is kept (Rajeswaran et al., Meta-learning with implicit gradients, NeurIPS 2019).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +33,13 @@ STEP_FRACTION = 0.7
 
 
 def gauss_newton(
-    states: Iterable[Step], parts: Sequence[tuple[Outputs, Losses]], steps: int, until: float | None = None
+    states: Iterable[Step],
+    parts: Sequence[tuple[Outputs, Losses]],
+    steps: int,
+    until: float | None = None,
+    second: bool = False,
 ) -> Iterator[Step]:
     """Yield the states of a descent, then continue from its last state with Gauss-Newton steps.
-
-    Gradients treat these steps as constants and take the identity path to the descent.
 
     Parameters
     ----------
@@ -41,16 +48,19 @@ def gauss_newton(
     parts : sequence of (callable, callable)
         Parts that sum to the loss of each sample: `outputs(tensors)` of any shape, and a convex `losses(outputs)` of
         shape (batch,). Each output may depend on the tensors of one sample only. With several parts, one graph is kept
-        at a time, and each is rebuilt for every product.
+        at a time, and each is rebuilt for every product; with `second`, all are kept.
     steps : int
         Most Gauss-Newton steps.
     until : float, optional
         A sample whose loss is at most this takes no further step.
+    second : bool
+        Whether gradients pass through the solutions; `losses` must then be three times differentiable. If not, they
+        treat the steps as constants and take the identity path to the descent.
     """
     for now in states:
         yield now
     for _ in range(steps):
-        losses, solution = _solve(parts, now.tensors)
+        losses, solution = _solve(parts, now.tensors, second)
         active = torch.ones_like(losses, dtype=torch.bool) if until is None else losses > until
         if until is not None and not bool(active.any()):
             return
@@ -59,68 +69,100 @@ def gauss_newton(
         yield now
 
 
-def _solve(parts: Sequence[tuple[Outputs, Losses]], tensors: Tensors) -> tuple[Tensor, Tensor]:
+def _solve(parts: Sequence[tuple[Outputs, Losses]], tensors: Tensors, second: bool) -> tuple[Tensor, Tensor]:
     """Compute losses (batch,), and solutions (batch, numbers) for all tensors of a sample, concatenated."""
 
     def graphs() -> Iterator[_Graph]:
-        return (_Graph(*part, tensors) for part in parts)
+        return (_Graph(*part, tensors, second) for part in parts)
 
-    kept = list(graphs()) if len(parts) == 1 else None
+    kept = list(graphs()) if second or len(parts) == 1 else None
 
     def total(of: Callable[[_Graph], Tensor]) -> Tensor:
         return torch.stack(list(map(of, kept or graphs()))).sum(0)
 
+    def product(vector: Tensor) -> Tensor:
+        return total(lambda graph: graph.product(vector))
+
     start = total(lambda graph: torch.cat([graph.losses[:, None], graph.gradient()], 1))
     losses, gradient = start[:, 0], start[:, 1:]
-    return losses, conjugate_gradients(lambda vector: total(lambda graph: graph.product(vector)), gradient)
+    if not second:
+        return losses, conjugate_gradients(product, gradient)
+    with torch.enable_grad():
+        damping = _damping(gradient, total(lambda graph: graph.product(gradient, second)))
+        solution = conjugate_gradients(product, gradient.detach(), damping.detach())
+        residual = gradient - total(lambda graph: graph.product(solution, second)) - damping * solution
+    return losses, _Implicit.apply(residual, solution, product, damping.detach())
+
+
+class _Implicit(torch.autograd.Function):
+    """A solution, as a function of its residual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, solution: Tensor, product: Callable[[Tensor], Tensor], damping: Tensor
+    ) -> Tensor:
+        ctx.product, ctx.damping = product, damping
+        return solution.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return conjugate_gradients(ctx.product, cotangents[0], ctx.damping), None, None, None
 
 
 class _Graph:
-    """One part of the losses at a point, with products of its Gauss-Newton matrix and vectors (batch, numbers)."""
+    """One part of the losses at a point, with products of its Gauss-Newton matrix and vectors (batch, numbers).
 
-    def __init__(self, outputs: Outputs, losses: Losses, tensors: Tensors) -> None:
+    With `second`, losses, gradient and the products that are asked for so are part of the graph.
+    """
+
+    def __init__(self, outputs: Outputs, losses: Losses, tensors: Tensors, second: bool) -> None:
         with torch.enable_grad():
-            self.point = _flat(tensors).detach().requires_grad_()
+            flat = _flat(tensors)
+            self.point = flat if second and flat.requires_grad else flat.detach().requires_grad_()
             self.outputs = outputs(_shaped(self.point, tensors))
-            self.given = self.outputs.detach().requires_grad_()
-            samples = losses(self.given)
-            (self.slope,) = torch.autograd.grad(samples.sum(), self.given, create_graph=True)
+            samples = losses(self.outputs)
+            (self.slope,) = torch.autograd.grad(samples.sum(), self.outputs, create_graph=True)
             # J'u is linear in u and has J as its derivative: products J v without forward-mode formulas.
             self.dual = torch.zeros_like(self.outputs, requires_grad=True)
             (self.pulled,) = torch.autograd.grad(self.outputs, self.point, self.dual, create_graph=True)
-        self.losses = samples.detach()
+        self.losses, self.second = samples if second else samples.detach(), second
 
     def gradient(self) -> Tensor:
-        return self._pull(self.slope.detach())
+        return self._pull(self.slope, self.second)
 
-    def product(self, vector: Tensor) -> Tensor:
+    def product(self, vector: Tensor, second: bool = False) -> Tensor:
         """Compute J' B J v."""
-        (pushed,) = torch.autograd.grad(self.pulled, self.dual, vector, retain_graph=True)
-        (bent,) = torch.autograd.grad(self.slope, self.given, pushed, retain_graph=True)
-        return self._pull(bent)
+        (pushed,) = torch.autograd.grad(self.pulled, self.dual, vector, retain_graph=True, create_graph=second)
+        (bent,) = torch.autograd.grad(self.slope, self.outputs, pushed, retain_graph=True, create_graph=second)
+        return self._pull(bent, second)
 
-    def _pull(self, cotangent: Tensor) -> Tensor:
-        (pulled,) = torch.autograd.grad(self.outputs, self.point, cotangent, retain_graph=True)
+    def _pull(self, cotangent: Tensor, second: bool) -> Tensor:
+        (pulled,) = torch.autograd.grad(self.outputs, self.point, cotangent, retain_graph=True, create_graph=second)
         return pulled
 
 
-def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, damping: Tensor | None = None) -> Tensor:
     """Solve (A + damping) x = target for each row (batch, numbers), starting from zero, with `product(x)` = A x.
 
-    The damping is `DAMPING` times the curvature along the target. Rows whose target is zero stay zero.
+    By default the damping is `DAMPING` times the curvature along the target. Rows whose target is zero stay zero.
     """
     found, rest, direction = torch.zeros_like(target), target, target
-    size, damping = _dot(rest, rest), None
+    size = _dot(rest, rest)
     for _ in range(ITERATIONS):
         image = product(direction)
         if damping is None:
-            damping = DAMPING * _ratio(_dot(direction, image), size)
+            damping = _damping(direction, image)
         image = image + damping * direction
         rate = _ratio(size, _dot(direction, image))
         found, rest = found + rate * direction, rest - rate * image
         before, size = size, _dot(rest, rest)
         direction = rest + _ratio(size, before) * direction
     return found
+
+
+def _damping(gradient: Tensor, image: Tensor) -> Tensor:
+    """Compute `DAMPING` times the curvature along a gradient, given its product with A."""
+    return DAMPING * _ratio(_dot(gradient, image), _dot(gradient, gradient))
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

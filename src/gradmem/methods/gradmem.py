@@ -121,23 +121,25 @@ class GradMem(InnerLoop, ChunkedMethod):
             more,
         )
         if descents < steps:
-            parts = self._gauss_newton_parts(context, rows, embeds, batch)
-            states = gauss_newton(states, parts, steps - descents, until)
+            second = training and self._order == "second"
+            parts = self._gauss_newton_parts(context, rows, embeds, batch, second)
+            states = gauss_newton(states, parts, steps - descents, until, second)
         for step in states:
             losses = torch.stack(step.losses) if step.losses else embeds.new_zeros(0, batch)
             yield Written(Memory(step.tensors), losses, step.taken)
 
     def _gauss_newton_parts(
-        self, context: Tokens, rows: Tensor | None, embeds: Tensor, batch: int
+        self, context: Tokens, rows: Tensor | None, embeds: Tensor, batch: int, second: bool
     ) -> list[tuple[Outputs, Losses]]:
         """Split the write loss into parts of some contexts or chunks each, as `gauss_newton` takes them."""
+        differentiable = self.backbone.triple_backward if second else self.backbone.double_backward
         rows = torch.arange(batch, device=embeds.device) if rows is None else rows
         divisors = self._divisors(context, rows, batch)
 
         def part(some: slice) -> tuple[Outputs, Losses]:
             def outputs(tensors: Tensors) -> Tensor:
                 own = {name: tensor[rows[some]] for name, tensor in tensors.items()}
-                with self.backbone.double_backward(), self._writing():
+                with differentiable(), self._writing():
                     return self._hidden(own, embeds[some])
 
             def losses(hidden: Tensor) -> Tensor:

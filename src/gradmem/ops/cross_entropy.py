@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import GradmemError
 from .dtypes import no_autocast, product_dtype, work_dtype
 from .head import Head, ScaledHead
 from .workspace import elements_at_once
@@ -151,7 +152,10 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("cross_entropy has no third derivative")
+            raise GradmemError(
+                "the loss of so large a vocabulary has no third derivative, so no gradient passes through Gauss-Newton "
+                "steps: take `method.order: first`, which treats them as constants"
+            )
         grad, rows, weight, bias, ids = ctx.saved_tensors
         d_grad, d_rows = torch.empty_like(grad), torch.empty_like(rows)
         d_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[2] else None

@@ -83,7 +83,7 @@ class GradMemOptions(ChunkedOptions):
     them by 1 + extra_step_decay * j. With 0, the constant rate of the paper, further steps overshoot."""
     gauss_newton_after: int | None = None
     """Take Gauss-Newton steps after so many steps of descent. Each costs several times as much and stores more, without
-    training (see `gradmem.inner.gauss_newton`). The meta-gradient treats them as constants."""
+    training (see `gradmem.inner.gauss_newton`). With `order: second` a meta-gradient passes through their solutions."""
     inner_optimizer: Literal["sgd", "adam", "published_adam"] = "sgd"
     """Update rule of the write steps. published_adam clamps gradients to 10, damps those under 1e-4, has no clips and
     counts as a constant in the meta-gradient. No recipe uses it; the published code has it."""
