@@ -20,7 +20,7 @@ from .lora import add_lora, lora_parameters
 from .model_runner import ModelRunner
 from .ops import attention
 from .ops.head import ScaledHead
-from .ops.patching import closed_forms, open_forms, patched
+from .ops.patching import OpenLayerNorm, closed_forms, patched
 from .ops.workspace import elements_at_once
 from .pretrained import pretrained_place
 from .probing import FAILURES, check_reading, find_head, hides_pads, obeys_masks, other_layers
@@ -61,7 +61,7 @@ class Backbone(ModelRunner):
         """Whether rows of different lengths can run in one batch, because pads change nothing. With sliding windows,
         which count positions, only rows of the same length run together."""
         self._check()
-        self.closed_forms, self.open_forms = closed_forms(model), open_forms(model)
+        self.closed_forms = closed_forms(model)
         self.double_backward_attention = attention.NAME
         if not self._double_backward_agrees():
             self.double_backward_attention = "eager"
@@ -237,7 +237,7 @@ class Backbone(ModelRunner):
     @contextmanager
     def triple_backward(self) -> Iterator[None]:
         """Compute with operations that can be differentiated three times."""
-        with self._attention("eager"), patched(self.open_forms):
+        with self._attention("eager"), OpenLayerNorm():
             yield
 
     def eager_attention(self) -> AbstractContextManager[None]:

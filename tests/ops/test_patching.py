@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 from gradmem.backbone import Backbone
 from gradmem.ops.attention import NAME
 from gradmem.ops.gated_mlp import gated
-from gradmem.ops.patching import closed_forms, patched
+from gradmem.ops.patching import OpenLayerNorm, closed_forms, patched
 from gradmem.ops.rms_norm import rms_norm
 from helpers import COMMON, CONFIGS, KINDS, WIDE, distance
 
@@ -151,3 +151,26 @@ def test_a_model_with_attention_of_its_own_keeps_it() -> None:
     for layer in built.model.layers:
         layer.self_attn.forward = other.__get__(layer.self_attn)
     assert Backbone(built).double_backward_attention == "eager"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norms_have_the_third_derivative_of_finite_differences(affine: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, *weights = (torch.randn(3, 6, generator=generator, dtype=torch.float64) for _ in range(5))
+    norm = torch.nn.LayerNorm(6, elementwise_affine=affine, dtype=torch.float64)
+
+    def second(at: Tensor) -> tuple[Tensor, Tensor]:
+        at = at.detach().requires_grad_()
+        value = norm(at)
+        for weight in weights[:2]:
+            (value,) = torch.autograd.grad((value * weight).sum(), at, create_graph=True)
+        return (value * weights[2]).sum(), at
+
+    wanted = norm(hidden)
+    with OpenLayerNorm():
+        torch.testing.assert_close(norm(hidden), wanted)
+        value, at = second(hidden)
+        (found,) = torch.autograd.grad(value, at)
+        step = 1e-5 * weights[3]
+        slope = (second(hidden + step)[0] - second(hidden - step)[0]) / 2e-5
+    assert (found * weights[3]).sum().item() == pytest.approx(slope.item(), rel=1e-6)

@@ -1,13 +1,15 @@
-"""Replace the forward of a model's modules by operations whose second or third derivatives are better."""
+"""Replace operations of a model by others that have a closed-form second derivative, or a right third one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import gated_mlp, rms_norm
 
@@ -25,20 +27,29 @@ def closed_forms(model: nn.Module) -> dict[nn.Module, Forward]:
     }
 
 
-def open_forms(model: nn.Module) -> dict[nn.Module, Forward]:
-    """Return forwards for the modules whose own have a wrong third derivative: layer norms.
+class OpenLayerNorm(TorchFunctionMode):
+    """Compute layer norms by their formula, whatever module calls for them.
 
-    PyTorch's takes mean and deviation as constants in it, without a warning.
+    PyTorch's own takes mean and deviation as constants in its third derivative, without a warning.
     """
-    return {module: _layer_norm for module in model.modules() if type(module) is nn.LayerNorm}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of PyTorch."""
+        return (_layer_norm if func is F.layer_norm else func)(*args, **(kwargs or {}))
 
 
-def _layer_norm(module: nn.LayerNorm, hidden: Tensor) -> Tensor:
-    axes = tuple(range(-len(module.normalized_shape), 0))
-    centred = hidden - hidden.mean(axes, keepdim=True)
-    scaled = centred * (centred.square().mean(axes, keepdim=True) + module.eps).rsqrt()
-    scaled = scaled if module.weight is None else scaled * module.weight
-    return scaled if module.bias is None else scaled + module.bias
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(axes, keepdim=True)
+    scaled = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+    scaled = scaled if weight is None else scaled * weight
+    return scaled if bias is None else scaled + bias
 
 
 @contextmanager
