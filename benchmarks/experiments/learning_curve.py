@@ -75,7 +75,8 @@ def draw(curves: dict[str, Curve], last: int, path: Path) -> None:
             if paper:
                 axis.axhline(float(paper), color=color, linewidth=0.8, linestyle=":")
         axis.set(xscale="log", xlabel="contexts of training", ylabel="exact match, %", ylim=(0, 100))
-        axis.legend(fontsize=8, title="dashed: extrapolated to the target; dotted: the paper", title_fontsize=8)
+        title = "dashed: extrapolated to the target; dotted: the paper"
+        axis.legend(fontsize=8, title=title, title_fontsize=8, loc="lower right", ncols=2)
 
 
 def main() -> None:
