@@ -218,7 +218,7 @@ SLOW_TESTS = {
     "test_the_interval_of_a_statistic_has_its_values_under_resampling",
     "test_the_merged_model_answers_the_same",
     "test_the_meta_gradient_is_the_derivative",
-    "test_the_meta_gradient_takes_them_as_constants",
+    "test_the_meta_gradient_is_that_of_finite_differences",
     "test_the_number_of_passes_is_an_argument",
     "test_the_number_of_steps_is_an_argument",
     "test_the_packaged_checkpoint_abstains",
