@@ -1,7 +1,7 @@
 """Does bfloat16 in the meta-gradient cost accuracy? The same training in both precisions, on the same contexts.
 
-`kv-16` is trained on for a single write step, and for five on twice the pairs: short runs whose rates fall to zero.
-Each is measured on the same validation contexts. Runs that are there already are not run again.
+`kv-16` is trained further: for a single write step on 16 pairs, and for five write steps on 32. The runs are short, and
+their learning rates fall to zero. All are measured on the same validation contexts. Finished runs are not repeated.
 """
 
 from __future__ import annotations

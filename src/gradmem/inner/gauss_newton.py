@@ -54,8 +54,9 @@ def gauss_newton(
     until : float, optional
         A sample whose loss is at most this takes no further step.
     second : bool
-        Whether gradients pass through the solutions; `losses` must then be three times differentiable. If not, they
-        treat the steps as constants and take the identity path to the descent.
+        Whether gradients pass through the solutions; `outputs` and `losses` must then be three times differentiable
+        (the layer norm of PyTorch is not, see `gradmem.ops.patching`). If not, gradients treat the steps as constants
+        and take the identity path to the descent.
     """
     for now in states:
         yield now
@@ -87,10 +88,9 @@ def _solve(parts: Sequence[tuple[Outputs, Losses]], tensors: Tensors, second: bo
     losses, gradient = start[:, 0], start[:, 1:]
     if not second:
         return losses, conjugate_gradients(product, gradient)
-    with torch.enable_grad():
-        damping = _damping(gradient, total(lambda graph: graph.product(gradient, second)))
-        solution = conjugate_gradients(product, gradient.detach(), damping.detach())
-        residual = gradient - total(lambda graph: graph.product(solution, second)) - damping * solution
+    damping = _damping(gradient, total(lambda graph: graph.product(gradient, second)))
+    solution = conjugate_gradients(product, gradient.detach(), damping.detach())
+    residual = gradient - total(lambda graph: graph.product(solution, second)) - damping * solution
     return losses, _Implicit.apply(residual, solution, product, damping.detach())
 
 

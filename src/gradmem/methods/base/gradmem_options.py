@@ -83,7 +83,7 @@ class GradMemOptions(ChunkedOptions):
     them by 1 + extra_step_decay * j. With 0, the constant rate of the paper, further steps overshoot."""
     gauss_newton_after: int | None = None
     """Take Gauss-Newton steps after so many steps of descent. Each costs several times as much and stores more, without
-    training (see `gradmem.inner.gauss_newton`). With `order: second` a meta-gradient passes through their solutions."""
+    training (see `gradmem.inner.gauss_newton`). With `order: second` a meta-gradient passes through all of them."""
     inner_optimizer: Literal["sgd", "adam", "published_adam"] = "sgd"
     """Update rule of the write steps. published_adam clamps gradients to 10, damps those under 1e-4, has no clips and
     counts as a constant in the meta-gradient. No recipe uses it; the published code has it."""
@@ -95,7 +95,8 @@ class GradMemOptions(ChunkedOptions):
     """How the meta-gradient passes through the write steps: second differentiates the inner gradients, first treats
     them as constants, none stops at each step."""
     last_k: int | None = None
-    """With `order: second`: only the last k steps on a chunk are of second order, the earlier ones of first order."""
+    """With `order: second`: only the last k steps on a chunk are of second order, the earlier ones of first order.
+    Gauss-Newton steps do not count."""
     projection: Literal["none", "proj", "per_sample"] = "none"
     """Linear map of the memory before it enters the model: none; proj, one that all samples share (with keys_values,
     one for the keys and one for the values of each layer); or per_sample, only with vectors, one that WRITE updates for
