@@ -14,6 +14,7 @@ from gradmem.tasks.text import Text
 from helpers import text_model
 
 
+@pytest.mark.filterwarnings("ignore:this model recites")
 @pytest.mark.parametrize("own", [False, True])
 def test_names_of_special_tokens_are_text(own: bool, bytes_tokenizer: str) -> None:
     """In contexts, queries, answers and statements, also where a text is nothing but such a name."""

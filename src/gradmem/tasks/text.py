@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,18 @@ class Text(FileTask):
         return [self._begin_id]
 
     def encode_query(self, text: str) -> list[int]:
-        """Return the begin token, whatever the query is."""
+        """Return the begin token, whatever the query is, and warn if it is a question."""
+        if text not in ("", self.begin):
+            warnings.warn(
+                "this model recites a text and does not answer questions: whatever it is asked, it begins at the "
+                "beginning; `gradmem restore` reads the text back",
+                stacklevel=2,
+            )
         return self.whole_query
 
     def target(self, query: str, answer: str) -> tuple[list[int], list[int]]:
         """The begin token, and the text after it, without an end token."""
-        return self.encode_query(query), self.encode(answer)
+        return self.whole_query, self.encode(answer)
 
     def statement(self, query: str, answer: str) -> str:
         """The answer alone: no text has a query in it."""
