@@ -4,6 +4,7 @@ Validation paragraphs of the training files are written by `gradmem` on keys and
 the cache, and asked their questions after each number of steps: loss of the reference answers, and exact match of the
 generated ones. The inner learning rate of each objective is searched on a few other validation paragraphs. With
 `--train`, rates for each layer and head and momentum are then meta-learned on training paragraphs, and nothing else.
+With `--start compact` the steps begin where the method `compact` ends.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 import gradmem
 from benchmarks.common import Row, autocast, machine, parser, report
 from gradmem.batch import Batch
-from gradmem.compaction.text import Text
+from gradmem.compaction.text import Text, read_text
 from gradmem.memory import Memory
 from gradmem.methods.base.started_gradmem import StartedGradMem
 from gradmem.model import MemoryModel
@@ -77,7 +78,7 @@ def contexts(task: Task, first: int, count: int, longest: int) -> Iterator[Batch
 
 
 def started(model: MemoryModel, case: str, **options: Any) -> StartedGradMem:
-    """The method on the checkpoint's backbone; texts are read once for all cases."""
+    """The method on the checkpoint's backbone."""
     *optimizer, objectives = case.split()
     spec = {"name": "gradmem", "memory": "keys_values", "start": "select", "budget": 0.1, "shared": True}
     spec |= {"write_objective": objectives.replace("+", ","), "inner_optimizer": optimizer[0] if optimizer else "sgd"}
@@ -89,14 +90,19 @@ def started(model: MemoryModel, case: str, **options: Any) -> StartedGradMem:
 
 
 def reading_once(methods: Iterable[StartedGradMem]) -> None:
-    """Let methods share what they read of the last text; nothing of the backbone is trained here."""
+    """Let methods share what they read of the last text; nothing of the backbone is trained here.
+
+    Those that start with `match` read it as `compact` does, with questions that fit any text.
+    """
     last: dict[tuple[int, ...], Text] = {}
 
     def read(method: StartedGradMem, ids: list[int]) -> Text:
-        key = (*ids, -int("answers" in method.options.objectives))
+        asks = method.options.start == "match"
+        key = (*ids, -1 - int("answers" in method.options.objectives) - 2 * int(asks))
         if key not in last:
             last.clear() if len(last) > 2 * BATCH else None
-            last[key] = StartedGradMem.read_text(method, ids)
+            asked = read_text(method.backbone, method.task, ids, ()) if asks else None
+            last[key] = asked or StartedGradMem.read_text(method, ids)
         return last[key]
 
     for method in methods:
@@ -198,12 +204,15 @@ def main() -> None:
     command = parser(__doc__, repeats=None)
     command.add_argument("data", type=Path, help="directory of the files that the checkpoint was trained on")
     command.add_argument("--checkpoint", default="english", help="name or directory")
+    command.add_argument("--start", default="select", choices=("select", "compact"), help="where the steps begin")
     command.add_argument("--cases", default="reconstruction,adam attention", help=f"some of {', '.join(SCALES)}")
     command.add_argument("--contexts", type=int, default=24, metavar="N", help="validation contexts to measure on")
     command.add_argument("--search", type=int, default=6, metavar="N", help="further ones to search rates on")
     command.add_argument("--train", type=int, default=0, metavar="N", help="training steps of each case")
     command.add_argument("--longest", type=int, default=150, metavar="T", help="most tokens of a context")
     options = command.parse_args()
+    if options.train and options.start != "select":
+        command.error("--train goes with --start select alone")
     torch.set_num_threads(options.threads)
     where = machine(options.threads, "bf16")
     model = gradmem.load(options.checkpoint)
@@ -212,7 +221,8 @@ def main() -> None:
     with autocast("bf16"), model.method.backbone.training_attention():
         tried = list(contexts(task, options.contexts, options.search, options.longest))
         fresh = list(contexts(task, 0, options.contexts, options.longest))
-        methods = {case: started(model, case) for case in options.cases.split(",")}
+        start = "match" if options.start == "compact" else "select"
+        methods = {case: started(model, case, start=start) for case in options.cases.split(",")}
         reading_once(methods.values())
         for row in search(model, methods, tried) if tried else []:
             print(json.dumps(row), flush=True)
