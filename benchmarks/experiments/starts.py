@@ -97,12 +97,14 @@ def reading_once(methods: Iterable[StartedGradMem]) -> None:
     last: dict[tuple[int, ...], Text] = {}
 
     def read(method: StartedGradMem, ids: list[int]) -> Text:
-        asks = method.options.start == "match"
-        key = (*ids, -1 - int("answers" in method.options.objectives) - 2 * int(asks))
+        compacted = method.options.start == "match"
+        key = (compacted, "answers" in method.options.objectives, *ids)
         if key not in last:
             last.clear() if len(last) > 2 * BATCH else None
-            asked = read_text(method.backbone, method.task, ids, ()) if asks else None
-            last[key] = asked or StartedGradMem.read_text(method, ids)
+            if compacted:
+                last[key] = read_text(method.backbone, method.task, ids)
+            else:
+                last[key] = StartedGradMem.read_text(method, ids)
         return last[key]
 
     for method in methods:
