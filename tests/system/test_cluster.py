@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
+from ports import free_port
 
 from gradmem.store import Store
 
@@ -26,12 +26,6 @@ PATIENCE = 600.0
 """Seconds for each step on a busy machine; on one that does nothing else each takes a few."""
 PROGRAMS = Path(sys.executable).parent
 PAIRS = {"one": "a7:Qz\nk2:9f", "two": "b1:c2"}
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 @dataclass

