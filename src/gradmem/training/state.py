@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import GradmemError
 from ..files import atomic_directory
 from ..inner import Strategy
+from ..methods.base.inner_loop import InnerLoop
 from .recipe import Precision
 from .sharding import whole
 
@@ -125,7 +126,8 @@ def load_state(path: Path, module: nn.Module, optimizers: list[torch.optim.Optim
 def take_weights(module: nn.Module, other: nn.Module) -> list[str]:
     """Copy the weights of another module that have the same name and shape.
 
-    Of learned rates and momentum for each write step, those of the first steps are copied if the other has more steps.
+    Rates and momentum that are learned for each write step fit any number of steps: the first ones are copied, and
+    those that the other was not trained for begin as it takes them, falling by its `extra_step_decay`.
     Only one of the two modules may have LoRA adapters: the weights of adapted layers are copied too, and adapters that
     only the other module has are ignored.
 
@@ -135,12 +137,12 @@ def take_weights(module: nn.Module, other: nn.Module) -> list[str]:
         Names of the weights that were not copied.
     """
     theirs = {_unadapted(name): weight for name, weight in other.state_dict().items()}
+    if isinstance(module, InnerLoop) and isinstance(other, InnerLoop):
+        theirs |= other.learned_of_steps(module.write_steps)
     kept = []
     with torch.no_grad():
         for name, weight in module.state_dict().items():
             start = theirs.get(_unadapted(name))
-            if start is not None and "momentum" in theirs and name.startswith(("log_inner_lr", "momentum")):
-                start = start[: len(weight)]
             if start is not None and start.shape == weight.shape:
                 weight.copy_(start)
             else:

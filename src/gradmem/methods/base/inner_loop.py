@@ -107,6 +107,23 @@ class InnerLoop(Method):
         """Return the learned inner learning rates and momentum; see `Method.inner_parameters`."""
         return [*self._learned_rates().values(), *([] if self.momentum is None else [self.momentum])]
 
+    def learned_of_steps(self, steps: int) -> Tensors:
+        """What is learned for each step, by name of its weight, as the first `steps` steps take it.
+
+        Returns
+        -------
+        dict of Tensor
+            Without momentum none, since one rate then serves all steps.
+        """
+        if self.momentum is None:
+            return {}
+        falls = [math.log(self._step_decay(step)) for step in range(steps)]
+        found = {"momentum": torch.stack([self._momentum(step) for step in range(steps)])}
+        for name, rates in self.named_parameters():
+            if name.startswith("log_inner_lr"):
+                found[name] = torch.stack([self._at(rates, step) + fall for step, fall in enumerate(falls)])
+        return found
+
     def _step_decay(self, step: int) -> float:
         return 1 / (1 + self.options.extra_step_decay * max(0, step + 1 - self.write_steps))
 
