@@ -73,11 +73,13 @@ def test_warm_start_takes_over_equal_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("memory", ["vectors", "keys_values"])
+@pytest.mark.parametrize("momentum", [True, False])
 @pytest.mark.parametrize(("own", "steps"), [(2, 2), (5, 5), (5, 4)])
-def test_warm_start_for_other_steps_writes_as_before(memory: str, own: int, steps: int) -> None:
+def test_warm_start_for_other_steps_writes_as_before(memory: str, momentum: bool, own: int, steps: int) -> None:
     """Rates and momentum of the first steps are taken, and those of further ones as they fall after the last."""
-    method = {**METHOD, "learn_momentum": True, "memory": memory, "extra_step_decay": 0.3}
-    mine, theirs = (MemoryModel.from_spec(TASK, BACKBONE, {**method, "write_steps": k}) for k in (own, 3))
+    method = {**METHOD, "memory": memory, "extra_step_decay": 0.3}
+    mine = MemoryModel.from_spec(TASK, BACKBONE, {**method, "learn_momentum": True, "write_steps": own})
+    theirs = MemoryModel.from_spec(TASK, BACKBONE, {**method, "learn_momentum": momentum, "write_steps": 3})
     with torch.no_grad():
         for weight in theirs.method.inner_parameters():
             weight.normal_(0, 0.1)

@@ -126,8 +126,8 @@ def load_state(path: Path, module: nn.Module, optimizers: list[torch.optim.Optim
 def take_weights(module: nn.Module, other: nn.Module) -> list[str]:
     """Copy the weights of another module that have the same name and shape.
 
-    Rates and momentum that are learned for each write step fit any number of steps: the first ones are copied, and
-    those that the other was not trained for begin as it takes them, falling by its `extra_step_decay`.
+    Rates and momentum for each write step fit any number of steps: the first ones are copied, and those that the other
+    was not trained for begin as it takes them, falling by its `extra_step_decay`.
     Only one of the two modules may have LoRA adapters: the weights of adapted layers are copied too, and adapters that
     only the other module has are ignored.
 
@@ -137,7 +137,7 @@ def take_weights(module: nn.Module, other: nn.Module) -> list[str]:
         Names of the weights that were not copied.
     """
     theirs = {_unadapted(name): weight for name, weight in other.state_dict().items()}
-    if isinstance(module, InnerLoop) and isinstance(other, InnerLoop):
+    if isinstance(module, InnerLoop) and isinstance(other, InnerLoop) and module.momentum is not None:
         theirs |= other.learned_of_steps(module.write_steps)
     kept = []
     with torch.no_grad():

@@ -108,20 +108,20 @@ class InnerLoop(Method):
         return [*self._learned_rates().values(), *([] if self.momentum is None else [self.momentum])]
 
     def learned_of_steps(self, steps: int) -> Tensors:
-        """What is learned for each step, by name of its weight, as the first `steps` steps take it.
+        """Rates and momentum as the first `steps` steps take them, by name of their weight.
 
         Returns
         -------
         dict of Tensor
-            Without momentum none, since one rate then serves all steps.
+            One row for each step. Without learned momentum it is zero, and all steps start from one rate.
         """
-        if self.momentum is None:
-            return {}
         falls = [math.log(self._step_decay(step)) for step in range(steps)]
-        found = {"momentum": torch.stack([self._momentum(step) for step in range(steps)])}
+        moved = self.momentum is not None
+        found = {"momentum": torch.stack([self._momentum(step) if moved else torch.zeros(()) for step in range(steps)])}
         for name, rates in self.named_parameters():
             if name.startswith("log_inner_lr"):
-                found[name] = torch.stack([self._at(rates, step) + fall for step, fall in enumerate(falls)])
+                own = [self._at(rates, step) if moved else rates for step in range(steps)]
+                found[name] = torch.stack([rate + fall for rate, fall in zip(own, falls, strict=True)])
         return found
 
     def _step_decay(self, step: int) -> float:
