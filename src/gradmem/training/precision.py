@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .recipe import Precision
 
-MOST_ERROR = 0.05
-"""Largest relative error of the meta-gradient with which `auto` chooses bf16."""
+MOST_ERROR = 0.2
+"""Largest relative error of the meta-gradient with which `auto` chooses bf16: 17 % cost no accuracy in three seeds
+(`benchmarks.experiments.precision`)."""
 
 Gradient = Callable[[Precision], Tensor]
 """Computes the meta-gradient of a few contexts in a precision, as one vector."""

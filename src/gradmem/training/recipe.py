@@ -72,13 +72,13 @@ class Recipe:
     stages: list[Stage]
     """The curriculum, one stage after the other."""
     init_from: str | None = None
-    """Checkpoint to start from: name, directory or hub name. Weights of the same name and shape are copied, and the
-    rates and momentum of the first write steps if it has more of them."""
+    """Checkpoint to start from: name, directory or hub name. Weights of the same name and shape are copied, and
+    rates and momentum of any number of write steps: those of further ones as the checkpoint takes them."""
     seed: int = 0
     """Seed of random weights, of samples, and of the tasks and K of each step."""
     precision: Precision = "auto"
     """Precision of matrix products; weights, sums and softmax stay float32. auto chooses at each stage: on CUDA tf32;
-    on a CPU bf16 if it is faster and its meta-gradient differs from that of fp32 by at most 5 %, otherwise fp32."""
+    on a CPU bf16 if it is faster and its meta-gradient differs from that of fp32 by at most 20 %, otherwise fp32."""
     device: str = "auto"
     """cpu, the name of an accelerator (cuda, mps, xpu), or auto: the accelerator if there is one, otherwise cpu."""
     optimizer: Literal["muon", "adamw"] = "muon"
