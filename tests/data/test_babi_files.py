@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 import types
 from collections import Counter
 from functools import cache
+from itertools import pairwise
 from mmap import mmap
 from pathlib import Path
 
@@ -117,6 +119,16 @@ def test_all_official_files_are_read_whole(name: str) -> None:
     stories = official(name, "test")
     assert Counter(map(str, asked([found]))) == Counter(map(str, asked(stories)))
     assert {sentence for statements, *_ in asked(stories) for sentence in statements} <= set(words), "all are checked"
+
+
+@needs("babi_v1.1_en")
+@pytest.mark.parametrize("name", ["qa1", "qa2", "qa3"])
+def test_a_few_contexts_stand_for_all(name: str) -> None:
+    """They are as long in the mean, and neighbours are of different stories, whose memories evaluation swaps."""
+    lengths = [len(one.statements) for one in read_excerpts(str(OFFICIAL), name, "test", lambda _: None)]
+    assert statistics.mean(lengths[:200]) == pytest.approx(statistics.mean(lengths), rel=0.1)
+    told = [one.statements for one in read_excerpts(str(OFFICIAL), name, "test", lambda _: None)]
+    assert not any(two[: len(one)] == one or one[: len(two)] == two for one, two in pairwise(told))
 
 
 @needs("babi_v1.1_en")

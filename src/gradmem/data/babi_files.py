@@ -64,7 +64,8 @@ def find_stories(data: str, task: str, split: str) -> Path:
 def read_excerpts(data: str, task: str, split: str, check: Callable[[str], object]) -> list[Excerpt]:
     """Read all contexts of a split of a task, each with its questions.
 
-    The first contexts of all stories come before the second ones, and so on: neighbours are of different stories.
+    Each story gives a context in turn, the first its first, the second its second, and so on: neighbours are of
+    different stories, and the first few contexts are as long as all of them.
 
     Parameters
     ----------
@@ -86,7 +87,12 @@ def read_excerpts(data: str, task: str, split: str, check: Callable[[str], objec
     train = len(stories) - held_out(len(stories), HELD_OUT)
     mine = {"train": stories[:train], "valid": stories[train:], "test": stories}[split]
     longest = max(map(len, mine), default=0)
-    return [story[point] for point in range(longest) for story in mine if point < len(story)]
+    return [
+        story[(point + number) % len(story)]
+        for point in range(longest)
+        for number, story in enumerate(mine)
+        if point < len(story)
+    ]
 
 
 def read_stories(

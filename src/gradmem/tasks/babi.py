@@ -160,11 +160,12 @@ class Babi(FileTask):
     def load(self, split: Split) -> Samples:
         """Read the files of the tasks, one task after the other.
 
-        Within a task the first contexts of all stories come before the second ones: evaluation swaps the memories of
-        neighbours, which must be of different stories.
+        Within a task each story gives a context in turn: evaluation swaps the memories of neighbours, which must be of
+        different stories, and a few contexts must stand for all.
         """
         data = str(self.data)
         about: dict[str, Any] = {"task": "babi", "split": split, "max_context": self.max_context, "held_out": HELD_OUT}
+        about |= {"order": "each story in turn"}
         about |= {"tokenizer": digest_tokenizer(self.tokenizer)}
         if is_hub(data):
             about |= {"hub": data, "tasks": self.tasks}
