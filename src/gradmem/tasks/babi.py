@@ -165,8 +165,7 @@ class Babi(FileTask):
         """
         data = str(self.data)
         about: dict[str, Any] = {"task": "babi", "split": split, "max_context": self.max_context, "held_out": HELD_OUT}
-        about |= {"order": "each story in turn"}
-        about |= {"tokenizer": digest_tokenizer(self.tokenizer)}
+        about |= {"order": "each story in turn", "tokenizer": digest_tokenizer(self.tokenizer)}
         if is_hub(data):
             about |= {"hub": data, "tasks": self.tasks}
         else:
