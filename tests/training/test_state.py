@@ -87,7 +87,8 @@ def test_warm_start_for_other_steps_writes_as_before(memory: str, momentum: bool
     context = make_batch().context
     with torch.no_grad():
         one, other = (some.method.write(context, steps).memory.tensors for some in (mine, theirs))
-    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in other)
+    rounding = 0 if steps < 4 else 1e-6  # first steps have the same numbers, further ones the logarithm of a product
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=rounding) for name in other)
 
 
 def test_warm_start_takes_over_weights_of_layers_that_have_adapters_now(tmp_path: Path) -> None:
